@@ -1,0 +1,128 @@
+"""The root config of a run, its JSON form, and the command line that overrides it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from m4.components import closest, from_json, to_json
+from m4.losses import Weighting
+from m4.masking import Masking
+from m4.modality import Modalities
+from m4.model import ModelConfig
+from m4.optim import OptimizerConfig
+from m4.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run. A config file exposes `config`; a variant is `dataclasses.replace(config, ...)`.
+
+    source: raw data (m4.data.Source); tokenizers: recipes, in the model's modality order (m4.modality.Recipe);
+    evaluations: directions to score (m4.evals.suite.Direction). batch_size is the global number of examples a step.
+    """
+
+    name: str
+    source: Any
+    tokenizers: tuple[Any, ...]
+    masking: Masking
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: Weighting = "modality"
+    mesh: MeshConfig = MeshConfig()
+    evaluations: tuple[Any, ...] = ()
+    num_eval_samples: int = 512
+    batch_size: int = 64
+    num_steps: int = 1000
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 200
+    workdir: str = ""  # "" = runs/<name>
+    data_dir: str = "data"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.workdir or f"runs/{self.name}")
+
+    @property
+    def modalities(self) -> Modalities:
+        return Modalities([r.modality for r in self.tokenizers])
+
+    def check(self) -> None:
+        """All that can be known to be wrong before compute is spent."""
+        for field in ("batch_size", "num_steps", "log_every", "save_every", "num_eval_samples"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        self.masking.check(self.modalities)
+
+
+# What may differ between a run's config.json and the config that it is resumed with.
+FREE_TO_CHANGE = ("log_every", "save_every", "workdir", "data_dir", "mesh", "evaluations", "num_eval_samples")
+
+
+def load_config(path: str) -> Any:
+    """The object `config` of a Python file."""
+    file = Path(path)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path("configs")
+        raise ValueError(f"no config file {path!r}; {closest(path, sorted(str(p) for p in folder.glob('*.py')))}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "config"):
+        raise ValueError(f"{path} defines no `config`; it has {', '.join(n for n in vars(module) if n[0] != '_')}")
+    return module.config
+
+
+def from_cli(description: str, argv: list[str] | None = None) -> Any:
+    """`CONFIG.py [--field value ...]` -> the config with its overrides; `--help` lists every field."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0].startswith("-"):
+        asked = bool(argv) and argv[0] in ("-h", "--help")
+        usage = f"{description}\n\nusage: CONFIG.py [--field value ...]   (CONFIG.py --help lists the fields)"
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        raise SystemExit(0 if asked else 2)
+    config = load_config(argv[0])
+    return tyro.cli(type(config), default=config, args=argv[1:], description=description, config=(tyro.conf.AvoidSubcommands,))
+
+
+def save_or_check(config: Config) -> None:
+    """Writes config.json into the run's folder, or checks that the run there is the same one."""
+    from m4.components import write_atomically
+
+    file = config.folder / "config.json"
+    new = to_json(config)
+    if file.exists():
+        old = json.loads(file.read_text())
+        from_json(old)
+        for field in sorted(set(new) | set(old)):
+            before, after = (x[field] if field in x else None for x in (old, new))
+            if field not in FREE_TO_CHANGE and before != after:
+                where, before, after = _first_difference(field, before, after)
+                raise ValueError(
+                    f"{config.folder} holds a run with {where}={before!r}, now {after!r}. "
+                    f"Go on with the old value, or start another run with --workdir {config.folder}_2"
+                )
+    try:
+        write_atomically(file, json.dumps(new, indent=1).encode())
+    except OSError as error:
+        raise ValueError(f"cannot write into workdir {config.folder}: {error.strerror}; give another --workdir") from error
+
+
+def _first_difference(where: str, before: Any, after: Any) -> tuple[str, Any, Any]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(set(before) | set(after)):
+            a, b = (x[key] if key in x else None for x in (before, after))
+            if a != b:
+                return _first_difference(f"{where}.{key}", a, b)
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for i, (a, b) in enumerate(zip(before, after, strict=True)):
+            if a != b:
+                return _first_difference(f"{where}[{i}]", a, b)
+    return where, before, after

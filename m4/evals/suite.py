@@ -1,0 +1,137 @@
+"""Scores a trained model in several directions, each beside its trivial baseline and its tokenizer's bound.
+
+    normalised = (value - baseline) / (bound - baseline)     0 = trivial, 1 = as good as the tokenizer allows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from m4.checkpoints import load_run
+from m4.components import write_atomically
+from m4.sampling import Sampler, Stage
+
+NUM_BASELINE = 2000  # training examples that the trivial baselines see
+
+
+class Measure(Protocol):
+    metric: str
+
+    def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """{"value": ..., further figures} of predicted signals against raw examples; higher value = better."""
+
+    def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """The score of the best prediction that does not look at the input."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Direction:
+    """One conditional task: input signals -> target signal by `scheme`, scored by `measure`."""
+
+    name: str
+    inputs: tuple[str, ...]
+    target: str
+    scheme: Any
+    measure: Any
+
+
+def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Scores the run in `workdir` on its test split; writes metrics.json and gallery.png into `out` (default: workdir).
+
+    Returns at once when both are there and were made from the same checkpoint and config.
+    """
+    workdir = Path(workdir)
+    out = Path(out or workdir)
+    run = load_run(workdir)
+    config = run.config
+    made_from = {"step": run.step, "seed": seed, "num_samples": config.num_eval_samples}
+    if not config.evaluations:
+        raise ValueError(f"the config of {workdir} names no evaluations")
+    stamp = out / ".evaluated.json"
+    if stamp.exists() and json.loads(stamp.read_text()) == made_from and (out / "gallery.png").exists():
+        results = json.loads((out / "metrics.json").read_text())
+        print(table(results), flush=True)
+        return results
+    started = time.monotonic()
+    config.source.prepare(config.data_dir)
+    examples = _head(config.source.split("test", config.data_dir), config.num_eval_samples, "test examples")
+    train = _head(config.source.split("train", config.data_dir), NUM_BASELINE, "training examples (baselines)")
+    sampler = Sampler(run.model, run.tokenizers)
+    results, predictions = {}, {}
+    for direction in config.evaluations:
+        progress = lambda batches, d=direction: tqdm(batches, desc=d.name, unit="batch", file=sys.stdout, mininterval=1)  # noqa: E731
+        inputs = {name: [e[name] for e in examples] for name in direction.inputs}
+        stage = Stage(target=direction.target, scheme=direction.scheme)
+        predictions[direction.name] = sampler(inputs, [stage], seed=seed, progress=progress)[direction.target]
+        tokenizer = sampler.tokenizers[sampler.modalities.as_target(direction.target).name]
+        rebuilt = tokenizer.decode(tokenizer.encode([e[direction.target] for e in examples]))
+        results[direction.name] = _result(direction.measure, predictions[direction.name], rebuilt, train, examples)
+    out.mkdir(parents=True, exist_ok=True)
+    picture = gallery(examples, predictions, config.evaluations, sampler)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    write_atomically(out / "gallery.png", buffer.getvalue())
+    write_atomically(out / "metrics.json", json.dumps(results, indent=1).encode())
+    write_atomically(stamp, json.dumps(made_from).encode())
+    print(f"{table(results)}\n{out}/metrics.json, {out}/gallery.png in {time.monotonic() - started:.0f} s", flush=True)
+    return results
+
+
+def _head(split: Sequence[Any], count: int, what: str) -> list[Any]:
+    indices = range(min(count, len(split)))
+    return [split[i] for i in tqdm(indices, desc=f"reading {what}", unit="example", file=sys.stdout, mininterval=1)]
+
+
+def _result(measure: Measure, predictions, rebuilt, train, examples) -> dict[str, Any]:
+    score, bound = measure.score(predictions, examples), measure.score(rebuilt, examples)
+    baseline = measure.baseline(train, examples)
+    value, low, high = (x["value"] for x in (score, baseline, bound))
+    others = {k: {"value": v, "baseline": baseline[k], "bound": bound[k]} for k, v in score.items() if k != "value"}
+    return {
+        "value": value,
+        "baseline": low,
+        "bound": high,
+        "normalised": (value - low) / (high - low) if high != low else 0.0,
+        "metric": measure.metric,
+        "num_samples": len(examples),
+        **({"also": others} if others else {}),
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    rows = [f"{'direction':<16}{'value':>8}{'baseline':>10}{'bound':>8}{'normalised':>12}  metric"]
+    for name, r in results.items():
+        figures = f"{r['value']:>8.3f}{r['baseline']:>10.3f}{r['bound']:>8.3f}{r['normalised']:>12.3f}"
+        rows.append(f"{name:<16}{figures}  {r['metric']} ({r['num_samples']} samples)")
+    return "\n".join(rows)
+
+
+def gallery(examples, predictions, directions: Sequence[Direction], sampler: Sampler, *, rows: int = 10, tile: int = 128):
+    """uint8 picture: rows = samples; columns = the inputs and truths, then the prediction of each direction."""
+    signals = list(dict.fromkeys(name for d in directions for name in (*d.inputs, d.target)))
+    columns = [(f"{s} (truth)", s, [e[s] for e in examples]) for s in signals]
+    columns += [(d.name.replace("_", " "), d.target, predictions[d.name]) for d in directions]
+    header, gap = 16, 4
+    count = min(rows, len(examples))
+    canvas = Image.new("RGB", (len(columns) * (tile + gap) + gap, header + count * (tile + gap) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    for c, (title, signal, values) in enumerate(columns):
+        pen.text((gap + c * (tile + gap), 3), title, fill="black")
+        tokenizer = sampler.tokenizers[sampler.modalities.as_target(signal).name]
+        for r in range(count):
+            drawn = Image.fromarray(tokenizer.draw(values[r], image=examples[r]["rgb"]))
+            side = tile / max(drawn.size)
+            drawn = drawn.resize((round(drawn.width * side), round(drawn.height * side)), Image.Resampling.NEAREST)
+            canvas.paste(drawn, (gap + c * (tile + gap), header + gap + r * (tile + gap)))
+    return np.asarray(canvas)

@@ -1,0 +1,189 @@
+"""What kinds of modality there are, what a tokenizer must offer, and how both are found by name.
+
+A modality turns a *signal* (what users name: rgb, depth, caption, boxes) into tokens of one kind:
+
+    Grid      a fixed raster of ids, predicted in parallel        rgb_tokens  8 x 8 of 1000
+    Sequence  ids in reading order, predicted left to right       caption     up to 32 of 700
+    Features  continuous vectors, input only                      rgb_pixels  8 x 8 patches of 192 numbers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from m4.components import closest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A raster of `shape` token ids in [0, vocab_size); position = raster index."""
+
+    name: str
+    signal: str
+    vocab_size: int
+    shape: tuple[int, ...]
+
+    @property
+    def max_tokens(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """At most `max_length` ids in [0, vocab_size), ending in `end_id`; position = place in the packed span sequence.
+
+    Masked spans are replaced by the sentinels first_sentinel, first_sentinel + 1, ... (T5, Raffel et al. 2020,
+    section 3.1.4; 4M, Mizrahi et al. 2023, section 2.2). Targets may be two tokens longer than the sequence: they
+    open and close with a sentinel.
+    """
+
+    name: str
+    signal: str
+    vocab_size: int
+    max_length: int
+    first_sentinel: int
+    num_sentinels: int
+    end_id: int
+
+    @property
+    def max_tokens(self) -> int:
+        return self.max_length + 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features:
+    """prod(shape) continuous vectors of `size` numbers, input only.
+
+    Shards store them as the tokenizer gave them (uint8 for pixels); the model reads (stored / scale - mean) / std,
+    where mean and std repeat along the last axis (channels vary fastest in a patch).
+    """
+
+    name: str
+    signal: str
+    shape: tuple[int, ...]
+    size: int
+    scale: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    vocab_size = 0
+
+    @property
+    def max_tokens(self) -> int:
+        return math.prod(self.shape)
+
+    def normalize(self, stored: np.ndarray) -> np.ndarray:
+        """[..., size] of any number type -> float32 [..., size]."""
+        repeats = self.size // len(self.mean)
+        scale = np.tile(np.asarray(self.std, np.float32) * np.float32(self.scale), repeats)
+        shift = np.tile(np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32), repeats)
+        return stored.astype(np.float32) / scale - shift
+
+
+Modality = Grid | Sequence | Features
+
+
+class Modalities(Seq[Modality]):
+    """The ordered modalities of a model: index, slice of the one embedding table, look-up by name or signal."""
+
+    def __init__(self, items: Seq[Modality]):
+        names = [m.name for m in items]
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise ValueError(f"modalities {repeated} are given twice; names must differ")
+        self.items = tuple(items)
+        self.names = tuple(names)
+        self.offsets = tuple(int(o) for o in np.cumsum([0, *(m.vocab_size for m in items)]))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Modality]:
+        return iter(self.items)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the one embedding table."""
+        return self.offsets[-1]
+
+    def index(self, name: str) -> int:  # type: ignore[override]
+        if name not in self.names:
+            raise ValueError(f"unknown modality {name!r}; {closest(name, self.names)}")
+        return self.names.index(name)
+
+    def named(self, name: str) -> Modality:
+        return self.items[self.index(name)]
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(m.signal for m in self))
+
+    def as_input(self, name: str) -> Modality:
+        """The modality that reads `name` (a signal or an exact modality name): Features before tokens."""
+        return self._resolve(name, self.items, prefer=Features)
+
+    def as_target(self, name: str) -> Modality:
+        """The modality that predicts `name` (a signal or an exact modality name): never Features."""
+        return self._resolve(name, [m for m in self if not isinstance(m, Features)], prefer=(Grid, Sequence))
+
+    def _resolve(self, name: str, allowed: Seq[Modality], prefer) -> Modality:
+        for m in allowed:
+            if m.name == name:
+                return m
+        matches = sorted((m for m in allowed if m.signal == name), key=lambda m: not isinstance(m, prefer))
+        if not matches:
+            if name in self.names:
+                raise ValueError(f"modality {name!r} is input only; {closest(name, [m.name for m in allowed])}")
+            names = list(dict.fromkeys([n for m in allowed for n in (m.signal, m.name)]))
+            raise ValueError(f"unknown modality {name!r}; {closest(name, names)}")
+        return matches[0]
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Turns signals into the tokens of one modality and back. Everything about a modality lives in its tokenizer.
+
+    `encode` takes a batch (a list of signals in the raw-example format) and returns one array per signal: int [n] for
+    grids (n = prod(shape), raster order) and sequences (n <= max_length, ends in end_id), stored [n size] for features.
+    """
+
+    modality: Modality
+    card: dict[str, Any]
+
+    def encode(self, signals: Seq[Any]) -> list[np.ndarray]: ...
+
+    def decode(self, ids: Seq[np.ndarray]) -> list[Any]: ...
+
+    def read(self, value: str) -> Any:
+        """One signal from a command-line value: a path, or the text itself."""
+
+    def write(self, signal: Any, folder: Path, *, image: np.ndarray | None) -> None:
+        """Files for one signal, e.g. depth.png and depth_color.png; `image` (uint8 [H W 3]) to draw on, if any."""
+
+    def draw(self, signal: Any, *, image: np.ndarray | None) -> np.ndarray:
+        """uint8 [H W 3] picture of one signal for galleries; `image` to draw on, if any."""
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """(JSON-able config, arrays) such that `type(self).from_state(config, arrays, card)` equals self."""
+
+    @classmethod
+    def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> Tokenizer: ...
+
+
+class Recipe(Protocol):
+    """How to get a tokenizer: a frozen dataclass in a config. `modality` is known before anything is fitted."""
+
+    modality: Modality
+
+    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> Tokenizer:
+        """Fits (and trains) on raw examples; the tokenizer's card says how well it went."""

@@ -1,0 +1,35 @@
+"""AdamW with warm-up and cosine decay, gradient clipping, and weight decay on matrices only."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Peak learning rate after `warmup_steps`, cosine to zero at the last step of the run."""
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+
+    def schedule(self, num_steps: int) -> optax.Schedule:
+        warmup = min(self.warmup_steps, max(1, num_steps // 2))
+        return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, num_steps)
+
+    def make(self, num_steps: int) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip_norm),
+            optax.adamw(self.schedule(num_steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=decays),
+        )
+
+
+def decays(params):
+    """True for the kernels of linear maps: embeddings, norms and the mask token are not decayed."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)

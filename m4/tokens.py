@@ -1,0 +1,66 @@
+"""Tokens with addresses: what masking produces, the model reads and sampling writes.
+
+B batch, L tokens, K feature vectors, F numbers in one feature vector
+
+    ids       3   7   0   1   9   0        id in the modality's own vocabulary (Features: row of features[name])
+    modality  0   0   2   2   2   0        index in Modalities
+    position  5   6  17   3  60   0        place in the modality
+    shot      0   0   0   0   0   0        0 = the query, 1.. = in-context examples
+    valid     T   T   T   T   T   F        False = padding
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array | np.ndarray
+
+
+class Tokens(NamedTuple):
+    """Addressed tokens that the encoder reads. The order of slots carries no meaning."""
+
+    ids: Int[Array, "*B L"]
+    modality: Int[Array, "*B L"]
+    position: Int[Array, "*B L"]
+    shot: Int[Array, "*B L"]
+    valid: Bool[Array, "*B L"]
+
+
+class Targets(NamedTuple):
+    """Addressed tokens that the decoder predicts, and what it reads in their place.
+
+    `previous` is the token before the target in a sequence, and -1 (the mask token) in a grid.
+    """
+
+    ids: Int[Array, "*B L"]
+    previous: Int[Array, "*B L"]
+    modality: Int[Array, "*B L"]
+    position: Int[Array, "*B L"]
+    shot: Int[Array, "*B L"]
+    valid: Bool[Array, "*B L"]
+
+
+class MaskedBatch(NamedTuple):
+    """One training batch (or, without the batch axis, one example)."""
+
+    inputs: Tokens
+    targets: Targets
+    features: dict[str, Float[Array, "*B K F"]]
+
+
+def pad(rows: list[np.ndarray], length: int) -> np.ndarray:
+    """Concatenates 1-D int arrays and pads with zeros to int32 [length]; too many numbers are a bug of the caller."""
+    out = np.zeros(length, np.int32)
+    joined = np.concatenate([np.zeros(0, np.int32), *rows])
+    assert len(joined) <= length, f"{len(joined)} tokens do not fit into {length} slots"
+    out[: len(joined)] = joined
+    return out
+
+
+def concatenate(a: Tokens, b: Tokens) -> Tokens:
+    """Slots of b after slots of a."""
+    return Tokens(*(jax.numpy.concatenate([x, y], axis=-1) for x, y in zip(a, b, strict=True)))

@@ -1,0 +1,220 @@
+"""Bounding boxes as tokens: four coordinates and a label each, in the order given.
+
+    v0=12 v1=30 v2=25 v3=44 cube   v0=40 v1=28 v2=63 v3=51 sphere   [EOS]
+    xmin  ymin  xmax  ymax  label
+
+Coordinates are bins of [0, 1], decoded as bin centres: a box comes back within half a bin. The tokenizer has its own
+text tokenizer, fitted on the labels, so that each of them is one token and any other label still has bytes.
+"""
+
+import colorsys
+import dataclasses
+import json
+import time
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from m4.modality import Sequence
+from m4_tokenizers.text import EOS, NUM_COORDINATES, Layout, TextRecipe, TextTokenizer
+
+Boxes = dict[str, Any]  # {"bbox": float32 [n 4] as (ymin, xmin, ymax, xmax) in [0, 1], "label": n strings}
+AS_TOKENS = [1, 0, 3, 2]  # (ymin, xmin, ymax, xmax) <-> (xmin, ymin, xmax, ymax)
+SMALLEST_PICTURE = 256  # pixels: labels on anything smaller cannot be read
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BoxRecipe:
+    """At most `max_objects` boxes of one-token labels; fewer if labels need more tokens."""
+
+    signal: str = "boxes"
+    name: str = "boxes"
+    num_bins: int = 64
+    max_objects: int = 4
+    vocab_size: int = 640
+    num_sentinels: int = 16
+    num_examples: int = 4000
+
+    @property
+    def text(self) -> TextRecipe:
+        return TextRecipe(
+            signal=self.signal,
+            name=self.name,
+            vocab_size=self.vocab_size,
+            max_length=(NUM_COORDINATES + 1) * self.max_objects + 1,
+            num_bins=self.num_bins,
+            num_sentinels=self.num_sentinels,
+        )
+
+    @property
+    def layout(self) -> Layout:
+        return self.text.layout
+
+    @property
+    def modality(self) -> Sequence:
+        return self.text.modality
+
+    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "BoxTokenizer":
+        start = time.perf_counter()
+        count = min(len(source), self.num_examples)
+        signals = [source[i][self.signal] for i in range(count)]
+        labels = sorted({label for signal in signals for label in signal["label"]})
+        text = self.text.fit_texts(labels, split_words=False, seed=seed)
+        tokenizer = BoxTokenizer(recipe=self, text=text, card={})
+        encoded = [tokenizer.encode_unbounded(signal) for signal in signals]
+        lengths = [len(ids) for ids in encoded]
+        decoded = tokenizer.decode(encoded)
+        errors = [np.abs(d["bbox"] - s["bbox"]).ravel() for s, d in zip(signals, decoded, strict=True)]
+        tokenizer.card.update(
+            component="boxes",
+            signal=self.signal,
+            values="(ymin, xmin, ymax, xmax) in [0, 1] with a label",
+            vocab_size=self.vocab_size,
+            num_bins=self.num_bins,
+            num_labels=len(labels),
+            mean_tokens=round(float(np.mean(lengths)), 2),
+            longest=int(max(lengths)),
+            longest_error=round(float(np.concatenate(errors).max(initial=0)), 4),
+            num_examples=count,
+            fit_seed=seed,
+            fit_seconds=round(time.perf_counter() - start, 2),
+        )
+        return tokenizer
+
+
+class BoxTokenizer:
+    def __init__(self, *, recipe: BoxRecipe, text: TextTokenizer, card: dict[str, Any]):
+        self.recipe, self.text, self.card = recipe, text, card
+        self.layout, self.modality = recipe.layout, recipe.modality
+
+    def encode_unbounded(self, signal: Boxes) -> np.ndarray:
+        corners = np.asarray(signal["bbox"], np.float32).reshape(-1, NUM_COORDINATES)
+        if len(corners) != len(signal["label"]):
+            raise ValueError(f"{len(corners)} boxes came with {len(signal['label'])} labels")
+        if not ((corners >= 0) & (corners <= 1)).all():
+            raise ValueError(f"box coordinates must lie in [0, 1], but span {corners.min()} to {corners.max()}")
+        if "" in signal["label"]:
+            raise ValueError("a box needs a label: the empty string has no tokens")
+        bins = np.minimum((corners[:, AS_TOKENS] * self.recipe.num_bins).astype(np.int32), self.recipe.num_bins - 1)
+        ids = self.layout.first_coordinate + np.arange(NUM_COORDINATES) * self.recipe.num_bins + bins
+        labels = self.text.encode_unbounded(signal["label"])
+        pieces = [np.concatenate([box, label[:-1]]) for box, label in zip(ids, labels, strict=True)]
+        return np.concatenate([*pieces, [EOS]]).astype(np.int32)
+
+    def encode(self, signals: Seq[Boxes]) -> list[np.ndarray]:
+        encoded = [self.encode_unbounded(signal) for signal in signals]
+        for signal, ids in zip(signals, encoded, strict=True):
+            if len(ids) > self.modality.max_length:
+                raise ValueError(
+                    f"{len(signal['label'])} boxes need {len(ids)} tokens, but {self.modality.name} has at most "
+                    f"{self.modality.max_length} ({self.recipe.max_objects} boxes of one-token labels)"
+                )
+        return encoded
+
+    def decode(self, ids: Seq[np.ndarray]) -> list[Boxes]:
+        """Whatever boxes can be read up to the first [EOS]: pieces that are no box are skipped."""
+        decoded = [self.decode_with_scores(row, np.zeros(len(row), np.float32)) for row in ids]
+        return [{"bbox": boxes["bbox"], "label": boxes["label"]} for boxes in decoded]
+
+    def decode_with_scores(self, ids: np.ndarray, logprobs: np.ndarray) -> Boxes:
+        """Boxes with "score" float32 [n]: the geometric mean of the probabilities of a box's tokens."""
+        if len(ids) != len(logprobs):
+            raise ValueError(f"{len(ids)} ids came with {len(logprobs)} log-probabilities")
+        corners, labels, scores = [], [], []
+        for start, stop in self._spans(np.asarray(ids)):
+            bins = ids[start : start + NUM_COORDINATES] - self.layout.first_coordinate
+            x0, y0, x1, y1 = (np.asarray(bins) % self.recipe.num_bins + 0.5) / self.recipe.num_bins
+            corners.append([min(y0, y1), min(x0, x1), max(y0, y1), max(x0, x1)])
+            labels.append(self.text.decode([ids[start + NUM_COORDINATES : stop]])[0])
+            scores.append(np.exp(np.mean(logprobs[start:stop])))
+        bbox = np.array(corners, np.float32).reshape(-1, NUM_COORDINATES)
+        return {"bbox": bbox, "label": labels, "score": np.array(scores, np.float32)}
+
+    def _spans(self, ids: np.ndarray) -> list[tuple[int, int]]:
+        """[start, stop) of each run v0 v1 v2 v3 text..text."""
+        first, first_text = self.layout.first_coordinate, self.layout.first_text
+        past_coordinates = first + NUM_COORDINATES * self.recipe.num_bins
+        is_coordinate = (ids >= first) & (ids < past_coordinates)
+        axes = np.where(is_coordinate, (ids - first) // self.recipe.num_bins, -1).tolist()
+        is_text = ((ids >= first_text) & (ids < first_text + len(self.text.pieces))).tolist()
+        ends = np.flatnonzero(ids == EOS)
+        length = int(ends[0]) if len(ends) else len(ids)
+        spans, i = [], 0
+        while i < length:
+            stop = i + NUM_COORDINATES
+            if stop < length and axes[i:stop] == [0, 1, 2, 3] and is_text[stop]:
+                while stop < length and is_text[stop]:
+                    stop += 1
+                spans.append((i, stop))
+                i = stop
+            else:
+                i += 1
+        return spans
+
+    def read(self, value: str) -> Boxes:
+        """A JSON file, or JSON itself: [{"bbox": [ymin, xmin, ymax, xmax], "label": ...}, ...]."""
+        text = value if value.lstrip().startswith("[") else _file_text(Path(value))
+        try:
+            items = json.loads(text)
+            bbox = np.array([item["bbox"] for item in items], np.float32).reshape(-1, NUM_COORDINATES)
+            labels = [str(item["label"]) for item in items]
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'boxes must be JSON like [{{"bbox": [ymin, xmin, ymax, xmax], "label": "cube"}}], not {value[:60]!r}: '
+                f"{error}"
+            ) from error
+        return {"bbox": bbox, "label": labels}
+
+    def write(self, signal: Boxes, folder: Path, *, image: np.ndarray | None) -> None:
+        """<signal>.json and, with an image to draw on, <signal>.png."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        pairs = zip(np.asarray(signal["bbox"]), signal["label"], strict=True)
+        items = [{"bbox": [round(float(x), 5) for x in box], "label": label} for box, label in pairs]
+        lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in items)
+        (folder / f"{self.modality.signal}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        if image is not None:
+            Image.fromarray(self.draw(signal, image=image)).save(folder / f"{self.modality.signal}.png")
+
+    def draw(self, signal: Boxes, *, image: np.ndarray | None) -> np.ndarray:
+        """Boxes in a colour per label, on the image (or on white)."""
+        size = SMALLEST_PICTURE
+        picture = Image.new("RGB", (size, size), "white") if image is None else Image.fromarray(image).convert("RGB")
+        factor = -(-SMALLEST_PICTURE // min(picture.size))
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        pen = ImageDraw.Draw(picture)
+        for box, label in zip(np.asarray(signal["bbox"]), signal["label"], strict=True):
+            y0, x0, y1, x1 = (float(v) for v in box * np.tile([picture.height, picture.width], 2))
+            colour, name = self._colour(label), label.encode("latin-1", "replace").decode("latin-1")
+            pen.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=2)
+            left, top, right, bottom = pen.textbbox((x0 + 3, max(y0 - 12, 0)), name)
+            pen.rectangle((left - 2, top - 1, right + 1, bottom + 1), fill=colour)
+            pen.text((x0 + 3, max(y0 - 12, 0)), name, fill="white")
+        return np.asarray(picture)
+
+    def _colour(self, label: str) -> tuple[int, int, int]:
+        """The golden angle keeps the hues of neighbouring labels apart, in whatever order they came to be known."""
+        index = int(sum(self.text.encode_unbounded([label])[0]))
+        return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(index * 0.618 % 1, 0.85, 0.75))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        config, _ = self.text.state()
+        return {"recipe": dataclasses.asdict(self.recipe), "pieces": config["pieces"], "merges": config["merges"]}, {}
+
+    @classmethod
+    def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> "BoxTokenizer":
+        recipe = BoxRecipe(**config["recipe"])
+        text = TextTokenizer(
+            recipe=recipe.text, pieces=config["pieces"], merges=config["merges"], split_words=False, card={}
+        )
+        return cls(recipe=recipe, text=text, card=card)
+
+
+def _file_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} is neither a readable JSON file nor JSON text: {error}") from error

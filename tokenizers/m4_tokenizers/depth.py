@@ -1,0 +1,141 @@
+"""Depth maps as a grid of learned tokens.
+
+Two channels: log-depth, scaled to [-1, 1] over [min_depth, max_depth], and validity, negative where unknown. Unknown
+pixels read as the mean of the known ones in their patch (max_depth where there are none), so that codes are not spent
+on edges that no one asked for; their depth is not part of the loss.
+
+Axes: N images, H rows, W columns, C channels; depth is float32 [H W] in metres, 0 = unknown.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+
+from m4_tokenizers.image import write_image
+from m4_tokenizers.quantizers import code_use
+from m4_tokenizers.vq import GridRecipe, GridTokenizer, to_patches, to_pixels
+
+Depth = Float[np.ndarray, "H W"]
+VALIDITY = 0.5  # of a known pixel: validity is a sign, and needs less precision than depth
+# From near (light) to far (dark): lightness falls evenly, so that nearer reads as nearer without colours, too.
+COLOURS = np.array(
+    [[252, 246, 196], [253, 202, 126], [245, 147, 93], [220, 90, 98], [172, 51, 115], [116, 32, 115], [60, 24, 86]]
+)
+
+
+def depth_quality(given: np.ndarray, predicted: np.ndarray, where: np.ndarray) -> dict[str, float]:
+    """delta1 (share within a factor of 1.25; unknown counts as wrong) and AbsRel (of known predictions) on `where`."""
+    given, predicted = given[where], predicted[where]
+    known = predicted > 0
+    ratio = np.maximum(given, predicted) / np.maximum(np.minimum(given, predicted), 1e-6)
+    relative = np.abs(predicted - given)[known] / given[known]
+    return {
+        "delta1": round(float(np.mean(known & (ratio < 1.25))), 4),
+        "abs_rel": round(float(relative.mean()) if known.any() else float("inf"), 4),
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthRecipe(GridRecipe):
+    """Depths from `min_depth` to `max_depth` metres; nearer or farther ones are clipped."""
+
+    signal: str = "depth"
+    name: str = "depth_tokens"
+    min_depth: float = 0.5
+    max_depth: float = 30.0
+    num_codes: int = 512
+    num_steps: int = 400
+
+    @property
+    def num_channels(self) -> int:
+        return 2
+
+    def to_pixels(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
+        size = self.image_size
+        for depth in signals:
+            given = f"{getattr(depth, 'dtype', type(depth).__name__)} {list(np.shape(depth))}"
+            if given != f"float32 [{size}, {size}]":
+                raise ValueError(f"a depth map of {given} was given; allowed: float32 [{size}, {size}] in metres")
+        metres = np.stack(signals)
+        known = (metres > 0) & np.isfinite(metres)
+        clipped = np.where(known, metres, self.max_depth).clip(self.min_depth, self.max_depth)
+        position = 2 * np.log(clipped / self.min_depth) / np.log(self.max_depth / self.min_depth) - 1
+        blocks, counted = (to_patches(x[..., None], self.patch_size) for x in (position, known))
+        sums = np.sum(blocks * counted, axis=-1, keepdims=True)
+        means = np.where(counted.any(axis=-1, keepdims=True), sums / np.maximum(counted.sum(-1, keepdims=True), 1), 1)
+        position = to_pixels(np.where(counted, blocks, means), self.patch_size)[..., 0]
+        return np.stack([position, np.where(known, VALIDITY, -VALIDITY)], axis=-1).astype(np.float32)
+
+    def to_signals(self, pixels: Float[np.ndarray, "N H W C"]) -> list[Any]:
+        position, known = (pixels[..., 0].clip(-1, 1) + 1) / 2, pixels[..., 1] > 0
+        metres = self.min_depth * np.exp(position * np.log(self.max_depth / self.min_depth))
+        return list(np.where(known, metres, 0).astype(np.float32))
+
+    def loss_weights(self, pixels: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        return jnp.stack([pixels[..., 1] > 0, jnp.ones_like(pixels[..., 1], bool)], axis=-1).astype(pixels.dtype)
+
+    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "DepthTokenizer":
+        model, held_out, mean_pixels, card = self.fit_grid(source, seed=seed)
+        tokenizer = DepthTokenizer(recipe=self, model=model, card=card)
+        ids = tokenizer.encode([example[self.signal] for example in held_out])
+        given = np.stack([example[self.signal] for example in held_out])
+        # Where most of the examples' depths are unknown, the mean map still names one: it competes on known pixels.
+        mean_map = self.to_signals(np.stack([mean_pixels[..., 0], np.ones_like(mean_pixels[..., 0])], axis=-1)[None])
+        predictions = {"": np.stack(tokenizer.decode(ids)), "_of_mean_map": np.stack(mean_map * len(given))}
+        regions = {"": given > 0}
+        if "instance" in held_out[0]:
+            on_object = np.stack([example["instance"] for example in held_out]) > 0
+            regions["_on_objects"] = on_object & (given > 0)
+        for (who, predicted), (place, where) in itertools.product(predictions.items(), regions.items()):
+            card.update({f"{k}{who}{place}": v for k, v in depth_quality(given, predicted, where).items()})
+        card.update(
+            component="depth",
+            values=f"metres, {self.min_depth} to {self.max_depth}, 0 = unknown",
+            known_agreement=round(float(np.mean((predictions[""] > 0) == (given > 0))), 4),
+            **code_use(np.stack(ids), self.num_codes),
+        )
+        return tokenizer
+
+
+class DepthTokenizer(GridTokenizer):
+    recipe_class = DepthRecipe
+
+    def read(self, value: str) -> Depth:
+        """A 16-bit PNG in millimetres or an .npy file in metres."""
+        size = self.recipe.image_size
+        try:
+            if Path(value).suffix == ".npy":
+                metres = np.load(value).astype(np.float32)
+            else:
+                with Image.open(value) as file:
+                    if not file.mode.startswith("I"):
+                        raise ValueError(f"its mode is {file.mode}, not 16 bits of one channel")
+                    metres = np.asarray(file).astype(np.float32) / np.float32(1000)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{value} is not a 16-bit PNG in millimetres or an .npy in metres: {error}") from error
+        if metres.ndim != 2:
+            raise ValueError(f"{value} holds an array of shape {list(metres.shape)}; allowed: [H, W]")
+        height, width = metres.shape
+        side = min(height, width)
+        # Nearest pixels, since a mean over an edge lies on neither side; the middle square first.
+        index = ((np.arange(size) + 0.5) * side / size).astype(int)
+        return metres[(height - side) // 2 + index][:, (width - side) // 2 + index]
+
+    def write(self, signal: Depth, folder: Path, *, image: np.ndarray | None) -> None:
+        name = self.modality.signal
+        millimetres = np.round(signal * 1000).clip(0, np.iinfo(np.uint16).max).astype(np.uint16)
+        write_image(millimetres, folder, f"{name}.png")
+        write_image(self.draw(signal, image=image), folder, f"{name}_color.png")
+
+    def draw(self, signal: Depth, *, image: np.ndarray | None) -> UInt8[np.ndarray, "H W 3"]:
+        """Near light, far dark, unknown black."""
+        position = (self.recipe.to_pixels([signal.astype(np.float32)])[0, ..., 0] + 1) / 2 * (len(COLOURS) - 1)
+        channels = [np.interp(position, np.arange(len(COLOURS)), COLOURS[:, c]) for c in range(3)]
+        return np.where(signal[..., None] > 0, np.stack(channels, axis=-1), 0).astype(np.uint8)

@@ -1,0 +1,160 @@
+"""Images: as a grid of learned tokens, and as plain pixel patches (input only).
+
+Axes: H rows, W columns; images are uint8 [H W 3].
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from m4.modality import Features
+from m4_tokenizers.quantizers import code_use
+from m4_tokenizers.vq import GridRecipe, GridTokenizer, to_patches, to_pixels
+
+Pixels = UInt8[np.ndarray, "H W 3"]
+
+
+def read_image(path: str | Path, size: int) -> Pixels:
+    """Any image file, upright, on white, resized on its short side and cropped in the middle."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip to 8
+                image = Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGBA")
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable image: {error}") from error
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.size != (size, size):
+        warnings.warn(f"{path}: {image.width} x {image.height} resized and cropped to {size} x {size}", stacklevel=2)
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).copy()
+
+
+def check_images(signals: Seq[Any], size: int) -> UInt8[np.ndarray, "N H W 3"]:
+    for image in signals:
+        given = f"{getattr(image, 'dtype', type(image).__name__)} {list(np.shape(image))}"
+        if given != f"uint8 [{size}, {size}, 3]":
+            raise ValueError(f"an image of {given} was given; allowed: uint8 [{size}, {size}, 3]")
+    return np.stack(signals)
+
+
+def peak_ratio(error: np.ndarray) -> float:
+    """PSNR in dB of squared errors of numbers in [0, 1]."""
+    return round(float(-10 * np.log10(max(error.mean(), 1e-10))), 2)
+
+
+def write_image(image: Pixels, folder: Path, name: str) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(Path(folder) / name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageRecipe(GridRecipe):
+    signal: str = "rgb"
+    name: str = "rgb_tokens"
+
+    @property
+    def num_channels(self) -> int:
+        return 3
+
+    def to_pixels(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
+        return check_images(signals, self.image_size).astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+    def to_signals(self, pixels: Float[np.ndarray, "N H W C"]) -> list[Any]:
+        return list(np.round((pixels.clip(-1, 1) + 1) * 127.5).astype(np.uint8))
+
+    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "ImageTokenizer":
+        model, held_out, mean_pixels, card = self.fit_grid(source, seed=seed)
+        tokenizer = ImageTokenizer(recipe=self, model=model, card=card)
+        ids = tokenizer.encode([example[self.signal] for example in held_out])
+        decoded = np.stack(tokenizer.decode(ids)) / np.float32(255)
+        given = np.stack([example[self.signal] for example in held_out]) / np.float32(255)
+        error, mean_error = (decoded - given) ** 2, ((mean_pixels + 1) / 2 - given) ** 2
+        card.update(component="image", values="uint8, 0 to 255", psnr=peak_ratio(error))
+        card.update(psnr_of_mean_image=peak_ratio(mean_error), **code_use(np.stack(ids), self.num_codes))
+        card.update(mean=[0.0] * 3, std=[1.0] * 3)
+        if "instance" in held_out[0]:
+            on_object = np.stack([example["instance"] for example in held_out]) > 0
+            card.update(psnr_on_objects=peak_ratio(error[on_object]))
+            card.update(psnr_of_mean_image_on_objects=peak_ratio(mean_error[on_object]))
+        return tokenizer
+
+
+class ImageFiles:
+    """Reading, writing and drawing of images, for any tokenizer whose recipe has an image_size."""
+
+    def read(self, value: str) -> Pixels:
+        return read_image(value, self.recipe.image_size)
+
+    def write(self, signal: Pixels, folder: Path, *, image: np.ndarray | None) -> None:
+        write_image(signal, folder, f"{self.modality.signal}.png")
+
+    def draw(self, signal: Pixels, *, image: np.ndarray | None) -> Pixels:
+        return signal
+
+
+class ImageTokenizer(ImageFiles, GridTokenizer):
+    recipe_class = ImageRecipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixelPatchesRecipe:
+    """Patches of pixels as they are, channels fastest; the model normalises them with mean and std."""
+
+    signal: str = "rgb"
+    name: str = "rgb_pixels"
+    image_size: int = 64
+    patch_size: int = 8
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+
+    @property
+    def modality(self) -> Features:
+        return Features(
+            name=self.name,
+            signal=self.signal,
+            shape=(self.image_size // self.patch_size,) * 2,
+            size=self.patch_size**2 * 3,
+            scale=255.0,
+            mean=self.mean,
+            std=self.std,
+        )
+
+    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "PixelPatches":
+        card = {
+            "component": "pixels",
+            "signal": self.signal,
+            "values": "uint8, 0 to 255",
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "tokens_per_sample": self.modality.max_tokens,
+        }
+        return PixelPatches(recipe=self, card=card)
+
+
+class PixelPatches(ImageFiles):
+    def __init__(self, *, recipe: PixelPatchesRecipe, card: dict[str, Any]):
+        self.recipe, self.card, self.modality = recipe, card, recipe.modality
+
+    def encode(self, signals: Seq[Any]) -> list[np.ndarray]:
+        patches = to_patches(check_images(signals, self.recipe.image_size), self.recipe.patch_size)
+        return list(patches.reshape(len(patches), -1, patches.shape[-1]))
+
+    def decode(self, ids: Seq[np.ndarray]) -> list[Pixels]:
+        patches = np.stack(ids).reshape(len(ids), *self.modality.shape, self.modality.size)
+        return list(to_pixels(patches, self.recipe.patch_size).astype(np.uint8))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return dataclasses.asdict(self.recipe), {}
+
+    @classmethod
+    def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> "PixelPatches":
+        config = {**config, "mean": tuple(config["mean"]), "std": tuple(config["std"])}
+        return cls(recipe=PixelPatchesRecipe(**config), card=card)

@@ -1,0 +1,231 @@
+"""Captions as tokens: byte-level, so that every string has ids, with a few reserved ids in front.
+
+    id  0      1      2      3      4 ..            4 + S ..                    then       then
+        [PAD]  [UNK]  [SOS]  [EOS]  [S_0] [S_1] ..  v0=0 .. v0=B-1 v1=0 .. v3=.. [D_0] ..   bytes, words, merges, unused
+
+S sentinels mark masked spans ([S_1] is the first in use, as in 4M), B bins give the four coordinates of a box, and the
+32 [D_i] are left to declare tasks. Hugging Face's model only knows the ids behind the reserved ones: whatever a user
+types, "[EOS]" included, is bytes.
+"""
+
+import dataclasses
+import functools
+import json
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from m4.modality import Sequence
+
+PAD, UNK, SOS, EOS = range(4)
+NUM_COORDINATES, NUM_DECLARATIONS = 4, 32
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # one printable character for each of the 256 bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the reserved ids lie."""
+
+    num_sentinels: int
+    num_bins: int
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        return (
+            *("[PAD]", "[UNK]", "[SOS]", "[EOS]"),
+            *(f"[S_{i}]" for i in range(self.num_sentinels)),
+            *(f"v{axis}={i}" for axis in range(NUM_COORDINATES) for i in range(self.num_bins)),
+            *(f"[D_{i}]" for i in range(NUM_DECLARATIONS)),
+        )
+
+    @property
+    def first_sentinel(self) -> int:
+        return EOS + 2  # [S_1]: masking never used [S_0]
+
+    @property
+    def first_coordinate(self) -> int:
+        return EOS + 1 + self.num_sentinels
+
+    @property
+    def first_text(self) -> int:
+        return self.first_coordinate + NUM_COORDINATES * self.num_bins + NUM_DECLARATIONS
+
+
+def as_sequence(*, name: str, signal: str, vocab_size: int, max_length: int, layout: Layout) -> Sequence:
+    return Sequence(
+        name=name,
+        signal=signal,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        first_sentinel=layout.first_sentinel,
+        num_sentinels=layout.num_sentinels - 1,
+        end_id=EOS,
+    )
+
+
+def fit_pieces(texts: Seq[str], *, num_pieces: int, split_words: bool) -> tuple[list[str], list[list[str]]]:
+    """(pieces, merges) of a byte-level model: the 256 bytes first, at most `num_pieces` in all.
+
+    Where all words (with their leading space) fit, each becomes one piece, at no cost for intermediate merges; any
+    other word is spelled in bytes. A larger corpus gets ordinary byte-pair merges. With `split_words` off a text is
+    one word.
+    """
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    if len(ALPHABET) + len(words) <= num_pieces:
+        return ALPHABET + words, []
+    model = FastTokenizer(models.BPE())
+    model.pre_tokenizer = splitter
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_pieces, initial_alphabet=ALPHABET, min_frequency=2, show_progress=False, special_tokens=[]
+    )
+    model.train_from_iterator(texts, trainer)
+    vocabulary = model.get_vocab()
+    state = json.loads(model.to_str())["model"]
+    return sorted(vocabulary, key=vocabulary.__getitem__), [list(pair) for pair in state["merges"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextRecipe:
+    """Text of at most `max_length` tokens, the closing [EOS] included."""
+
+    signal: str = "caption"
+    name: str = "caption"
+    vocab_size: int = 768
+    max_length: int = 32
+    num_bins: int = 64
+    num_sentinels: int = 16
+    num_examples: int = 4000
+
+    def __post_init__(self):
+        smallest = self.layout.first_text + len(ALPHABET)
+        if self.vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} is too small: {self.layout.first_text} reserved ids and "
+                f"{len(ALPHABET)} bytes need at least {smallest}"
+            )
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(num_sentinels=self.num_sentinels, num_bins=self.num_bins)
+
+    @property
+    def modality(self) -> Sequence:
+        return as_sequence(
+            name=self.name,
+            signal=self.signal,
+            vocab_size=self.vocab_size,
+            max_length=self.max_length,
+            layout=self.layout,
+        )
+
+    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "TextTokenizer":
+        texts = [source[i][self.signal] for i in range(min(len(source), self.num_examples))]
+        return self.fit_texts(texts, split_words=True, seed=seed)
+
+    def fit_texts(self, texts: Seq[str], *, split_words: bool, seed: int) -> "TextTokenizer":
+        """The tokenizer of these texts; nothing in it is random, so the seed is only noted."""
+        start = time.perf_counter()
+        pieces, merges = fit_pieces(texts, num_pieces=self.vocab_size - self.layout.first_text, split_words=split_words)
+        tokenizer = TextTokenizer(recipe=self, pieces=pieces, merges=merges, split_words=split_words, card={})
+        lengths = [len(ids) for ids in tokenizer.encode_unbounded(texts[:2000])]
+        tokenizer.card.update(
+            component="text",
+            signal=self.signal,
+            values="any Unicode string",
+            vocab_size=self.vocab_size,
+            reserved_ids=self.layout.first_text,
+            bytes_and_pieces=len(pieces),
+            mean_tokens=round(float(np.mean(lengths)), 2),
+            longest=int(max(lengths)),
+            num_examples=len(texts),
+            fit_seed=seed,
+            fit_seconds=round(time.perf_counter() - start, 2),
+        )
+        return tokenizer
+
+
+class TextTokenizer:
+    def __init__(
+        self, *, recipe: TextRecipe, pieces: list[str], merges: list[list[str]], split_words: bool, card: dict[str, Any]
+    ):
+        self.recipe, self.pieces, self.merges, self.split_words, self.card = recipe, pieces, merges, split_words, card
+        self.layout, self.modality = recipe.layout, recipe.modality
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        # ignore_merges: a word that is a piece needs no merges to become one.
+        model = models.BPE(vocab=vocabulary, merges=[tuple(pair) for pair in merges], ignore_merges=True)
+        self._model = FastTokenizer(model)
+        self._model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
+        self._model.decoder = decoders.ByteLevel()
+
+    def encode_unbounded(self, signals: Seq[str]) -> list[np.ndarray]:
+        """Ids closed by [EOS], however long."""
+        first = self.layout.first_text
+        encodings = self._model.encode_batch(list(signals), add_special_tokens=False)
+        return [np.array([first + i for i in encoding.ids] + [EOS], np.int32) for encoding in encodings]
+
+    def encode(self, signals: Seq[str]) -> list[np.ndarray]:
+        encoded = self.encode_unbounded(signals)
+        for text, ids in zip(signals, encoded, strict=True):
+            if len(ids) > self.modality.max_length:
+                raise ValueError(
+                    f"{self.modality.name} of {len(ids)} tokens is longer than the allowed "
+                    f"{self.modality.max_length}: {text[:60]!r}"
+                )
+        return encoded
+
+    def decode(self, ids: Seq[np.ndarray]) -> list[str]:
+        """The text up to the first [EOS]; reserved and unused ids say nothing, broken UTF-8 becomes U+FFFD."""
+        first = self.layout.first_text
+        texts = []
+        for row in ids:
+            row = np.asarray(row, np.int64).ravel()
+            ends = np.flatnonzero(row == EOS)
+            row = row[: ends[0]] if len(ends) else row
+            kept = row[(row >= first) & (row < first + len(self.pieces))] - first
+            texts.append(self._model.decode(kept.tolist(), skip_special_tokens=False))
+        return texts
+
+    def read(self, value: str) -> str:
+        return value
+
+    def write(self, signal: str, folder: Path, *, image: np.ndarray | None) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{self.modality.signal}.txt").write_text(signal + "\n", encoding="utf-8")
+
+    def draw(self, signal: str, *, image: np.ndarray | None) -> np.ndarray:
+        """The text, wrapped, in black on a white tile."""
+        tile = Image.new("RGB", (256, 256), "white")
+        printable = signal.encode("latin-1", "replace").decode("latin-1")  # all that PIL's built-in font has
+        lines = textwrap.wrap(printable, 38)[:18]
+        ImageDraw.Draw(tile).multiline_text((8, 8), "\n".join(lines), fill="black", spacing=3)
+        return np.asarray(tile)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        config = {
+            "recipe": dataclasses.asdict(self.recipe),
+            "pieces": self.pieces,
+            "merges": self.merges,
+            "split_words": self.split_words,
+        }
+        return config, {}
+
+    @classmethod
+    def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> "TextTokenizer":
+        recipe = TextRecipe(**config["recipe"])
+        return cls(
+            recipe=recipe,
+            pieces=config["pieces"],
+            merges=config["merges"],
+            split_words=config["split_words"],
+            card=card,
+        )
