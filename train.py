@@ -49,7 +49,9 @@ def main(c) -> None:
     init = lambda: nnx.split(Model(c.model, c.modalities, rngs=nnx.Rngs(c.seed), constrain=constrain), nnx.Param)  # noqa: E731
     graph, abstract = nnx.eval_shape(init)
     params = jax.jit(lambda: init()[1], out_shardings=sharding.shardings(abstract, mesh))()
-    state = jax.jit(optimizer.init, out_shardings=sharding.shardings(jax.eval_shape(optimizer.init, abstract), mesh))(params)
+    state = jax.jit(optimizer.init, out_shardings=sharding.shardings(jax.eval_shape(optimizer.init, abstract), mesh))(
+        params
+    )
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters on {mesh.size} device(s)", flush=True)
 
     # The example stream, and the last checkpoint if there is one.

@@ -5,6 +5,11 @@
 Hardware: 2 CPU cores. Time: TBD. Result: TBD.
 """
 
+from m4_tokenizers.boxes import BoxRecipe
+from m4_tokenizers.depth import DepthRecipe
+from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.text import TextRecipe
+
 from m4.config import Config
 from m4.datasets.scenes import Scenes
 from m4.evals.attributes import CaptionAttributes, ForegroundOverlap, ObjectColours
@@ -15,33 +20,61 @@ from m4.masking import Masking, Strategy
 from m4.model import ModelConfig
 from m4.optim import OptimizerConfig
 from m4.sampling import Autoregressive, MaskGIT
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.depth import DepthRecipe
-from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
-from m4_tokenizers.text import TextRecipe
 
 read_image = Strategy(  # look at a picture, say all there is to say
-    weight=0.5, inputs={"rgb_pixels": 1000.0}, targets={"depth_tokens": 0.5, "caption": 1.0, "boxes": 1.0}
+    weight=0.6, inputs={"rgb_pixels": 1000.0}, targets={"depth_tokens": 0.5, "caption": 1.0, "boxes": 1.0}
 )
 draw_caption = Strategy(  # a caption and some of the picture, predict the rest of the picture
-    weight=0.3, inputs={"caption": 1000.0, "rgb_tokens": 1.0}, targets={"rgb_tokens": 1.0}, keep="all"
+    weight=0.25, inputs={"caption": 1000.0, "rgb_tokens": 1.0}, targets={"rgb_tokens": 1.0}, keep="all"
 )
-draw_depth = Strategy(weight=0.2, inputs={"depth_tokens": 1000.0, "rgb_tokens": 1.0}, targets={"rgb_tokens": 1.0})
+draw_depth = Strategy(weight=0.15, inputs={"depth_tokens": 1000.0, "rgb_tokens": 1.0}, targets={"rgb_tokens": 1.0})
 
 config = Config(
     name="quickstart",
     source=Scenes(variant="simple", num_train=20_000),
-    tokenizers=(PixelPatchesRecipe(), ImageRecipe(), DepthRecipe(), TextRecipe(), BoxRecipe()),
-    masking=Masking(num_inputs=72, num_targets=56, strategies=(read_image, draw_caption, draw_depth)),
-    model=ModelConfig(width=192, num_heads=3, encoder_depth=4, decoder_depth=3, hidden=512),
-    optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=100),
+    tokenizers=(
+        PixelPatchesRecipe(),
+        ImageRecipe(num_codes=512, num_encoder_blocks=0, num_steps=500),
+        DepthRecipe(num_encoder_blocks=0, num_steps=300),
+        TextRecipe(),
+        BoxRecipe(),
+    ),
+    masking=Masking(num_inputs=72, num_targets=48, strategies=(read_image, draw_caption, draw_depth)),
+    model=ModelConfig(
+        width=192, num_heads=3, encoder_depth=3, decoder_depth=3, hidden=512, embedding_scale=14.0, position_base=30.0
+    ),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
     batch_size=64,
-    num_steps=800,
+    num_steps=780,
     evaluations=(
-        Direction(name="rgb_to_depth", inputs=("rgb",), target="depth", scheme=MaskGIT(steps=1, temperature=0), measure=DepthAccuracy()),
-        Direction(name="rgb_to_caption", inputs=("rgb",), target="caption", scheme=Autoregressive(), measure=CaptionAttributes()),
+        Direction(
+            name="rgb_to_depth",
+            inputs=("rgb",),
+            target="depth",
+            scheme=MaskGIT(steps=1, temperature=0),
+            measure=DepthAccuracy(),
+        ),
+        Direction(
+            name="rgb_to_caption",
+            inputs=("rgb",),
+            target="caption",
+            scheme=Autoregressive(),
+            measure=CaptionAttributes(),
+        ),
         Direction(name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), measure=BoxAccuracy()),
-        Direction(name="caption_to_rgb", inputs=("caption",), target="rgb", scheme=MaskGIT(steps=12, temperature=0.7), measure=ObjectColours()),
-        Direction(name="depth_to_rgb", inputs=("depth",), target="rgb", scheme=MaskGIT(steps=6, temperature=0.5), measure=ForegroundOverlap()),
+        Direction(
+            name="caption_to_rgb",
+            inputs=("caption",),
+            target="rgb",
+            scheme=MaskGIT(steps=8, temperature=0.7),
+            measure=ObjectColours(),
+        ),
+        Direction(
+            name="depth_to_rgb",
+            inputs=("depth",),
+            target="rgb",
+            scheme=MaskGIT(steps=6, temperature=0.5),
+            measure=ForegroundOverlap(),
+        ),
     ),
 )

@@ -1,8 +1,8 @@
 """Orbax checkpoints of a run, from which it resumes exactly, and loading a run's model for use.
 
-    WORKDIR/checkpoints/STEP/{params, optimizer, data}      data = position of the example stream
-    WORKDIR/config.json                                     all that is needed to build the model again
-    WORKDIR/tokenizers/*.safetensors
+WORKDIR/checkpoints/STEP/{params, optimizer, data}      data = position of the example stream
+WORKDIR/config.json                                     all that is needed to build the model again
+WORKDIR/tokenizers/*.safetensors
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Checkpoints:
     def restore(self, params: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
         """The last step's arrays, placed like the given ones (shapes are checked), and the data position."""
         like = {"params": params, "optimizer": optimizer}
-        arrays = {k: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, v)) for k, v in like.items()}
+        arrays = {
+            k: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, v)) for k, v in like.items()
+        }
         restored = self.manager.restore(self.latest, args=ocp.args.Composite(**arrays, data=ocp.args.JsonRestore()))
         return restored["params"], restored["optimizer"], restored["data"]
 

@@ -100,7 +100,9 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """One safetensors file: arrays, and class, config and card as JSON metadata. Saving what was loaded is byte-equal."""
     name = _name_of(type(tokenizer))
     if name not in components():
-        raise ValueError(f"{name} is not registered under the entry-point group m4.components; install the package first")
+        raise ValueError(
+            f"{name} is not registered under the entry-point group m4.components; install the package first"
+        )
     config, arrays = tokenizer.state()
     metadata = {"m4": json.dumps({"component": name, "config": config, "card": tokenizer.card}, sort_keys=True)}
     write_atomically(path, safetensors.numpy.save(arrays, metadata))

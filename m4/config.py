@@ -89,7 +89,9 @@ def from_cli(description: str, argv: list[str] | None = None) -> Any:
         print(usage, file=sys.stdout if asked else sys.stderr)
         raise SystemExit(0 if asked else 2)
     config = load_config(argv[0])
-    return tyro.cli(type(config), default=config, args=argv[1:], description=description, config=(tyro.conf.AvoidSubcommands,))
+    return tyro.cli(
+        type(config), default=config, args=argv[1:], description=description, config=(tyro.conf.AvoidSubcommands,)
+    )
 
 
 def save_or_check(config: Config) -> None:
@@ -112,7 +114,9 @@ def save_or_check(config: Config) -> None:
     try:
         write_atomically(file, json.dumps(new, indent=1).encode())
     except OSError as error:
-        raise ValueError(f"cannot write into workdir {config.folder}: {error.strerror}; give another --workdir") from error
+        raise ValueError(
+            f"cannot write into workdir {config.folder}: {error.strerror}; give another --workdir"
+        ) from error
 
 
 def _first_difference(where: str, before: Any, after: Any) -> tuple[str, Any, Any]:

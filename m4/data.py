@@ -211,7 +211,10 @@ def batches(
     options = grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count, drop_remainder=True)
     return iter(
         grain.experimental.ElasticIterator(
-            stream, batch_size, options, read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size)
+            stream,
+            batch_size,
+            options,
+            read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size),
         )
     )
 

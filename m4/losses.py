@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from m4.model import Model
 from m4.modality import Modalities
+from m4.model import Model
 from m4.tokens import Targets
 
 Weighting = Literal["modality", "token"]
@@ -42,7 +42,9 @@ def cross_entropy(model: Model, hidden: Float[Array, "B M D"], targets: Targets,
         per_token.astype(jnp.float32), model.modalities,
     )  # fmt: skip
     means = jax.lax.stop_gradient(sums) / (jnp.maximum(counts, 1) * per_token)
-    detail = {m.name: jnp.where(counts[i] > 0, means[i], jnp.nan) for i, m in enumerate(model.modalities) if m.vocab_size}
+    detail = {
+        m.name: jnp.where(counts[i] > 0, means[i], jnp.nan) for i, m in enumerate(model.modalities) if m.vocab_size
+    }
     return sums.sum(), {"loss": detail, "count": {m.name: counts[i] for i, m in enumerate(model.modalities)}}
 
 

@@ -51,7 +51,11 @@ class Masking:
         """Raises ValueError for unknown names, continuous targets, and weights or budgets that are not positive."""
         if self.num_inputs < 1 or self.num_targets < 1:
             raise ValueError(f"num_inputs={self.num_inputs} and num_targets={self.num_targets} must be at least 1")
-        if not self.strategies or any(s.weight < 0 for s in self.strategies) or not sum(s.weight for s in self.strategies):
+        if (
+            not self.strategies
+            or any(s.weight < 0 for s in self.strategies)
+            or not sum(s.weight for s in self.strategies)
+        ):
             raise ValueError("masking needs strategies with weights >= 0, one of them positive")
         predictable = [m.name for m in modalities if not isinstance(m, Features)]
         for strategy in self.strategies:
@@ -73,7 +77,9 @@ class Masking:
             pick.inputs(name, int(budget), strategy.keep)
         present = [n for n in strategy.targets if n in example]
         capacity = np.array([pick.remaining(n) for n in present], int)
-        for name, budget in zip(present, _split(strategy.targets, present, capacity, self.num_targets, rng), strict=True):
+        for name, budget in zip(
+            present, _split(strategy.targets, present, capacity, self.num_targets, rng), strict=True
+        ):
             pick.targets(name, int(budget))
         return pick.pack(self.num_inputs, self.num_targets)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -33,7 +32,12 @@ NUM_SHOTS = 17  # the query and up to 16 in-context examples
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes. `hidden` is the inner width of the MLPs (4M: 4 * width * 2 / 3)."""
+    """Sizes. `hidden` is the inner width of the MLPs (4M: 4 * width * 2 / 3).
+
+    `embedding_scale` multiplies token embeddings where they are read (sqrt(width) in Vaswani et al. 2017, section 3.4;
+    4M: 1). `position_base` is the longest wavelength of the sine-cosine positions over 2 pi (4M: 10000): for small grids
+    a smaller one tells neighbours apart sooner.
+    """
 
     width: int = 192
     num_heads: int = 3
@@ -41,6 +45,8 @@ class ModelConfig:
     decoder_depth: int = 4
     hidden: int = 512
     qk_norm: bool = False
+    embedding_scale: float = 1.0
+    position_base: float = 10_000.0
 
     def __post_init__(self):
         if self.width % self.num_heads or self.width % 4:
@@ -49,23 +55,23 @@ class ModelConfig:
             raise ValueError(f"every size must be at least 1: {self}")
 
 
-def sine_cosine(position: np.ndarray, width: int) -> np.ndarray:
-    """[P] positions -> [P width] sines then cosines at frequencies 10000^-(i / (width / 2))."""
-    angle = position[:, None] / 10000 ** (np.arange(width // 2) / (width // 2))
+def sine_cosine(position: np.ndarray, width: int, base: float) -> np.ndarray:
+    """[P] positions -> [P width] sines then cosines at frequencies base^-(i / (width / 2))."""
+    angle = position[:, None] / base ** (np.arange(width // 2) / (width // 2))
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
 
 @functools.lru_cache(maxsize=8)
-def position_table(modalities: Modalities, width: int) -> tuple[np.ndarray, np.ndarray]:
+def position_table(modalities: Modalities, width: int, base: float) -> tuple[np.ndarray, np.ndarray]:
     """Fixed position embeddings of all modalities, float32 [P width], and the first row of each modality, int32."""
     tables = []
     for m in modalities:
         if isinstance(m, Sequence):
-            tables.append(sine_cosine(np.arange(m.max_tokens), width))
+            tables.append(sine_cosine(np.arange(m.max_tokens), width, base))
         else:
             # One half of the width for each of the last two axes; a 1-D grid uses the second half alone.
             rows, columns = np.divmod(np.arange(m.max_tokens), m.shape[-1])
-            tables.append(np.concatenate([sine_cosine(columns, width // 2), sine_cosine(rows, width // 2)], axis=1))
+            tables.append(np.concatenate([sine_cosine(x, width // 2, base) for x in (columns, rows)], axis=1))
     first = np.cumsum([0, *(len(t) for t in tables)])[:-1]
     return np.concatenate(tables).astype(np.float32), first.astype(np.int32)
 
@@ -73,7 +79,9 @@ def position_table(modalities: Modalities, width: int) -> tuple[np.ndarray, np.n
 class Model(nnx.Module):
     """`constrain` is applied to activations between blocks; the model knows nothing of meshes."""
 
-    def __init__(self, config: ModelConfig, modalities: Modalities, *, rngs: nnx.Rngs, constrain: Constrain = lambda x: x):
+    def __init__(
+        self, config: ModelConfig, modalities: Modalities, *, rngs: nnx.Rngs, constrain: Constrain = lambda x: x
+    ):
         c = config
         self.config, self.modalities, self.constrain = config, modalities, constrain
         normal = functools.partial(nnx.initializers.normal(0.02), dtype=jnp.float32)
@@ -97,14 +105,15 @@ class Model(nnx.Module):
 
     def address(self, modality: Array, position: Array, shot: Array) -> Float[Array, "B L D"]:
         """The part of an embedding that says where a token belongs."""
-        table, first = position_table(self.modalities, self.config.width)
+        table, first = position_table(self.modalities, self.config.width, self.config.position_base)
         where = jnp.asarray(table)[jnp.asarray(first)[modality] + position]
         return where + self.modality_embedding[...][modality] + self.shot_embedding[...][shot]
 
     def tokens(self, ids: Int[Array, "B L"], modality: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Rows of the one embedding table."""
         offsets = jnp.asarray(self.modalities.offsets[:-1], jnp.int32)
-        return self.token_embedding[...][jnp.clip(offsets[modality] + ids, 0, self.modalities.vocab_size - 1)]
+        rows = self.token_embedding[...][jnp.clip(offsets[modality] + ids, 0, self.modalities.vocab_size - 1)]
+        return rows * self.config.embedding_scale
 
     def encode(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B N D"]:
         """What the decoder reads of the inputs; slots that are not valid hold numbers without meaning."""
@@ -128,7 +137,7 @@ class Model(nnx.Module):
 
     def decoder_input(self, targets: Targets) -> Float[Array, "B M D"]:
         known = self.tokens(targets.previous, targets.modality)
-        content = jnp.where((targets.previous >= 0)[..., None], known, self.mask_token[...])
+        content = jnp.where((targets.previous >= 0)[..., None], known, self.mask_token[...][None, None])
         return content + self.address(targets.modality, targets.position, targets.shot)
 
     def decoder_visibility(self, targets: Targets) -> Bool[Array, "B M M"]:

@@ -30,6 +30,10 @@ class Linear(nnx.Module):
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def _as_row(vector: Float[Array, " D"], like: Array) -> Array:
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
 @jax.custom_vjp
 def layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:
     """Layer normalisation over the last axis in float32; the backward pass keeps mean and deviation only."""
@@ -40,14 +44,14 @@ def _layer_norm_forward(x, scale):
     y = x.astype(jnp.float32)
     mean = y.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(y - mean).mean(-1, keepdims=True) + 1e-6)
-    return ((y - mean) * inverse * scale).astype(x.dtype), (x, mean, inverse, scale)
+    return ((y - mean) * inverse * _as_row(scale, y)).astype(x.dtype), (x, mean, inverse, scale)
 
 
 def _layer_norm_backward(residuals, g):
     x, mean, inverse, scale = residuals
     normal = (x.astype(jnp.float32) - mean) * inverse
     g = g.astype(jnp.float32)
-    d = g * scale
+    d = g * _as_row(scale, g)
     d = inverse * (d - d.mean(-1, keepdims=True) - normal * (d * normal).mean(-1, keepdims=True))
     return d.astype(x.dtype), (g * normal).reshape(-1, x.shape[-1]).sum(0)
 
@@ -89,7 +93,8 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
-    visible: Bool[Array, "B #T S"],
+    visible: Bool[Array, (B #T S
+)],
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention, softmax in float32; a query that sees no key at all gets zeros."""
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -99,12 +104,17 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of x to `context`, with optional normalisation of queries and keys (QK-norm)."""
+    """Multi-head attention of x to `context`, with optional normalisation of queries and keys (QK-norm).
+
+    Queries and keys start from equal kernels, so that a token first attends to its own address (mimetic initialisation,
+    Trockman & Kolter 2023, section 3).
+    """
 
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool, rngs: nnx.Rngs):
         self.num_heads = num_heads
         self.query = Linear(width, width, rngs=rngs)
         self.key_value = Linear(width, 2 * width, fan_out=width, rngs=rngs)
+        self.key_value.kernel[...] = self.key_value.kernel[...].at[:, :width].set(self.query.kernel[...])
         self.out = Linear(width, width, rngs=rngs)
         self.query_norm = LayerNorm(width // num_heads) if qk_norm else None
         self.key_norm = LayerNorm(width // num_heads) if qk_norm else None
@@ -162,7 +172,8 @@ class EncoderBlock(nnx.Module):
         self.mlp_norm = LayerNorm(width)
         self.mlp = SwiGLU(width, hidden, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], visible: Bool[Array, "B #T T"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], visible: Bool[Array, (B #T T
+)]) -> Float[Array, "B T D"]:
         y = self.attention_norm(x)
         x = x + self.attention(y, y, visible)
         return x + self.mlp(self.mlp_norm(x))

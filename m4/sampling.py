@@ -39,7 +39,9 @@ class Scheme(Protocol):
     def check(self, modality: Modality) -> None:
         """ValueError if the scheme cannot generate this kind of modality."""
 
-    def generate(self, model: Model, modality: Modality, inputs: Tokens, features: Any, keys: PRNGKeyArray) -> Generated: ...
+    def generate(
+        self, model: Model, modality: Modality, inputs: Tokens, features: Any, keys: PRNGKeyArray
+    ) -> Generated: ...
 
 
 def sample(logits: Float[Array, "*B V"], temperature: float, top_p: float, noise: Float[Array, "*B V"]):
@@ -92,7 +94,9 @@ class MaskGIT:
         known[-1] = num_tokens
         return np.diff(known, prepend=0)
 
-    def generate(self, model: Model, modality: Modality, inputs: Tokens, features: Any, keys: PRNGKeyArray) -> Generated:
+    def generate(
+        self, model: Model, modality: Modality, inputs: Tokens, features: Any, keys: PRNGKeyArray
+    ) -> Generated:
         batch, num = inputs.ids.shape[0], modality.max_tokens
         shape = (batch, num)
         position = jnp.broadcast_to(jnp.arange(num), shape)
@@ -129,7 +133,9 @@ class Autoregressive:
         if not isinstance(modality, Sequence):
             raise ValueError(f"Autoregressive generates sequences; {modality.name!r} is a {type(modality).__name__}")
 
-    def generate(self, model: Model, modality: Modality, inputs: Tokens, features: Any, keys: PRNGKeyArray) -> Generated:
+    def generate(
+        self, model: Model, modality: Modality, inputs: Tokens, features: Any, keys: PRNGKeyArray
+    ) -> Generated:
         batch, length = inputs.ids.shape[0], modality.max_length + 1
         context = model.encode(inputs, features)
         one = jnp.ones((batch, 1), jnp.int32)
@@ -189,7 +195,9 @@ def pack(records: Seq[Mapping[str, np.ndarray]], modalities: Modalities, *, leng
     """Stored arrays by modality -> Tokens [B length], features. A sequence goes in whole, as in training."""
     rows: list[list[np.ndarray]] = []
     features = {
-        m.name: np.zeros((len(records), m.max_tokens, m.size), np.float32) for m in modalities if isinstance(m, Features)
+        m.name: np.zeros((len(records), m.max_tokens, m.size), np.float32)
+        for m in modalities
+        if isinstance(m, Features)
     }
     for b, record in enumerate(records):
         ids, modality, position = [], [], []
@@ -265,7 +273,9 @@ class Sampler:
         encoded = {name: self.tokenizers[name].encode(list(signals)) for name, signals in names.items()}
         return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
 
-    def generate(self, records: Seq[dict[str, np.ndarray]], stages: Seq[Stage], seed: int, first: int) -> dict[str, list]:
+    def generate(
+        self, records: Seq[dict[str, np.ndarray]], stages: Seq[Stage], seed: int, first: int
+    ) -> dict[str, list]:
         """One batch of encoded conditions through all stages; `first` is the index of its first sample."""
         records = [dict(r) for r in records]
         num = len(records)
@@ -288,7 +298,9 @@ class Sampler:
             out[stage.target] = self._decode(modality, ids[:num], generated.log_probability)
         return out
 
-    def _decode(self, modality: Modality, ids: list[np.ndarray], log_probability: Float[np.ndarray, "B n"]) -> list[Any]:
+    def _decode(
+        self, modality: Modality, ids: list[np.ndarray], log_probability: Float[np.ndarray, "B n"]
+    ) -> list[Any]:
         tokenizer = self.tokenizers[modality.name]
         if hasattr(tokenizer, "decode_with_scores"):
             return [tokenizer.decode_with_scores(i, lp[: len(i)]) for i, lp in zip(ids, log_probability, strict=False)]
@@ -302,5 +314,3 @@ def _trim(ids: Int[np.ndarray, " n"], modality: Modality) -> np.ndarray:
     stop = np.flatnonzero((ids == modality.end_id) | (ids == modality.first_sentinel + 1))
     kept = ids[: stop[0] if len(stop) else modality.max_length - 1]
     return np.append(kept[: modality.max_length - 1], modality.end_id)
-
-

@@ -30,8 +30,12 @@ class MeshConfig:
         rest = self.fsdp * self.tensor
         data = num // rest if self.data == -1 else self.data
         if data < 1 or data * rest != num:
-            raise ValueError(f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not use {num} devices")
-        return jax.make_mesh((data, self.fsdp, self.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+            raise ValueError(
+                f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not use {num} devices"
+            )
+        return jax.make_mesh(
+            (data, self.fsdp, self.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+        )
 
 
 def parameter_spec(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
 from m4_tokenizers.quantizers import code_use, fit_codebook, nearest_codes
 from m4_tokenizers.text import EOS, TextRecipe
+from m4_tokenizers.train import train
 from m4_tokenizers.vq import to_patches
 from PIL import Image
 
@@ -21,7 +23,7 @@ from m4.components import load_tokenizer, save_tokenizer
 from m4.modality import Recipe, Tokenizer
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210)}
-TINY = dict(num_codes=32, latent_size=8, width=16, num_encoder_blocks=1, num_decoder_blocks=1, num_held_out=16)
+TINY = dict(num_codes=32, latent_size=8, width=18, num_encoder_blocks=1, num_decoder_blocks=1, num_held_out=16)
 
 
 def example(index: int) -> dict:
@@ -101,6 +103,7 @@ def test_batch_equals_single_and_ids_are_in_range(name, request):
     if name != "pixels":
         assert all(ids.min() >= 0 and ids.max() < tokenizer.modality.vocab_size for ids in batch)
         assert all(len(ids) <= tokenizer.modality.max_tokens for ids in batch)
+    assert tokenizer.encode([]) == []
     decoded = tokenizer.decode(batch[:2])
     np.testing.assert_equal(decoded[1], tokenizer.decode(batch[1:2])[0])
 
@@ -307,3 +310,17 @@ def test_no_warnings_on_exact_size(image, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         np.testing.assert_array_equal(image.read(str(tmp_path / "a.png")), EXAMPLES[0]["rgb"])
+
+
+def test_train_writes_files_and_sheets(tmp_path, capsys):
+    source = types.SimpleNamespace(prepare=lambda data_dir: None, split=lambda name, data_dir: EXAMPLES)
+    recipes = (PixelPatchesRecipe(), TextRecipe(), BoxRecipe())
+    config = types.SimpleNamespace(tokenizers=recipes, source=source, data_dir="", seed=0)
+    train(config, signals=["caption", "boxes"], out=tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"{n}.{e}" for n in ("caption", "boxes") for e in ("safetensors", "png")
+    }
+    assert load_tokenizer(tmp_path / "boxes.safetensors").card["num_labels"] == 3
+    assert "mean_tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no tokenizer of signal 'captoin'.*Did you mean 'caption'"):
+        train(config, signals=["captoin"], out=tmp_path)

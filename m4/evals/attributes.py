@@ -62,7 +62,10 @@ class ForegroundOverlap:
     def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The training-mean mask, cut at the threshold that is best on the training examples."""
         mean = np.mean([e["instance"] > 0 for e in train], axis=0)
-        scores = {t: self._overlap([mean > t] * len(train), train)["value"] for t in np.quantile(mean, np.linspace(0, 0.95, 20))}
+        scores = {
+            t: self._overlap([mean > t] * len(train), train)["value"]
+            for t in np.quantile(mean, np.linspace(0, 0.95, 20))
+        }
         return self._overlap([mean > max(scores, key=scores.__getitem__)] * len(examples), examples)
 
     def _overlap(self, masks: Sequence[np.ndarray], examples: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -12,7 +12,9 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-Boxes = dict[str, Any]  # {"bbox": float32 [n 4] as (ymin, xmin, ymax, xmax) in [0, 1], "label": n str, "score": n float}
+Boxes = dict[
+    str, Any
+]  # {"bbox": float32 [n 4] as (ymin, xmin, ymax, xmax) in [0, 1], "label": n str, "score": n float}
 
 
 def mean_average_precision(predictions: Sequence[Boxes], truths: Sequence[Boxes], *, iou: float = 0.5) -> float:
@@ -85,7 +87,9 @@ def _constant_boxes(train: Sequence[dict[str, Any]], k: int) -> Boxes:
         centres = points[np.linspace(0, len(points) - 1, min(k, len(points))).astype(int)]
         for _ in range(20):
             nearest = np.linalg.norm(points[:, None] - centres[None], axis=-1).argmin(1)
-            centres = np.stack([points[nearest == i].mean(0) if (nearest == i).any() else c for i, c in enumerate(centres)])
+            centres = np.stack(
+                [points[nearest == i].mean(0) if (nearest == i).any() else c for i, c in enumerate(centres)]
+            )
         out["bbox"].extend(centres)
         out["label"].extend([label] * len(centres))
         out["score"].extend((nearest == i).mean() for i in range(len(centres)))

@@ -1,6 +1,6 @@
 """Scores a trained model in several directions, each beside its trivial baseline and its tokenizer's bound.
 
-    normalised = (value - baseline) / (bound - baseline)     0 = trivial, 1 = as good as the tokenizer allows
+normalised = (value - baseline) / (bound - baseline)     0 = trivial, 1 = as good as the tokenizer allows
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def gallery(examples, predictions, directions: Sequence[Direction], sampler: Sampler, *, rows: int = 10, tile: int = 128):
+def gallery(
+    examples, predictions, directions: Sequence[Direction], sampler: Sampler, *, rows: int = 10, tile: int = 128
+):
     """uint8 picture: rows = samples; columns = the inputs and truths, then the prediction of each direction."""
     signals = list(dict.fromkeys(name for d in directions for name in (*d.inputs, d.target)))
     columns = [(f"{s} (truth)", s, [e[s] for e in examples]) for s in signals]

@@ -144,8 +144,8 @@ class PixelPatches(ImageFiles):
         self.recipe, self.card, self.modality = recipe, card, recipe.modality
 
     def encode(self, signals: Seq[Any]) -> list[np.ndarray]:
-        patches = to_patches(check_images(signals, self.recipe.image_size), self.recipe.patch_size)
-        return list(patches.reshape(len(patches), -1, patches.shape[-1]))
+        images = [check_images([signal], self.recipe.image_size) for signal in signals]
+        return [to_patches(image, self.recipe.patch_size).reshape(-1, self.modality.size) for image in images]
 
     def decode(self, ids: Seq[np.ndarray]) -> list[Pixels]:
         patches = np.stack(ids).reshape(len(ids), *self.modality.shape, self.modality.size)

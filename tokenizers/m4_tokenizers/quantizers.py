@@ -34,7 +34,7 @@ def fit_codebook(
     *,
     num_codes: int,
     seed: int,
-    num_rounds: int = 10,
+    num_rounds: int = 6,
     num_start_vectors: int = 16_384,
 ) -> Float[np.ndarray, "K D"]:
     """K-means: a k-means++ start on a sample (Arthur & Vassilvitskii 2007), then rounds over all vectors.

@@ -1,0 +1,94 @@
+"""Eight simulated devices, checked shapes and a compilation cache for every test."""
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # 8 devices on few cores can deadlock otherwise
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "m4_jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from absl import flags  # noqa: E402
+
+flags.FLAGS.mark_as_parsed()  # grain reads absl flags in worker processes
+from jaxtyping import install_import_hook  # noqa: E402
+
+with install_import_hook(["m4.nn", "m4.model", "m4.losses", "m4.masking"], "beartype.beartype"):
+    import m4.losses
+    import m4.masking
+    import m4.model
+    import m4.nn  # noqa: F401
+
+import dataclasses  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from m4.masking import Masking, Strategy  # noqa: E402
+from m4.modality import Features, Grid, Modalities, Sequence  # noqa: E402
+from m4.model import ModelConfig  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def modalities():
+    """One of each kind, small."""
+    return Modalities(
+        [
+            Features(name="rgb_pixels", signal="rgb", shape=(3, 4), size=6, scale=255.0, mean=(0.5,), std=(0.25,)),
+            Grid(name="rgb_tokens", signal="rgb", vocab_size=11, shape=(3, 4)),
+            Grid(name="depth_tokens", signal="depth", vocab_size=7, shape=(3, 4)),
+            Sequence(
+                name="caption",
+                signal="caption",
+                vocab_size=30,
+                max_length=10,
+                first_sentinel=5,
+                num_sentinels=8,
+                end_id=3,
+            ),
+        ]
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    return ModelConfig(width=16, num_heads=2, encoder_depth=2, decoder_depth=2, hidden=24)
+
+
+@pytest.fixture(scope="session")
+def masking(modalities):
+    anything = Strategy(
+        inputs={m.name: 0.5 for m in modalities},
+        targets={m.name: 0.5 for m in modalities if not isinstance(m, Features)},
+    )
+    return Masking(num_inputs=16, num_targets=14, strategies=(anything, dataclasses.replace(anything, keep="all")))
+
+
+@pytest.fixture(scope="session")
+def make_example(modalities):
+    """Stored arrays of example i."""
+
+    def make(i: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(i)
+        return {
+            "rgb_pixels": rng.integers(0, 256, (12, 6)).astype(np.uint8),
+            "rgb_tokens": rng.integers(0, 11, 12).astype(np.uint8),
+            "depth_tokens": rng.integers(0, 7, 12).astype(np.uint8),
+            "caption": np.append(rng.integers(14, 30, rng.integers(1, 9)), 3).astype(np.uint8),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batch(modalities, masking, make_example):
+    def make(size: int, seed: int = 0):
+        rows = [masking(make_example(i), modalities, np.random.default_rng([seed, i])) for i in range(size)]
+        return jax.tree.map(lambda *x: np.stack(x), *rows)
+
+    return make

@@ -1,0 +1,194 @@
+"""The model: no information flows where none may, padding and order change nothing, caches change nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from m4 import losses
+from m4.model import Model
+from m4.sampling import Autoregressive, MaskGIT, Sampler, pack
+from m4.tokens import MaskedBatch, Targets, Tokens
+
+
+@pytest.fixture(scope="module")
+def model(small_model, modalities):
+    return Model(small_model, modalities, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def batch(make_batch):
+    return jax.tree.map(jnp.asarray, make_batch(3))
+
+
+class Probed(Model):
+    """The model with noise added to the content of each input and target token, to take gradients by token."""
+
+    def tokens(self, ids, modality):
+        content = super().tokens(ids, modality)
+        return content + self.input_noise if ids.shape == self.input_noise.shape[:2] else content
+
+    def decoder_input(self, targets):
+        return super().decoder_input(targets) + self.target_noise
+
+
+def hidden_of_noise(model, batch):
+    def run(input_noise, target_noise):
+        probed = Probed(model.config, model.modalities, rngs=nnx.Rngs(0))
+        nnx.update(probed, nnx.state(model))
+        probed.input_noise, probed.target_noise = nnx.data(input_noise), nnx.data(target_noise)
+        return probed(batch)
+
+    return run
+
+
+def flow(model, batch):
+    """bool [B M M] and [B M N]: whether target slot i's output depends on target slot j, and on input slot j."""
+    width = model.config.width
+    at = jnp.zeros((*batch.inputs.ids.shape, width)), jnp.zeros((*batch.targets.ids.shape, width))
+    run = hidden_of_noise(model, batch)
+    probe = jax.random.normal(jax.random.key(0), (width,))
+    by_input, by_target = jax.jacrev(lambda a, b: jnp.einsum("bmd,d->bm", run(a, b), probe), argnums=(0, 1))(*at)
+    rows = jnp.arange(at[0].shape[0])
+    return (by_target[rows, :, rows] != 0).any(-1), (by_input[rows, :, rows] != 0).any(-1)
+
+
+def test_information_flow_is_exactly_the_rule(model, batch):
+    """Gradients are zero, exactly, from other modalities' targets, later tokens of a sequence, and padding."""
+    by_target, by_input = flow(model, batch)
+    t = jax.device_get(batch.targets)
+    ordered = t.modality == model.modalities.index("caption")
+    allowed = (t.modality[:, :, None] == t.modality[:, None]) & t.valid[:, None]
+    allowed &= ~ordered[:, :, None] | (t.position[:, None] <= t.position[:, :, None])
+    valid = t.valid
+    off = ~np.eye(valid.shape[1], dtype=bool)[None]
+    assert (~by_target | allowed | ~off)[valid].all()
+    assert by_target[allowed & off & valid[:, :, None]].mean() > 0.99  # and it does flow where it may
+    pixels = batch.inputs.modality == model.modalities.index("rgb_pixels")
+    token_input = batch.inputs.valid & ~pixels
+    seen = by_input & valid[:, :, None]
+    assert not (seen & ~token_input[:, None]).any()
+    assert (seen | ~(token_input[:, None] & valid[:, :, None])).all()
+
+
+def test_targets_never_see_their_own_ids(model, batch):
+    """The ids to be predicted are not read at all."""
+    other = batch._replace(targets=batch.targets._replace(ids=(batch.targets.ids + 1) % 7))
+    np.testing.assert_array_equal(model(batch), model(other))
+
+
+def test_padding_and_order_of_inputs_change_nothing(model, batch):
+    wider = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 5))), batch.inputs)
+    garbage = jnp.arange(wider.ids.shape[1]) >= batch.inputs.ids.shape[1]
+    wider = wider._replace(
+        ids=jnp.where(garbage[None], 2, wider.ids), modality=jnp.where(garbage[None], 1, wider.modality)
+    )
+    order = jax.random.permutation(jax.random.key(1), wider.ids.shape[1])
+    shuffled = jax.tree.map(lambda x: x[:, order], wider)
+    valid = batch.targets.valid
+    expected = model(batch)[valid]
+    for inputs in (wider, shuffled):
+        np.testing.assert_allclose(model(batch._replace(inputs=inputs))[valid], expected, atol=2e-5)
+
+
+def test_condition_may_be_empty(model, batch):
+    """No input at all (the unconditional pass of guidance) gives finite outputs and gradients."""
+    empty = batch._replace(inputs=batch.inputs._replace(valid=jnp.zeros_like(batch.inputs.valid)))
+    graph, params = nnx.split(model, nnx.Param)
+
+    def loss(params):
+        m = nnx.merge(graph, params)
+        return losses.cross_entropy(m, m(empty), empty.targets)[0]
+
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(params)))
+
+
+def plain_loss(model, hidden, targets, weighting):
+    """The definition, with every logit."""
+    total, means = 0.0, []
+    for i, m in enumerate(model.modalities):
+        if not m.vocab_size:
+            continue
+        log_p = jax.nn.log_softmax(model.logits(hidden, m.name))
+        nll = -jnp.take_along_axis(log_p, jnp.clip(targets.ids, 0, m.vocab_size - 1)[..., None], -1)[..., 0]
+        mine = targets.valid & (targets.modality == i)
+        total += jnp.where(mine, nll, 0).sum()
+        if mine.any():
+            means.append(jnp.where(mine, nll, 0).sum() / mine.sum())
+    return jnp.stack(means).mean() if weighting == "modality" else total / targets.valid.sum()
+
+
+@pytest.mark.parametrize("weighting", ["modality", "token"])
+@pytest.mark.parametrize("block", [4, 512])
+def test_loss_and_gradients_equal_the_definition(model, batch, weighting, block, monkeypatch):
+    graph, params = nnx.split(model, nnx.Param)
+    sums = losses.summed_cross_entropy
+    monkeypatch.setattr(losses, "summed_cross_entropy", lambda *a: sums(*a, block))
+
+    def ours(params):
+        m = nnx.merge(graph, params)
+        return losses.cross_entropy(m, m(batch), batch.targets, weighting=weighting)[0]
+
+    def plain(params):
+        m = nnx.merge(graph, params)
+        return plain_loss(m, m(batch), batch.targets, weighting)
+
+    (a, ga), (b, gb) = jax.value_and_grad(ours)(params), jax.value_and_grad(plain)(params)
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    for x, y in zip(jax.tree.leaves(ga), jax.tree.leaves(gb), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_cached_decoding_equals_uncached(model, modalities, make_example):
+    """Teacher-forced hidden vectors of one full pass = those of single steps with caches."""
+    records = [
+        {"rgb_pixels": make_example(i)["rgb_pixels"], "depth_tokens": make_example(i)["depth_tokens"]} for i in range(3)
+    ]
+    inputs, features = jax.tree.map(jnp.asarray, pack(records, modalities, length=30))
+    context = model.encode(inputs, features)
+    length, caption = 6, modalities.index("caption")
+    previous = jax.random.randint(jax.random.key(3), (3, length), 5, 30)
+    position = jnp.broadcast_to(jnp.arange(length), (3, length))
+    full = Targets(previous, previous, jnp.full_like(previous, caption), position, 0 * previous, previous >= 0)
+    expected = model.decode(full, context, inputs.valid)
+    cache = model.start_cache(context, length)
+    for i in range(length):
+        one = Targets(*(x[:, i : i + 1] for x in full))
+        hidden, cache = model.decode_step(one, cache, jnp.asarray(i), inputs.valid)
+        np.testing.assert_allclose(hidden[:, 0], expected[:, i], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheme,target", [(MaskGIT(steps=3), "depth_tokens"), (Autoregressive(temperature=1.0), "caption")]
+)
+def test_a_sample_does_not_depend_on_its_batch(model, modalities, make_example, scheme, target):
+    """Rows of a batch equal the same samples generated alone; another seed gives other samples."""
+    from m4.sampling import Stage
+
+    class Plain:
+        def decode(self, ids):
+            return list(ids)
+
+    records = [{"rgb_pixels": make_example(i)["rgb_pixels"]} for i in range(4)]
+    sampler = Sampler(model, {m.name: Plain() for m in modalities}, batch_size=4)
+    stages = [Stage(target=target, scheme=scheme)]
+    together = sampler.generate(records, stages, 7, 0)[target]
+    for i in range(4):
+        alone = sampler.generate(records[i : i + 1], stages, 7, i)[target]
+        np.testing.assert_array_equal(alone[0], together[i])
+    other = sampler.generate(records, stages, 8, 0)[target]
+    assert any(len(a) != len(b) or (a != b).any() for a, b in zip(together, other, strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8, 64, 100])
+def test_maskgit_fixes_every_token_once(steps):
+    kept = MaskGIT(steps=steps).num_kept(64)
+    assert kept.sum() == 64 and kept.min() >= 1 and len(kept) == min(steps, 64)
+    assert (np.diff(kept[:-1]) >= -1).all()  # the cosine schedule begins slowly
+
+
+def test_embedding_only_selected_tokens_needs_no_full_grid(model, batch):
+    """An example's encoder length is its number of slots, whatever the modalities could hold."""
+    assert model.encode(batch.inputs, batch.features).shape[1] == batch.inputs.ids.shape[1]
+    assert isinstance(batch, MaskedBatch) and isinstance(batch.inputs, Tokens)
