@@ -1,4 +1,4 @@
-"""One run, top to bottom: prepare, train (or resume), evaluate. `python train.py configs/quickstart.py [--field value]`"""
+"""One run, top to bottom: prepare, train (or resume), evaluate."""
 
 import functools
 import shutil

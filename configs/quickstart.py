@@ -5,11 +5,6 @@
 Hardware: 2 CPU cores. Time: TBD. Result: TBD.
 """
 
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.depth import DepthRecipe
-from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
-from m4_tokenizers.text import TextRecipe
-
 from m4.config import Config
 from m4.datasets.scenes import Scenes
 from m4.evals.attributes import CaptionAttributes, ForegroundOverlap, ObjectColours
@@ -20,14 +15,25 @@ from m4.masking import Masking, Strategy
 from m4.model import ModelConfig
 from m4.optim import OptimizerConfig
 from m4.sampling import Autoregressive, MaskGIT
+from m4_tokenizers.boxes import BoxRecipe
+from m4_tokenizers.depth import DepthRecipe
+from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.text import TextRecipe
 
-read_image = Strategy(  # look at a picture, say all there is to say
-    weight=0.6, inputs={"rgb_pixels": 1000.0}, targets={"depth_tokens": 0.5, "caption": 1.0, "boxes": 1.0}
+strategies = (
+    # Look at a picture, say all there is to say.
+    Strategy(weight=0.5, inputs={"rgb_pixels": 1.0}, targets={"depth_tokens": 0.5, "caption": 1.0, "boxes": 1.0}),
+    # Draw a caption; finish a drawing of a caption; paint a depth map.
+    Strategy(weight=0.2, inputs={"caption": 1.0}, targets={"rgb_tokens": 1.0}, keep="all"),
+    Strategy(
+        weight=0.2,
+        inputs={"caption": 1000.0, "rgb_tokens": 1.0},
+        targets={"rgb_tokens": 1.0},
+        keep="all",
+        input_share=(0.2, 0.8),
+    ),
+    Strategy(weight=0.1, inputs={"depth_tokens": 1000.0, "rgb_tokens": 1.0}, targets={"rgb_tokens": 1.0}),
 )
-draw_caption = Strategy(  # a caption and some of the picture, predict the rest of the picture
-    weight=0.25, inputs={"caption": 1000.0, "rgb_tokens": 1.0}, targets={"rgb_tokens": 1.0}, keep="all"
-)
-draw_depth = Strategy(weight=0.15, inputs={"depth_tokens": 1000.0, "rgb_tokens": 1.0}, targets={"rgb_tokens": 1.0})
 
 config = Config(
     name="quickstart",
@@ -39,13 +45,13 @@ config = Config(
         TextRecipe(),
         BoxRecipe(),
     ),
-    masking=Masking(num_inputs=72, num_targets=48, strategies=(read_image, draw_caption, draw_depth)),
+    masking=Masking(num_inputs=72, num_targets=48, strategies=strategies),
     model=ModelConfig(
         width=192, num_heads=3, encoder_depth=3, decoder_depth=3, hidden=512, embedding_scale=14.0, position_base=30.0
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
     batch_size=64,
-    num_steps=780,
+    num_steps=680,
     evaluations=(
         Direction(
             name="rgb_to_depth",
@@ -66,7 +72,7 @@ config = Config(
             name="caption_to_rgb",
             inputs=("caption",),
             target="rgb",
-            scheme=MaskGIT(steps=8, temperature=0.7),
+            scheme=MaskGIT(steps=8, temperature=1.0, choice_temperature=1000.0),
             measure=ObjectColours(),
         ),
         Direction(

@@ -28,9 +28,9 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--out", default="", help="where metrics.json and gallery.png go (default: the run's folder)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    from m4.evals.suite import evaluate
+    from m4.evals import suite
 
-    evaluate(args.run, args.out, seed=args.seed)
+    suite.evaluate(args.run, args.out, seed=args.seed)
 
 
 def generate(argv: list[str]) -> None:

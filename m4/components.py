@@ -97,7 +97,7 @@ def from_json(value: Any) -> Any:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """One safetensors file: arrays, and class, config and card as JSON metadata. Saving what was loaded is byte-equal."""
+    """One safetensors file: arrays, and class, config and card as JSON. Saving what was loaded is byte-equal."""
     name = _name_of(type(tokenizer))
     if name not in components():
         raise ValueError(

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +60,6 @@ def prepare(
     *,
     seed: int,
     splits: Seq[str] = ("train", "validation"),
-    say: Callable[[str], None] = functools.partial(print, flush=True),
 ) -> Prepared:
     """All that comes before training, each stage skipped when it is done: raw data, tokenizers, token shards."""
     data_dir = Path(data_dir)
@@ -73,7 +71,7 @@ def prepare(
         key = fingerprint([to_json(recipe), to_json(source), seed])
         files[name] = data_dir / "tokenizers" / f"{name}-{key}.safetensors"
         if not files[name].exists():
-            say(f"fitting tokenizer {name}")
+            print(f"fitting tokenizer {name}", flush=True)
             tokenizer = recipe.fit(source.split("train", data_dir), seed=seed)
             save_tokenizer(tokenizer, files[name])
         tokenizers[name] = load_tokenizer(files[name])

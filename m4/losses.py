@@ -28,7 +28,7 @@ def cross_entropy(model: Model, hidden: Float[Array, "B M D"], targets: Targets,
     """The loss in nats, and each modality's own mean (NaN when absent) and number of tokens.
 
     "modality": the mean over the modalities present in the global batch of their mean over its tokens. "token": the
-    mean over all tokens. Both are taken over the whole batch, so that no cut into devices or micro-batches changes them.
+    mean over all tokens. Both are taken over the whole batch, so that no cut over devices changes them.
     """
     num_modalities = len(model.modalities)
     modality = jnp.where(targets.valid, targets.modality, num_modalities).reshape(-1)

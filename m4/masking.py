@@ -31,12 +31,20 @@ class Strategy:
 
     A large value (1000) against small ones gives a modality nearly all slots; 0.5 everywhere gives varied subsets.
     `keep` says how much of a sequence that goes in is kept: a random share, all of it, or all or nothing.
+    `input_share` bounds the share of the input slots that is used, drawn uniformly for each example: parallel decoding
+    of a grid needs to have seen few known tokens as well as many.
     """
 
     inputs: Mapping[str, float]
     targets: Mapping[str, float]
     weight: float = 1.0
     keep: Literal["random", "all", "binary"] = "random"
+    input_share: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self):
+        low, high = self.input_share
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"input_share={self.input_share} must be two rising numbers within [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +81,8 @@ class Masking:
         pick = _Picker(example, modalities, rng)
         present = [n for n in strategy.inputs if n in example]
         capacity = np.array([pick.available(n) for n in present], int)
-        for name, budget in zip(present, _split(strategy.inputs, present, capacity, self.num_inputs, rng), strict=True):
+        num_inputs = round(self.num_inputs * rng.uniform(*strategy.input_share))
+        for name, budget in zip(present, _split(strategy.inputs, present, capacity, num_inputs, rng), strict=True):
             pick.inputs(name, int(budget), strategy.keep)
         present = [n for n in strategy.targets if n in example]
         capacity = np.array([pick.remaining(n) for n in present], int)

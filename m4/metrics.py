@@ -39,8 +39,8 @@ class Metrics:
         average = (now - self.first[1]) / max(step - self.first[0], 1)
         minutes, left = divmod(int(average * (self.num_steps - step)), 60)
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.2f}" for k, v in scalars.items() if k.startswith("loss"))
-        line = f"step {step}/{self.num_steps}  {losses}  {scalars['tokens_per_s']:,.0f} tokens/s  {minutes}:{left:02d} left"
-        print(line, file=sys.stdout, flush=True)
+        speed = f"{scalars['tokens_per_s']:,.0f} tokens/s  {minutes}:{left:02d} left"
+        print(f"step {step}/{self.num_steps}  {losses}  {speed}", flush=True)
 
     def close(self) -> None:
         self.file.close()

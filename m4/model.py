@@ -35,8 +35,8 @@ class ModelConfig:
     """Sizes. `hidden` is the inner width of the MLPs (4M: 4 * width * 2 / 3).
 
     `embedding_scale` multiplies token embeddings where they are read (sqrt(width) in Vaswani et al. 2017, section 3.4;
-    4M: 1). `position_base` is the longest wavelength of the sine-cosine positions over 2 pi (4M: 10000): for small grids
-    a smaller one tells neighbours apart sooner.
+    4M: 1). `position_base` is the longest wavelength of the sine-cosine positions over 2 pi (4M: 10000): for small
+    grids a smaller one tells neighbours apart sooner.
     """
 
     width: int = 192

@@ -93,8 +93,7 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
-    visible: Bool[Array, (B #T S
-)],
+    visible: Bool[Array, "B _ S"],
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention, softmax in float32; a query that sees no key at all gets zeros."""
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -172,8 +171,7 @@ class EncoderBlock(nnx.Module):
         self.mlp_norm = LayerNorm(width)
         self.mlp = SwiGLU(width, hidden, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], visible: Bool[Array, (B #T T
-)]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], visible: Bool[Array, "B _ T"]) -> Float[Array, "B T D"]:
         y = self.attention_norm(x)
         x = x + self.attention(y, y, visible)
         return x + self.mlp(self.mlp_norm(x))

@@ -72,19 +72,23 @@ def _check_sampling(scheme: Any) -> None:
 class MaskGIT:
     """Parallel decoding of a grid (Chang et al. 2022, section 3.2, as used by 4M, section 2.3).
 
-    Each step predicts all open positions, and keeps those it is surest of; the number kept follows a cosine.
+    Each step predicts all open positions, and keeps those it is surest of; the number kept follows a cosine. Sureness
+    is the log-probability of the drawn token plus Gumbel noise times `choice_temperature`, which falls linearly to
+    zero: without it background, being easiest, comes first and then crowds out what is rare. A very large value keeps
+    positions in random order.
     """
 
     steps: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
+    choice_temperature: float = 0.0
 
     def check(self, modality: Modality) -> None:
         _check_sampling(self)
         if not isinstance(modality, Grid):
             raise ValueError(f"MaskGIT generates grids; {modality.name!r} is a {type(modality).__name__}")
-        if self.steps < 1:
-            raise ValueError(f"MaskGIT(steps={self.steps}): steps must be at least 1")
+        if self.steps < 1 or self.choice_temperature < 0:
+            raise ValueError(f"{self}: steps must be at least 1 and choice_temperature at least 0")
 
     def num_kept(self, num_tokens: int) -> np.ndarray:
         """Tokens fixed by each step: int [steps], each at least 1, sum = num_tokens."""
@@ -103,21 +107,26 @@ class MaskGIT:
         index = jnp.full(shape, model.modalities.index(modality.name))
         zeros = jnp.zeros(shape, jnp.int32)
 
-        def step(carry, count):
+        def step(carry, count_and_left):
+            count, left = count_and_left
             ids, log_probability, known, keys = carry
-            keys, now = jnp.swapaxes(jax.vmap(lambda k: jax.random.split(k, 2))(keys), 0, 1)
+            keys, now, choice = jnp.swapaxes(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 0, 1)
             so_far = concatenate(inputs, Tokens(ids, index, position, zeros, known))
             context = model.encode(so_far, features)
             targets = Targets(ids, jnp.full(shape, -1), index, position, zeros, ~known)
             logits = model.logits(model.decode(targets, context, so_far.valid), modality.name)
             noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(now)
             drawn, sure = sample(logits, self.temperature, self.top_p, noise)
-            rank = jnp.argsort(jnp.argsort(jnp.where(known, -jnp.inf, sure), axis=-1, descending=True), axis=-1)
+            luck = self.choice_temperature * left * jax.vmap(lambda k: jax.random.gumbel(k, (num,)))(choice)
+            order = jnp.argsort(jnp.where(known, -jnp.inf, sure + luck), axis=-1, descending=True)
+            rank = jnp.argsort(order, axis=-1)
             new = ~known & (rank < count)
             return (jnp.where(new, drawn, ids), jnp.where(new, sure, log_probability), known | new, keys), None
 
         start = (zeros, jnp.zeros(shape), jnp.zeros(shape, bool), keys)
-        (ids, log_probability, _, _), _ = jax.lax.scan(step, start, jnp.asarray(self.num_kept(num)))
+        kept = self.num_kept(num)
+        left = 1 - np.arange(1, len(kept) + 1, dtype=np.float32) / len(kept)
+        (ids, log_probability, _, _), _ = jax.lax.scan(step, start, (jnp.asarray(kept), jnp.asarray(left)))
         return Generated(ids, log_probability)
 
 

@@ -1,7 +1,10 @@
 """Eight simulated devices, checked shapes and a compilation cache for every test."""
 
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # 8 devices on few cores can deadlock otherwise
@@ -92,3 +95,33 @@ def make_batch(modalities, masking, make_example):
         return jax.tree.map(lambda *x: np.stack(x), *rows)
 
     return make
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "train.py", "tests/tiny_config.py", *args]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])
+    return {**os.environ, "PYTHONPATH": path, "JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, data_dir):
+    """An uninterrupted run with evaluation."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = run("--workdir", str(workdir), "--data-dir", str(data_dir))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return workdir

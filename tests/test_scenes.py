@@ -14,8 +14,9 @@ import numpy as np
 import psutil
 import pytest
 
-from m4.datasets import scenes
-from m4.datasets.scenes import SHAPES, SIZES, VARIANTS, Scenes, scene
+from m4.datasets import rendering
+from m4.datasets.rendering import SHAPES, SIZES, VARIANTS, scene
+from m4.datasets.scenes import Scenes
 from m4.evals.scenes import (
     ATTRIBUTES,
     attribute_counts,
@@ -193,9 +194,9 @@ def test_plain_caption():
         {"size": size, "colour": colour, "shape": shape}
         for size, colour, shape in (("small", "red", "cube"), ("large", "blue", "sphere"), ("small", "green", "cone"))
     ]
-    assert scenes._list(objects) == "a small red cube, a large blue sphere and a small green cone"
-    assert scenes._list(objects[:2]) == "a small red cube and a large blue sphere"
-    assert scenes._list(objects[:1]) == "a small red cube"
+    assert rendering._list(objects) == "a small red cube, a large blue sphere and a small green cone"
+    assert rendering._list(objects[:2]) == "a small red cube and a large blue sphere"
+    assert rendering._list(objects[:1]) == "a small red cube"
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_a_killed_build_leaves_neither_data_nor_processes(tmp_path):
     script.write_text(
         f"from m4.datasets.scenes import Scenes\nif __name__ == '__main__':\n    {recipe}.prepare({str(tmp_path)!r})\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(scenes.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(rendering.__file__).parents[2])}
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     build = psutil.Popen([sys.executable, script], env=environment, **silent)
     deadline = time.monotonic() + 20

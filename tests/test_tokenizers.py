@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+
+from m4.components import load_tokenizer, save_tokenizer
+from m4.modality import Recipe, Tokenizer
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
@@ -17,10 +21,6 @@ from m4_tokenizers.quantizers import code_use, fit_codebook, nearest_codes
 from m4_tokenizers.text import EOS, TextRecipe
 from m4_tokenizers.train import train
 from m4_tokenizers.vq import to_patches
-from PIL import Image
-
-from m4.components import load_tokenizer, save_tokenizer
-from m4.modality import Recipe, Tokenizer
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210)}
 TINY = dict(num_codes=32, latent_size=8, width=18, num_encoder_blocks=1, num_decoder_blocks=1, num_held_out=16)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from m4.datasets.scenes import COLOURS, NAMES, VARIANTS
+from m4.datasets.rendering import COLOURS, NAMES, VARIANTS
 
 Object = Mapping[str, str]  # shape, colour, size, material: those that are known
 ATTRIBUTES = {  # what the captions of each variant mention

@@ -1,0 +1,119 @@
+"""Configs: JSON and back, errors with the closest match, imports in one direction, commands that the README shows."""
+
+import ast
+import dataclasses
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from m4.components import component_class, from_json, to_json
+from m4.config import from_cli, load_config
+from m4.modality import Features, Grid, Modalities
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return load_config(str(ROOT / "configs/quickstart.py"))
+
+
+def test_config_survives_json(quickstart):
+    quickstart.check()
+    text = json.dumps(to_json(quickstart))
+    assert from_json(json.loads(text)) == quickstart
+
+
+def test_unknown_field_and_component_are_named(quickstart):
+    content = to_json(quickstart)
+    with pytest.raises(ValueError, match="Did you mean 'batch_size'"):
+        from_json({**content, "batchsize": 1})
+    with pytest.raises(ValueError, match="unknown component 'dept'.*Did you mean 'depth'"):
+        component_class("dept")
+    for name in ("os:system", "m4.components:write_atomically", "m4.nothing_here"):
+        with pytest.raises((ValueError, ModuleNotFoundError)):
+            component_class(name)
+
+
+def test_command_line_overrides_fields(quickstart):
+    path = str(ROOT / "configs/quickstart.py")
+    changed = from_cli("", [path, "--num-steps", "7", "--model.width", "48", "--source.num-train", "99"])
+    assert changed == dataclasses.replace(
+        quickstart,
+        num_steps=7,
+        model=dataclasses.replace(quickstart.model, width=48),
+        source=dataclasses.replace(quickstart.source, num_train=99),
+    )
+
+
+def test_names_resolve_as_users_say_them(modalities):
+    assert modalities.as_input("rgb").name == "rgb_pixels"
+    assert modalities.as_input("rgb_tokens").name == "rgb_tokens"
+    assert modalities.as_target("rgb").name == "rgb_tokens"
+    assert modalities.as_input("depth").name == modalities.as_target("depth").name == "depth_tokens"
+    with pytest.raises(ValueError, match="'rgb_pixels' is input only"):
+        modalities.as_target("rgb_pixels")
+    with pytest.raises(ValueError, match="unknown modality 'dept'.*Did you mean 'depth'"):
+        modalities.as_target("dept")
+    with pytest.raises(ValueError, match="given twice"):
+        Modalities([modalities[1], modalities[1]])
+
+
+def test_a_new_modality_adds_rows_at_the_end(modalities):
+    new = Grid(name="thermal", signal="thermal", vocab_size=13, shape=(2, 2))
+    more = Modalities([*modalities, new])
+    assert more.offsets[: len(modalities) + 1] == modalities.offsets
+    assert more.vocab_size == modalities.vocab_size + 13
+    assert not any(m.vocab_size for m in modalities if isinstance(m, Features))
+
+
+LAYERS = [
+    ["components", "modality", "tokens"],
+    ["masking", "nn"],
+    ["model"],
+    ["losses"],
+    ["data", "optim", "sharding"],
+    ["checkpoints", "metrics"],
+    ["sampling"],
+    ["datasets", "evals"],
+    ["config"],
+    ["__main__"],
+]
+
+
+def test_imports_point_one_way():
+    """A module imports only from layers below its own (or its own), and m4 never imports m4_tokenizers."""
+    rank = {name: i for i, names in enumerate(LAYERS) for name in names}
+    for file in (ROOT / "m4").rglob("*.py"):
+        own = file.relative_to(ROOT / "m4").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                modules = [node.module] + [f"{node.module}.{a.name}" for a in node.names]
+            elif isinstance(node, ast.Import):
+                modules = [a.name for a in node.names]
+            for module in modules:
+                assert not module.startswith("m4_tokenizers"), f"{file} imports {module}"
+                parts = module.split(".")
+                if parts[0] == "m4" and len(parts) > 1 and parts[1] in rank and parts[1] != own:
+                    assert rank[parts[1]] <= rank[own], f"{file} imports {module}, which is above it"
+
+
+def test_the_readme_has_exactly_the_two_set_up_commands():
+    text = (ROOT / "README.md").read_text()
+    installs = [line.strip() for line in text.splitlines() if "pip install -e" in line]
+    assert installs == [
+        "pip install -e . && python train.py configs/quickstart.py",
+        'pip install -e ".[test]" && pytest',
+    ]
+
+
+def test_every_path_in_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    paths = set(re.findall(r"\b(?:m4|tokenizers|configs|tests|docs|scripts)/[\w/.]+\.\w+", text))
+    made_by_the_reader = {"configs/mine.py"}
+    assert paths
+    for path in paths - made_by_the_reader:
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,99 @@
+"""`python -m m4 generate`: the lines of the README on a tiny run; bad input is named."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment
+from PIL import Image
+
+
+def m4(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "m4", *args], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def readme_commands(verb: str) -> list[list[str]]:
+    """The README's lines of a verb, continuation lines joined, as argument lists."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    return [shlex.split(line)[3:] for line in text.splitlines() if line.strip().startswith(f"python -m m4 {verb} ")]
+
+
+def test_the_readme_shows_both_directions():
+    commands = readme_commands("generate")
+    assert any("rgb=" in " ".join(c) and "depth" in c for c in commands)
+    assert any("caption=" in " ".join(c) and "rgb" in c for c in commands)
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_generate_as_the_readme_says(index, whole_run, tmp_path):
+    """Exactly the README's arguments, on a tiny run and into a temporary folder; every promised file is there."""
+    args = readme_commands("generate")[index]
+    args[1], args[args.index("--out") + 1] = str(whole_run), str(tmp_path / "out")
+    done = m4(*args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "out").iterdir()
+    targets = args[args.index("--targets") + 1 : args.index("--out")]
+    if "depth" in targets:
+        depth = np.asarray(Image.open(folder / "depth.png"))
+        assert depth.dtype in (np.uint16, np.int32) and depth.shape == (64, 64)
+        assert Image.open(folder / "depth_color.png").size == (64, 64)
+    if "boxes" in targets:
+        for box in json.loads((folder / "boxes.json").read_text()):
+            assert set(box) >= {"bbox", "label"} and len(box["bbox"]) == 4
+        assert (folder / "boxes.png").exists()
+    if "caption" in targets:
+        assert (folder / "caption.txt").read_text().strip() in done.stdout
+    if "rgb" in targets:
+        assert np.asarray(Image.open(folder / "rgb.png")).shape == (64, 64, 3)
+
+
+def test_a_folder_gives_a_sample_for_each_file_and_seeds_reproduce(whole_run, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (80, 100, 3), np.uint8)).save(photos / "wide.png")
+    Image.fromarray(rng.integers(0, 256, (64, 64), np.uint8)).save(photos / "grey.png")
+    pixels = {}
+    for out in ("a", "b"):
+        done = m4(
+            "generate", str(whole_run), "--inputs", f"rgb={photos}", "--targets", "depth", "--out", str(tmp_path / out)
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "resized" in done.stderr  # said, because the picture was not 64 x 64
+        pixels[out] = [np.asarray(Image.open(tmp_path / out / n / "depth.png")) for n in ("grey", "wide")]
+    np.testing.assert_array_equal(pixels["a"], pixels["b"])
+
+
+@pytest.mark.parametrize(
+    "inputs,targets,message",
+    [
+        (["rbg=x.png"], ["depth"], "unknown modality 'rbg'"),
+        (["rgb"], ["depth"], "NAME=VALUE"),
+        (["rgb=missing.png"], ["depth"], "missing.png"),
+        (["caption=a cube"], ["rgb_pixels"], "input only"),
+        (["caption=a cube"], ["depht"], "Did you mean 'depth'"),
+        (["caption=a cube"], ["caption"], "already given"),
+        (["caption=" + "large red cube " * 60], ["rgb"], "longer than the allowed"),
+        (["rgb=EMPTY"], ["depth"], "empty folder"),
+    ],
+)
+def test_bad_input_is_named(inputs, targets, message, whole_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    inputs = [i.replace("EMPTY", str(tmp_path / "empty")) for i in inputs]
+    done = m4("generate", str(whole_run), "--inputs", *inputs, "--targets", *targets, "--out", str(tmp_path / "out"))
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("*/*"))
+
+
+def test_not_a_run_and_unknown_verb(tmp_path):
+    done = m4("evaluate", str(tmp_path / "nothing"))
+    assert done.returncode != 0 and "is not a run" in done.stderr
+    done = m4("generat")
+    assert done.returncode != 0 and re.search("unknown verb 'generat'.*Did you mean 'generate'", done.stderr)

@@ -1,0 +1,167 @@
+"""A run: killed and continued it ends with the same numbers; bad configs are named; eight devices equal one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, command, environment, run
+from flax import nnx
+
+from m4 import losses, sharding
+from m4.checkpoints import Checkpoints, load_run
+from m4.model import Model
+
+
+def final_arrays(workdir: Path) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(nnx.state(load_run(workdir).model, nnx.Param))]
+
+
+def logged(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        file = workdir / "metrics.jsonl"
+        if file.exists() and file.read_text().count("\n") >= step:
+            return
+        assert process.poll() is None, f"the run ended before step {step}"
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_a_run_leaves_what_the_readme_says(whole_run):
+    for name in ("metrics.json", "gallery.png", "metrics.jsonl", "checkpoints", "config.json", "tensorboard"):
+        assert (whole_run / name).exists(), name
+    stems = {p.stem for p in (whole_run / "tokenizers").iterdir()}
+    assert stems == {"rgb", "rgb_pixels", "depth", "caption", "boxes"}
+    scores = json.loads((whole_run / "metrics.json").read_text())
+    assert set(scores) == {"rgb_to_depth", "rgb_to_caption", "rgb_to_boxes", "caption_to_rgb", "depth_to_rgb"}
+    for score in scores.values():
+        assert {"value", "baseline", "bound", "normalised", "metric", "num_samples"} <= set(score)
+        assert score["num_samples"] == 12
+    assert [line["step"] for line in logged(whole_run)] == list(range(1, 31))
+
+
+def test_loss_falls(whole_run):
+    losses = [line["loss"] for line in logged(whole_run)]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.5
+
+
+def test_killed_and_continued_equals_uninterrupted(whole_run, data_dir, tmp_path):
+    """SIGKILL at a random step, SIGTERM at a later one, then to the end: the same parameters, bit for bit."""
+    workdir = tmp_path / "killed"
+    args = command("--workdir", str(workdir), "--data-dir", str(data_dir))
+    rng = np.random.default_rng(int(time.time()))
+    for sent, step in ((signal.SIGKILL, int(rng.integers(5, 12))), (signal.SIGTERM, int(rng.integers(16, 24)))):
+        process = subprocess.Popen(args, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+        wait_for_step(process, workdir, step)
+        process.send_signal(sent)
+        output = process.communicate(timeout=120)[0]
+        if sent == signal.SIGTERM:
+            assert process.returncode == 0 and "stopped by SIGTERM" in output
+            assert "resumed from step" in output
+    done = run("--workdir", str(workdir), "--data-dir", str(data_dir))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(final_arrays(workdir), final_arrays(whole_run), strict=True):
+        np.testing.assert_array_equal(a, b)
+    same = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in logged(workdir)]
+    assert same == [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in logged(whole_run)]
+
+
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        (["--model.widht", "3"], "width"),
+        (["--model.width", "30"], "multiple of num_heads"),
+        (["--batch-size", "0"], "batch_size=0 must be at least 1"),
+        (["--mesh.fsdp", "3"], "does not use"),
+        (["--source.variant", "simpel"], "simple"),
+    ],
+)
+def test_bad_config_is_named_before_compute(args, message, tmp_path):
+    done = run("--workdir", str(tmp_path / "x"), "--data-dir", str(tmp_path / "d"), *args)
+    assert done.returncode != 0 and message in done.stderr + done.stdout
+    assert not (tmp_path / "d").exists()
+
+
+def test_another_config_in_the_same_folder_is_refused(whole_run, data_dir):
+    before = (whole_run / "config.json").read_bytes()
+    done = run("--workdir", str(whole_run), "--data-dir", str(data_dir), "--model.hidden", "64")
+    assert done.returncode != 0
+    assert "model.hidden=32, now 64" in done.stderr and "--workdir" in done.stderr
+    assert (whole_run / "config.json").read_bytes() == before
+
+
+def test_missing_config_names_the_closest():
+    done = subprocess.run(
+        [sys.executable, "train.py", "configs/quikstart.py"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "configs/quickstart.py" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; run as another user")
+def test_unwritable_workdir(tmp_path):
+    tmp_path.chmod(0o500)
+    done = run("--workdir", str(tmp_path / "x"))
+    assert done.returncode != 0 and "cannot write into workdir" in done.stderr
+
+
+def test_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "x").write_text("")
+    done = run("--workdir", str(tmp_path / "x"), "--data-dir", str(tmp_path / "d"))
+    assert done.returncode != 0 and "cannot write into workdir" in done.stderr
+
+
+def test_checkpoints_restore_what_was_saved_and_ignore_half_written(tmp_path):
+    arrays = {"a": jax.numpy.arange(6.0).reshape(2, 3), "b": {"c": jax.numpy.ones(2)}}
+    saved = Checkpoints(tmp_path / "c", max_to_keep=2)
+    assert saved.latest == 0
+    for step in (1, 2, 3):
+        saved.save(step, jax.tree.map(lambda x, s=step: x + s, arrays), arrays, {"position": step})
+    saved.close()
+    (tmp_path / "c" / "9.orbax-checkpoint-tmp").mkdir()
+    again = Checkpoints(tmp_path / "c")
+    assert again.latest == 3
+    params, optimizer, data = again.restore(arrays, arrays)
+    again.close()
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y + 3), params, arrays)
+    jax.tree.map(np.testing.assert_array_equal, optimizer, arrays)
+    assert data == {"position": 3}
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}])
+def test_eight_devices_equal_one(mesh, small_model, modalities, make_batch):
+    """Loss and gradients on a mesh are those of one device, with modalities unevenly present over the devices."""
+    batch = make_batch(8)
+    mesh = sharding.MeshConfig(**mesh).make()
+
+    def loss_and_gradients(model, batch):
+        graph, params = nnx.split(model, nnx.Param)
+
+        def loss(params):
+            m = nnx.merge(graph, params)
+            return losses.cross_entropy(m, m(batch), batch.targets)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    alone = loss_and_gradients(Model(small_model, modalities, rngs=nnx.Rngs(0)), jax.tree.map(jax.numpy.asarray, batch))
+    constrain = sharding.constrain_activations(mesh)
+    model = Model(small_model, modalities, rngs=nnx.Rngs(0), constrain=constrain)
+    params = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.device_put(params, sharding.shardings(params, mesh)))
+    together = loss_and_gradients(model, sharding.shard_batch(batch, mesh))
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6)

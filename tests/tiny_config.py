@@ -1,0 +1,27 @@
+"""A run of seconds with every part of the quickstart, for tests. python train.py tests/tiny_config.py"""
+
+import dataclasses
+
+from m4.config import Config, load_config
+from m4.datasets.scenes import Scenes
+from m4.model import ModelConfig
+from m4_tokenizers.boxes import BoxRecipe
+from m4_tokenizers.depth import DepthRecipe
+from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.text import TextRecipe
+
+quickstart: Config = load_config("configs/quickstart.py")
+small = {"num_codes": 32, "width": 16, "num_encoder_blocks": 0, "num_decoder_blocks": 1, "num_steps": 3}
+
+config = dataclasses.replace(
+    quickstart,
+    name="tiny",
+    source=Scenes(num_train=200, num_validation=16, num_test=24, num_heldout=8),
+    tokenizers=(PixelPatchesRecipe(), ImageRecipe(**small), DepthRecipe(**small), TextRecipe(), BoxRecipe()),
+    model=ModelConfig(width=32, num_heads=2, encoder_depth=1, decoder_depth=1, hidden=32),
+    batch_size=16,
+    num_steps=30,
+    log_every=1,
+    save_every=4,
+    num_eval_samples=12,
+)
