@@ -11,7 +11,7 @@ from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
 from m4_tokenizers.text import TextRecipe
 
 quickstart: Config = load_config("configs/quickstart.py")
-small = {"num_codes": 32, "width": 16, "num_encoder_blocks": 0, "num_decoder_blocks": 1, "num_steps": 3}
+small = {"num_codes": 32, "width": 18, "num_encoder_blocks": 0, "num_decoder_blocks": 1, "num_steps": 3}
 
 config = dataclasses.replace(
     quickstart,

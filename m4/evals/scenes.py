@@ -13,7 +13,7 @@ from m4.datasets.rendering import COLOURS, NAMES, VARIANTS
 
 Object = Mapping[str, str]  # shape, colour, size, material: those that are known
 ATTRIBUTES = {  # what the captions of each variant mention
-    name: ("shape", "colour", "size", "material") if variant.phrasings else ("shape", "colour", "size")
+    name: ("colour", "size", "material") if variant.phrasings else ("colour", "size")
     for name, variant in VARIANTS.items()
 }
 
@@ -47,22 +47,24 @@ def attribute_counts(
     """True positives, predictions and truths, each a count of (object, attribute) pairs.
 
     Objects of one shape are matched so that they agree best; an unmatched object is a false alarm or a miss in all its
-    attributes. Only `attributes` count; by default those that the truth mentions, so give `ATTRIBUTES["simple"]` if the
-    truth is a list of objects that knows more than a simple caption says.
+    attributes. The shape itself is not counted, since it is what matching goes by. Only `attributes` count; by default
+    those that the truth mentions, so give `ATTRIBUTES["simple"]` if the truth is a list of objects that knows more than
+    a simple caption says.
     """
     truth = parse_caption(truth) if isinstance(truth, str) else truth
     counted = set(attributes) if attributes is not None else {name for thing in truth for name in thing}
-    said = [{name: thing[name] for name in counted & thing.keys()} for thing in parse_caption(predicted)]
-    true = [{name: thing[name] for name in counted & thing.keys()} for thing in truth]
+    counted -= {"shape"}
+    # Pairs rather than dictionaries: the agreement of two objects is the size of an intersection.
+    pairs = lambda thing: (thing["shape"], {(name, thing[name]) for name in counted & thing.keys()})  # noqa: E731
+    said, true = [pairs(thing) for thing in parse_caption(predicted)], [pairs(thing) for thing in truth]
     hits = 0
     for shape in NAMES["shape"]:
-        # Pairs rather than dictionaries: the agreement of two objects is the size of an intersection.
-        left = [thing.items() for thing in said if thing.get("shape") == shape]
-        right = [thing.items() for thing in true if thing.get("shape") == shape]
+        left = [attributes for name, attributes in said if name == shape]
+        right = [attributes for name, attributes in true if name == shape]
         if left and right:
             agreement = np.array([[len(a & b) for b in right] for a in left])
             hits += int(agreement[linear_sum_assignment(agreement, maximize=True)].sum())
-    return hits, sum(map(len, said)), sum(map(len, true))
+    return hits, sum(len(attributes) for _, attributes in said), sum(len(attributes) for _, attributes in true)
 
 
 def micro_f1(counts: Iterable[tuple[int, int, int]]) -> float:
