@@ -12,6 +12,11 @@ from conftest import ROOT, environment
 from PIL import Image
 
 
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def m4(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "m4", *args], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
@@ -40,9 +45,9 @@ def test_generate_as_the_readme_says(index, whole_run, tmp_path):
     (folder,) = (tmp_path / "out").iterdir()
     targets = args[args.index("--targets") + 1 : args.index("--out")]
     if "depth" in targets:
-        depth = np.asarray(Image.open(folder / "depth.png"))
+        depth = pixels(folder / "depth.png")
         assert depth.dtype in (np.uint16, np.int32) and depth.shape == (64, 64)
-        assert Image.open(folder / "depth_color.png").size == (64, 64)
+        assert pixels(folder / "depth_color.png").shape == (64, 64, 3)
     if "boxes" in targets:
         for box in json.loads((folder / "boxes.json").read_text()):
             assert set(box) >= {"bbox", "label"} and len(box["bbox"]) == 4
@@ -50,7 +55,7 @@ def test_generate_as_the_readme_says(index, whole_run, tmp_path):
     if "caption" in targets:
         assert (folder / "caption.txt").read_text().strip() in done.stdout
     if "rgb" in targets:
-        assert np.asarray(Image.open(folder / "rgb.png")).shape == (64, 64, 3)
+        assert pixels(folder / "rgb.png").shape == (64, 64, 3)
 
 
 def test_a_folder_gives_a_sample_for_each_file_and_seeds_reproduce(whole_run, tmp_path):
@@ -59,15 +64,15 @@ def test_a_folder_gives_a_sample_for_each_file_and_seeds_reproduce(whole_run, tm
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (80, 100, 3), np.uint8)).save(photos / "wide.png")
     Image.fromarray(rng.integers(0, 256, (64, 64), np.uint8)).save(photos / "grey.png")
-    pixels = {}
+    depths = {}
     for out in ("a", "b"):
         done = m4(
             "generate", str(whole_run), "--inputs", f"rgb={photos}", "--targets", "depth", "--out", str(tmp_path / out)
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert "resized" in done.stderr  # said, because the picture was not 64 x 64
-        pixels[out] = [np.asarray(Image.open(tmp_path / out / n / "depth.png")) for n in ("grey", "wide")]
-    np.testing.assert_array_equal(pixels["a"], pixels["b"])
+        depths[out] = [pixels(tmp_path / out / n / "depth.png") for n in ("grey", "wide")]
+    np.testing.assert_array_equal(depths["a"], depths["b"])
 
 
 @pytest.mark.parametrize(

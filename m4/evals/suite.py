@@ -1,6 +1,7 @@
 """Scores a trained model in several directions, each beside its trivial baseline and its tokenizer's bound.
 
 normalised = (value - baseline) / (bound - baseline)     0 = trivial, 1 = as good as the tokenizer allows
+    shuffled   = the same predictions scored against other examples: what the value owes to no input at all
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def _head(split: Sequence[Any], count: int, what: str) -> list[Any]:
 
 def _result(measure: Measure, predictions, rebuilt, train, examples) -> dict[str, Any]:
     score, bound = measure.score(predictions, examples), measure.score(rebuilt, examples)
+    shuffled = measure.score([*predictions[1:], predictions[0]], examples)["value"]
     baseline = measure.baseline(train, examples)
     value, low, high = (x["value"] for x in (score, baseline, bound))
     others = {k: {"value": v, "baseline": baseline[k], "bound": bound[k]} for k, v in score.items() if k != "value"}
@@ -103,6 +105,7 @@ def _result(measure: Measure, predictions, rebuilt, train, examples) -> dict[str
         "baseline": low,
         "bound": high,
         "normalised": (value - low) / (high - low) if high != low else 0.0,
+        "shuffled": shuffled,
         "metric": measure.metric,
         "num_samples": len(examples),
         **({"also": others} if others else {}),
@@ -110,9 +113,11 @@ def _result(measure: Measure, predictions, rebuilt, train, examples) -> dict[str
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    rows = [f"{'direction':<16}{'value':>8}{'baseline':>10}{'bound':>8}{'normalised':>12}  metric"]
+    rows = [f"{'direction':<16}{'value':>8}{'baseline':>10}{'bound':>8}{'normalised':>12}{'shuffled':>10}  metric"]
     for name, r in results.items():
-        figures = f"{r['value']:>8.3f}{r['baseline']:>10.3f}{r['bound']:>8.3f}{r['normalised']:>12.3f}"
+        figures = (
+            f"{r['value']:>8.3f}{r['baseline']:>10.3f}{r['bound']:>8.3f}{r['normalised']:>12.3f}{r['shuffled']:>10.3f}"
+        )
         rows.append(f"{name:<16}{figures}  {r['metric']} ({r['num_samples']} samples)")
     return "\n".join(rows)
 

@@ -204,10 +204,10 @@ class TextTokenizer:
 
     def draw(self, signal: str, *, image: np.ndarray | None) -> np.ndarray:
         """The text, wrapped, in black on a white tile."""
-        tile = Image.new("RGB", (256, 256), "white")
+        tile = Image.new("RGB", (128, 128), "white")
         printable = signal.encode("latin-1", "replace").decode("latin-1")  # all that PIL's built-in font has
-        lines = textwrap.wrap(printable, 38)[:18]
-        ImageDraw.Draw(tile).multiline_text((8, 8), "\n".join(lines), fill="black", spacing=3)
+        lines = textwrap.wrap(printable, 20)[:9]
+        ImageDraw.Draw(tile).multiline_text((4, 4), "\n".join(lines), fill="black", spacing=3)
         return np.asarray(tile)
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
