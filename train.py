@@ -33,8 +33,6 @@ def main(c) -> None:
     mesh = c.mesh.make()
     sharding.check_batch_size(c.batch_size, mesh)
     save_or_check(c)
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
     prepared = data.prepare(c.source, c.tokenizers, c.data_dir, seed=c.seed)
@@ -66,7 +64,9 @@ def main(c) -> None:
         stream.set_state(position)
         print(f"resumed from step {first_step}", flush=True)
 
-    # Steps.
+    # Steps. SIGTERM (preemption) ends the run after the current step, with a checkpoint.
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     step_fn = jax.jit(functools.partial(train_step, graph, optimizer, c.loss), donate_argnums=(0, 1))
     tokens_per_step = c.batch_size * (c.masking.num_inputs + c.masking.num_targets)
     metrics = Metrics(c.folder, first_step=first_step, num_steps=c.num_steps, tokens_per_step=tokens_per_step)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +59,7 @@ def prepare(
     data_dir: str | os.PathLike,
     *,
     seed: int,
-    splits: Seq[str] = ("train", "validation"),
+    splits: Seq[str] = ("train",),
 ) -> Prepared:
     """All that comes before training, each stage skipped when it is done: raw data, tokenizers, token shards."""
     data_dir = Path(data_dir)
@@ -215,17 +215,3 @@ def batches(
             read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size),
         )
     )
-
-
-def first_batches(tokens: Path, split: str, masking: Masking, modalities: Modalities, *, batch_size: int, count: int):
-    """`count` batches that are the same at every call, for validation losses."""
-    shards = TokenShards(tokens, split)
-    mask = Mask(masking, modalities)
-
-    def rows(batch: int) -> Iterator[MaskedBatch]:
-        for i in range(batch * batch_size, (batch + 1) * batch_size):
-            yield mask(shards[i % len(shards)], np.random.default_rng(i))
-
-    import jax
-
-    return [jax.tree.map(lambda *x: np.stack(x), *rows(b)) for b in range(count)]

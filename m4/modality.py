@@ -116,7 +116,7 @@ class Modalities(Seq[Modality]):
         """Rows of the one embedding table."""
         return self.offsets[-1]
 
-    def index(self, name: str) -> int:  # type: ignore[override]
+    def index(self, name: str) -> int:
         if name not in self.names:
             raise ValueError(f"unknown modality {name!r}; {closest(name, self.names)}")
         return self.names.index(name)
