@@ -20,7 +20,7 @@ config = dataclasses.replace(
     tokenizers=(PixelPatchesRecipe(), ImageRecipe(**small), DepthRecipe(**small), TextRecipe(), BoxRecipe()),
     model=ModelConfig(width=32, num_heads=2, encoder_depth=1, decoder_depth=1, hidden=32),
     batch_size=16,
-    num_steps=30,
+    num_steps=100,
     log_every=1,
     save_every=4,
     num_eval_samples=12,
