@@ -49,7 +49,14 @@ config = Config(
     ),
     masking=Masking(num_inputs=72, num_targets=48, strategies=strategies),
     model=ModelConfig(
-        width=192, num_heads=3, encoder_depth=3, decoder_depth=3, hidden=512, embedding_scale=14.0, position_base=30.0
+        width=192,
+        num_heads=3,
+        hidden=512,
+        encoder_depth=3,
+        decoder_depth=3,
+        mimetic_init=True,
+        embedding_scale=14.0,
+        position_base=30.0,
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
     batch_size=64,

@@ -11,17 +11,18 @@ backward pass only scales it).
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from m4.modality import Modalities
 from m4.model import Model
 from m4.tokens import Targets
 
-Weighting = Literal["modality", "token"]
+Weighting = Literal["modality", "token", "4m_modality", "4m_token"]
 
 
 def cross_entropy(model: Model, hidden: Float[Array, "B M D"], targets: Targets, *, weighting: Weighting = "modality"):
@@ -29,33 +30,40 @@ def cross_entropy(model: Model, hidden: Float[Array, "B M D"], targets: Targets,
 
     "modality": the mean over the modalities present in the global batch of their mean over its tokens. "token": the
     mean over all tokens. Both are taken over the whole batch, so that no cut over devices changes them.
+
+    The original's formulas, for parity: "4m_modality" divides by all modalities that the model predicts, so that absent
+    ones count as zero; "4m_token" weighs each modality's mean by its number of logits, tokens times vocabulary.
     """
-    num_modalities = len(model.modalities)
+    num_modalities, rows = len(model.modalities), model.output_rows
     modality = jnp.where(targets.valid, targets.modality, num_modalities).reshape(-1)
     counts = jnp.bincount(modality, length=num_modalities + 1)[:num_modalities]
-    if weighting == "modality":
-        per_token = 1 / (jnp.maximum(counts, 1) * jnp.maximum((counts > 0).sum(), 1))
+    num_present = {
+        "modality": jnp.maximum((counts > 0).sum(), 1), "4m_modality": sum(m.is_target for m in model.modalities)
+    }  # fmt: skip
+    if weighting in num_present:
+        per_token = 1 / (jnp.maximum(counts, 1) * num_present[weighting])
     else:
-        per_token = jnp.full(num_modalities, 1 / jnp.maximum(counts.sum(), 1))
+        share = jnp.ones(num_modalities) if weighting == "token" else jnp.asarray(np.diff(rows), jnp.float32)
+        per_token = share / jnp.maximum((counts * share).sum(), 1)
     sums = summed_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), model.token_embedding[...], targets.ids.reshape(-1), modality,
-        per_token.astype(jnp.float32), model.modalities,
+        hidden.reshape(-1, hidden.shape[-1]), model.output_table, targets.ids.reshape(-1), modality,
+        per_token.astype(jnp.float32), rows,
     )  # fmt: skip
     means = jax.lax.stop_gradient(sums) / (jnp.maximum(counts, 1) * per_token)
     detail = {
-        m.name: jnp.where(counts[i] > 0, means[i], jnp.nan) for i, m in enumerate(model.modalities) if m.vocab_size
+        m.name: jnp.where(counts[i] > 0, means[i], jnp.nan) for i, m in enumerate(model.modalities) if m.is_target
     }
     return sums.sum(), {"loss": detail, "count": {m.name: counts[i] for i, m in enumerate(model.modalities)}}
 
 
-def _sweep(hidden, table, ids, modality, weight, modalities: Modalities, block: int, with_gradient: bool):
+def _sweep(hidden, table, ids, modality, weight, table_rows: tuple[int, ...], block: int, with_gradient: bool):
     order = jnp.argsort(modality)
-    counts = jnp.bincount(modality, length=len(modalities) + 1)
+    counts = jnp.bincount(modality, length=len(table_rows))
     starts = jnp.cumsum(counts) - counts
     sums, d_hidden, d_table = [], jnp.zeros_like(hidden, jnp.float32), []
-    for i, m in enumerate(modalities):
-        vocabulary = table[modalities.offsets[i] : modalities.offsets[i + 1]]
-        if not m.vocab_size:
+    for i, (first, last) in enumerate(itertools.pairwise(table_rows)):
+        vocabulary = table[first:last].astype(hidden.dtype)
+        if first == last:
             sums.append(jnp.zeros((), jnp.float32))
             continue
 
@@ -81,7 +89,7 @@ def _sweep(hidden, table, ids, modality, weight, modalities: Modalities, block: 
                 d_hidden = d_hidden.at[jnp.where(inside, rows, hidden.shape[0])].set(d_x, mode="drop")
             return total, d_hidden, d_vocabulary
 
-        start = (jnp.zeros((), jnp.float32), d_hidden, jnp.zeros_like(vocabulary, jnp.float32))
+        start = (jnp.zeros((), jnp.float32), d_hidden, jnp.zeros(vocabulary.shape, jnp.float32))
         num_blocks = (counts[i] + block - 1) // block
         total, d_hidden, d_vocabulary = jax.lax.fori_loop(0, num_blocks, body, start)
         sums.append(total)
@@ -96,24 +104,24 @@ def summed_cross_entropy(
     ids: Int[Array, " N"],
     modality: Int[Array, " N"],
     weight: Float[Array, " modalities"],
-    modalities: Modalities,
+    table_rows: tuple[int, ...],
     block: int = 512,
 ) -> Float[Array, " modalities"]:
-    """weight x summed negative log-likelihood, for each modality; only their sum is differentiable."""
-    return _sweep(hidden, table, ids, modality, weight, modalities, min(block, len(ids)), False)[0]
+    """weight x summed negative log-likelihood for each modality, whose rows of the table begin at table_rows[i]."""
+    return _sweep(hidden, table, ids, modality, weight, table_rows, min(block, len(ids)), False)[0]
 
 
-def _forward(hidden, table, ids, modality, weight, modalities, block):
-    sums, d_hidden, d_table = _sweep(hidden, table, ids, modality, weight, modalities, min(block, len(ids)), True)
+def _forward(hidden, table, ids, modality, weight, table_rows, block):
+    sums, d_hidden, d_table = _sweep(hidden, table, ids, modality, weight, table_rows, min(block, len(ids)), True)
     return sums, (d_hidden.astype(hidden.dtype), jnp.concatenate(d_table).astype(table.dtype), modality)
 
 
-def _backward(modalities, block, residuals, g):
+def _backward(table_rows, block, residuals, g):
     # Each modality's own cotangent scales its tokens and its rows of the table.
     d_hidden, d_table, modality = residuals
     of_token = jnp.append(g, 0.0)[modality]
-    rows = jnp.asarray([i for i, m in enumerate(modalities) for _ in range(m.vocab_size)])
-    return d_hidden * of_token[:, None], d_table * g[rows][:, None], None, None, None
+    of_row = jnp.repeat(g, np.diff(table_rows), total_repeat_length=table_rows[-1])
+    return d_hidden * of_token[:, None], d_table * of_row[:, None], None, None, None
 
 
 summed_cross_entropy.defvjp(_forward, _backward)

@@ -65,9 +65,10 @@ class Masking:
             or not sum(s.weight for s in self.strategies)
         ):
             raise ValueError("masking needs strategies with weights >= 0, one of them positive")
-        predictable = [m.name for m in modalities if not isinstance(m, Features)]
+        readable = [m.name for m in modalities if m.is_input]
+        predictable = [m.name for m in modalities if m.is_target]
         for strategy in self.strategies:
-            for names, allowed in ((strategy.inputs, modalities.names), (strategy.targets, predictable)):
+            for names, allowed in ((strategy.inputs, readable), (strategy.targets, predictable)):
                 for name, alpha in names.items():
                     if name not in allowed:
                         raise ValueError(f"masking names modality {name!r}; {closest(name, allowed)}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,12 +23,18 @@ from m4.components import closest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A raster of `shape` token ids in [0, vocab_size); position = raster index."""
+    """A raster of `shape` token ids in [0, vocab_size); position = raster index.
+
+    `is_input`, `is_target`: what the model may use it for. Positions are sines and cosines, or learned.
+    """
 
     name: str
     signal: str
     vocab_size: int
     shape: tuple[int, ...]
+    is_input: bool = True
+    is_target: bool = True
+    learned_positions: bool = False
 
     @property
     def max_tokens(self) -> int:
@@ -51,6 +57,10 @@ class Sequence:
     first_sentinel: int
     num_sentinels: int
     end_id: int
+    is_input: bool = True
+    is_target: bool = True
+
+    learned_positions = False
 
     @property
     def max_tokens(self) -> int:
@@ -62,7 +72,8 @@ class Features:
     """prod(shape) continuous vectors of `size` numbers, input only.
 
     Shards store them as the tokenizer gave them (uint8 for pixels); the model reads (stored / scale - mean) / std,
-    where mean and std repeat along the last axis (channels vary fastest in a patch).
+    where mean and std repeat along the last axis (channels vary fastest in a patch). A sequence of vectors (T5) has a
+    `shape` of one axis, its greatest length. `bias`: whether the map to the model's width has one.
     """
 
     name: str
@@ -72,8 +83,12 @@ class Features:
     scale: float = 1.0
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    bias: bool = False
 
     vocab_size = 0
+    is_input = True
+    is_target = False
+    learned_positions = False
 
     @property
     def max_tokens(self) -> int:
@@ -100,7 +115,6 @@ class Modalities(Seq[Modality]):
             raise ValueError(f"modalities {repeated} are given twice; names must differ")
         self.items = tuple(items)
         self.names = tuple(names)
-        self.offsets = tuple(int(o) for o in np.cumsum([0, *(m.vocab_size for m in items)]))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -111,10 +125,9 @@ class Modalities(Seq[Modality]):
     def __iter__(self) -> Iterator[Modality]:
         return iter(self.items)
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the one embedding table."""
-        return self.offsets[-1]
+    def offsets(self, count: Callable[[Modality], int]) -> tuple[int, ...]:
+        """Where each modality's rows begin in a table with `count(modality)` rows for each, and its end."""
+        return tuple(int(o) for o in np.cumsum([0, *(count(m) for m in self.items)]))
 
     def index(self, name: str) -> int:
         if name not in self.names:
@@ -130,11 +143,11 @@ class Modalities(Seq[Modality]):
 
     def as_input(self, name: str) -> Modality:
         """The modality that reads `name` (a signal or an exact modality name): Features before tokens."""
-        return self._resolve(name, self.items, prefer=Features)
+        return self._resolve(name, [m for m in self if m.is_input], prefer=Features)
 
     def as_target(self, name: str) -> Modality:
         """The modality that predicts `name` (a signal or an exact modality name): never Features."""
-        return self._resolve(name, [m for m in self if not isinstance(m, Features)], prefer=(Grid, Sequence))
+        return self._resolve(name, [m for m in self if m.is_target], prefer=(Grid, Sequence))
 
     def _resolve(self, name: str, allowed: Seq[Modality], prefer) -> Modality:
         for m in allowed:
@@ -143,7 +156,8 @@ class Modalities(Seq[Modality]):
         matches = sorted((m for m in allowed if m.signal == name), key=lambda m: not isinstance(m, prefer))
         if not matches:
             if name in self.names:
-                raise ValueError(f"modality {name!r} is input only; {closest(name, [m.name for m in allowed])}")
+                kind = "input" if self.named(name).is_input else "target"
+                raise ValueError(f"modality {name!r} is {kind} only; {closest(name, [m.name for m in allowed])}")
             names = list(dict.fromkeys([n for m in allowed for n in (m.signal, m.name)]))
             raise ValueError(f"unknown modality {name!r}; {closest(name, names)}")
         return matches[0]

@@ -1,6 +1,6 @@
 """The encoder-decoder: addressed tokens in, one hidden vector for each addressed target out.
 
-B batch, N input slots, M target slots, D width, V vocabulary, L cached positions
+B batch, N input slots, C context slots (registers, then inputs), M target slots, D width, V vocabulary, L cached positions
 
 4M (Mizrahi et al. 2023, section 2): the encoder sees all input tokens of all modalities at once; the decoder predicts
 each target modality on its own, reading the encoder through cross-attention. What the decoder may see of itself is a
@@ -11,69 +11,99 @@ rule, not a stored tensor (x = visible):
     depth 9         x         x          .           .
     caption 0       .         .          x           .        sequences see what came before
     caption 1       .         .          x           x
+
+Two variants of 4M change the rule: `decoder_within_modality=False` also shows all slots of modalities that stand
+before, and `decoder_causal=True` shows earlier slots only, in grids too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from m4.modality import Features, Modalities, Sequence
-from m4.nn import Constrain, DecoderBlock, EncoderBlock, LayerNorm, Linear
+from m4.modality import Features, Modalities, Modality, Sequence
+from m4.nn import BlockConfig, Constrain, DecoderBlock, EncoderBlock, LayerNorm, Linear
 from m4.tokens import MaskedBatch, Targets, Tokens
 
 NUM_SHOTS = 17  # the query and up to 16 in-context examples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Sizes. `hidden` is the inner width of the MLPs (4M: 4 * width * 2 / 3).
+class ModelConfig(BlockConfig):
+    """Sizes and variants; `m4.fourm.released` gives those of the original, Tiny to XL.
 
-    `embedding_scale` multiplies token embeddings where they are read (sqrt(width) in Vaswani et al. 2017, section 3.4;
-    4M: 1). `position_base` is the longest wavelength of the sine-cosine positions over 2 pi (4M: 10000): for small
-    grids a smaller one tells neighbours apart sooner.
+    embeddings: which tables of token embeddings there are.
+        "shared"           one, read by encoder and decoder, and the output weights too
+        "encoder_decoder"  one of the encoder; one of the decoder, its output weights too (4M's training script)
+        "separate"         the encoder's, the decoder's, the output weights (4M's released checkpoints)
+    share_modality_embeddings: one modality embedding for both sides (4M-7), or one for each (4M-21).
+    embedding_scale multiplies token embeddings where they are read (sqrt(width) in Vaswani et al. 2017, section 3.4).
+    position_base is the longest wavelength of the sine-cosine positions over 2 pi: for small grids a smaller one tells
+    neighbours apart sooner.
+    num_registers: learned tokens before all inputs of the encoder (Darcet et al. 2023).
+    encoder_drop_path, decoder_drop_path: stochastic depth in training, rising linearly from 0 to this in the last block.
+    dtype of activations; parameters, norms, softmax and loss are float32 always.
     """
 
-    width: int = 192
-    num_heads: int = 3
     encoder_depth: int = 4
     decoder_depth: int = 4
-    hidden: int = 512
-    qk_norm: bool = False
+    embeddings: Literal["shared", "encoder_decoder", "separate"] = "shared"
+    share_modality_embeddings: bool = True
     embedding_scale: float = 1.0
     position_base: float = 10_000.0
+    num_registers: int = 0
+    decoder_within_modality: bool = True
+    decoder_causal: bool = False
+    encoder_drop_path: float = 0.0
+    decoder_drop_path: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        if self.width % self.num_heads or self.width % 4:
-            raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads} and of 4")
+        super().__post_init__()
         if min(self.width, self.num_heads, self.encoder_depth, self.decoder_depth, self.hidden) < 1:
             raise ValueError(f"every size must be at least 1: {self}")
+        if not (0 <= self.encoder_drop_path < 1 and 0 <= self.decoder_drop_path < 1):
+            raise ValueError(f"encoder_drop_path and decoder_drop_path must lie within [0, 1): {self}")
 
 
 def sine_cosine(position: np.ndarray, width: int, base: float) -> np.ndarray:
-    """[P] positions -> [P width] sines then cosines at frequencies base^-(i / (width / 2))."""
-    angle = position[:, None] / base ** (np.arange(width // 2) / (width // 2))
-    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    """[P] positions -> float32 [P width]: sines then cosines at frequencies base^-(i / (width / 2))."""
+    exponent = np.arange(width // 2, dtype=np.float32) / np.float32(width // 2)
+    frequency = np.float32(1) / np.power(np.float32(base), exponent)
+    # The product is rounded to float32, as in the original: far positions turn by many radians.
+    angle = (position.astype(np.float32)[:, None] * frequency).astype(np.float64)
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
+def positions_of(modality: Modality, width: int, base: float) -> np.ndarray:
+    """Fixed position embeddings of one modality, float32 [max_tokens width]."""
+    if isinstance(modality, Sequence) or len(modality.shape) == 1:
+        return sine_cosine(np.arange(modality.max_tokens), width, base)
+    rows, columns = np.divmod(np.arange(modality.max_tokens), modality.shape[-1])
+    return np.concatenate([sine_cosine(x, width // 2, base) for x in (rows, columns)], axis=1)
 
 
 @functools.lru_cache(maxsize=8)
 def position_table(modalities: Modalities, width: int, base: float) -> tuple[np.ndarray, np.ndarray]:
     """Fixed position embeddings of all modalities, float32 [P width], and the first row of each modality, int32."""
-    tables = []
-    for m in modalities:
-        if isinstance(m, Sequence):
-            tables.append(sine_cosine(np.arange(m.max_tokens), width, base))
-        else:
-            # One half of the width for each of the last two axes; a 1-D grid uses the second half alone.
-            rows, columns = np.divmod(np.arange(m.max_tokens), m.shape[-1])
-            tables.append(np.concatenate([sine_cosine(x, width // 2, base) for x in (columns, rows)], axis=1))
+    tables = [positions_of(m, width, base) for m in modalities]
     first = np.cumsum([0, *(len(t) for t in tables)])[:-1]
-    return np.concatenate(tables).astype(np.float32), first.astype(np.int32)
+    return np.concatenate(tables), first.astype(np.int32)
+
+
+def survival(key: PRNGKeyArray | None, num_branches: int, depth: int, rate: float, batch: int):
+    """Factors of stochastic depth by block and branch: None, or float32 [B] of 0 and 1 / (1 - p)."""
+    if key is None or not rate:
+        return [(None,) * num_branches] * depth
+    stays = 1 - jnp.linspace(0, rate, depth)[:, None, None]
+    return list(jax.random.bernoulli(key, stays, (depth, num_branches, batch)) / stays)
 
 
 class Model(nnx.Module):
@@ -84,91 +114,166 @@ class Model(nnx.Module):
     ):
         c = config
         self.config, self.modalities, self.constrain = config, modalities, constrain
-        normal = functools.partial(nnx.initializers.normal(0.02), dtype=jnp.float32)
-        self.token_embedding = nnx.Param(normal(rngs.params(), (modalities.vocab_size, c.width)))
-        self.modality_embedding = nnx.Param(normal(rngs.params(), (len(modalities), c.width)))
-        self.shot_embedding = nnx.Param(normal(rngs.params(), (NUM_SHOTS, c.width)))
-        self.mask_token = nnx.Param(normal(rngs.params(), (c.width,)))
-        self.feature_projections = nnx.Dict(
-            {m.name: Linear(m.size, c.width, rngs=rngs) for m in modalities if isinstance(m, Features)}
+
+        def table(rows: int) -> nnx.Param | None:
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, c.width))) if rows else None
+
+        # First row of each modality in each table; the last number is the table's length.
+        shared, tied = c.embeddings == "shared", c.embeddings == "encoder_decoder"
+        self.input_rows = modalities.offsets(lambda m: m.vocab_size * (shared or m.is_input))
+        self.output_rows = modalities.offsets(lambda m: m.vocab_size * (shared or m.is_target))
+        self.previous_rows = modalities.offsets(
+            lambda m: m.vocab_size * (shared or m.is_target and (tied or isinstance(m, Sequence)))
         )
-        sizes = {"num_heads": c.num_heads, "hidden": c.hidden, "qk_norm": c.qk_norm, "rngs": rngs}
-        self.encoder = nnx.List([EncoderBlock(c.width, **sizes) for _ in range(c.encoder_depth)])
-        self.encoder_norm = LayerNorm(c.width)
-        self.context_projection = Linear(c.width, c.width, rngs=rngs)
-        self.decoder = nnx.List([DecoderBlock(c.width, **sizes) for _ in range(c.decoder_depth)])
-        self.decoder_norm = LayerNorm(c.width)
+        self.token_embedding = table(self.input_rows[-1])
+        self.decoder_embedding = None if shared else table(self.previous_rows[-1])
+        self.output_embedding = table(self.output_rows[-1]) if c.embeddings == "separate" else None
 
-    def __call__(self, batch: MaskedBatch) -> Float[Array, "B M D"]:
-        context = self.encode(batch.inputs, batch.features)
-        return self.decode(batch.targets, context, batch.inputs.valid)
+        both = c.share_modality_embeddings
+        self.modality_rows = modalities.offsets(lambda m: int(both or m.is_input))
+        self.decoder_modality_rows = modalities.offsets(lambda m: int(both or m.is_target))
+        self.modality_embedding = table(self.modality_rows[-1])
+        self.decoder_modality_embedding = None if both else table(self.decoder_modality_rows[-1])
+        self.position_rows = modalities.offsets(lambda m: m.max_tokens * (m.learned_positions and m.is_input))
+        self.decoder_position_rows = modalities.offsets(lambda m: m.max_tokens * (m.learned_positions and m.is_target))
+        self.position_embedding = table(self.position_rows[-1])
+        self.decoder_position_embedding = table(self.decoder_position_rows[-1])
 
-    def address(self, modality: Array, position: Array, shot: Array) -> Float[Array, "B L D"]:
-        """The part of an embedding that says where a token belongs."""
-        table, first = position_table(self.modalities, self.config.width, self.config.position_base)
-        where = jnp.asarray(table)[jnp.asarray(first)[modality] + position]
-        return where + self.modality_embedding[...][modality] + self.shot_embedding[...][shot]
+        self.shot_embedding = table(NUM_SHOTS)
+        self.mask_token = table(1)
+        self.registers = table(c.num_registers)
+        self.feature_projections = nnx.Dict(
+            {m.name: Linear(m.size, c.width, bias=m.bias, rngs=rngs) for m in modalities if isinstance(m, Features)}
+        )
+        self.encoder = nnx.List([EncoderBlock(c, rngs=rngs) for _ in range(c.encoder_depth)])
+        self.encoder_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.context_projection = Linear(c.width, c.width, bias=True, rngs=rngs)
+        self.decoder = nnx.List([DecoderBlock(c, rngs=rngs) for _ in range(c.decoder_depth)])
+        self.decoder_norm = LayerNorm(c.width, bias=c.norm_bias)
 
-    def tokens(self, ids: Int[Array, "B L"], modality: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Rows of the one embedding table."""
-        offsets = jnp.asarray(self.modalities.offsets[:-1], jnp.int32)
-        rows = self.token_embedding[...][jnp.clip(offsets[modality] + ids, 0, self.modalities.vocab_size - 1)]
-        return rows * self.config.embedding_scale
+    def __call__(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> Float[Array, "B M D"]:
+        """Hidden vectors of all targets. A key turns stochastic depth on."""
+        encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
+        context = self.encode(batch.inputs, batch.features, encoder_key)
+        return self.decode(batch.targets, context, batch.inputs.valid, decoder_key)
 
-    def encode(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B N D"]:
-        """What the decoder reads of the inputs; slots that are not valid hold numbers without meaning."""
-        content = self.tokens(inputs.ids, inputs.modality)
+    def _address(self, t: Tokens | Targets, modality_table, modality_rows, position_embedding, position_rows) -> Array:
+        """The part of an embedding that says where a token belongs: float32 [B L D]."""
+        c = self.config
+        fixed, first = position_table(self.modalities, c.width, c.position_base)
+        where = jnp.asarray(fixed)[jnp.asarray(first)[t.modality] + t.position]
+        if position_embedding is not None:
+            learned = position_embedding[...][jnp.asarray(position_rows)[t.modality] + t.position]
+            is_learned = jnp.asarray([m.learned_positions for m in self.modalities])[t.modality]
+            where = jnp.where(is_learned[..., None], learned, where)
+        modality = modality_table[...][jnp.asarray(modality_rows)[t.modality]]
+        return where + modality + self.shot_embedding[...][t.shot]
+
+    def input_address(self, inputs: Tokens) -> Float[Array, "B N D"]:
+        return self._address(
+            inputs, self.modality_embedding, self.modality_rows, self.position_embedding, self.position_rows
+        )
+
+    def target_address(self, targets: Targets) -> Float[Array, "B M D"]:
+        table = self.modality_embedding if self.config.share_modality_embeddings else self.decoder_modality_embedding
+        return self._address(
+            targets, table, self.decoder_modality_rows, self.decoder_position_embedding, self.decoder_position_rows
+        )
+
+    def input_content(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B N D"]:
+        """What the inputs are: rows of the table of embeddings, or projected features."""
+        content = self._tokens(self.token_embedding, self.input_rows, inputs.ids, inputs.modality)
         for name, projection in self.feature_projections.items():
-            rows = jnp.take_along_axis(projection(features[name]), inputs.ids[..., None], axis=1, mode="clip")
+            rows = projection(features[name].astype(self.config.dtype))
+            rows = jnp.take_along_axis(rows, inputs.ids[..., None], axis=1, mode="clip")
             content = jnp.where((inputs.modality == self.modalities.index(name))[..., None], rows, content)
-        address = self.address(inputs.modality, inputs.position, inputs.shot)
-        x = content + address
-        for block in self.encoder:
-            x = block(self.constrain(x), inputs.valid[:, None, :])
-        return self.context_projection(self.encoder_norm(x)) + address
+        return content
 
-    def decode(self, targets: Targets, context: Array, context_valid: Bool[Array, "B N"]) -> Float[Array, "B M D"]:
+    def _tokens(self, table: nnx.Param, rows: tuple[int, ...], ids: Array, modality: Array) -> Float[Array, "B L D"]:
+        index = jnp.clip(jnp.asarray(rows, jnp.int32)[modality] + ids, 0, rows[-1] - 1)
+        return table[...][index] * self.config.embedding_scale
+
+    def encode(self, inputs: Tokens, features: dict, key: PRNGKeyArray | None = None) -> Float[Array, "B C D"]:
+        """What the decoder reads of the inputs, registers first; slots that are not valid hold meaningless numbers."""
+        c = self.config
+        content, address = self.input_content(inputs, features), self.input_address(inputs)
+        visible = self.context_valid(inputs.valid)[:, None, :]
+        x = (content + address).astype(c.dtype)
+        if self.registers is not None:
+            registers = jnp.broadcast_to(self.registers[...], (len(x), c.num_registers, c.width)).astype(c.dtype)
+            x = jnp.concatenate([registers, x], axis=1)
+            address = jnp.pad(address, ((0, 0), (c.num_registers, 0), (0, 0)))
+        keep = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
+        for block, k in zip(self.encoder, keep, strict=True):
+            x = block(self.constrain(x), visible, k)
+        return self.context_projection(self.encoder_norm(x)) + address.astype(c.dtype)
+
+    def context_valid(self, valid: Bool[Array, "B N"]) -> Bool[Array, "B C"]:
+        """Registers are always there."""
+        return jnp.pad(valid, ((0, 0), (self.config.num_registers, 0)), constant_values=True)
+
+    def decode(
+        self, targets: Targets, context: Array, inputs_valid: Bool[Array, "B N"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B M D"]:
         """Hidden vectors from which `logits` are read, one for each target slot."""
+        c = self.config
         x = self.decoder_input(targets)
-        visible = self.decoder_visibility(targets)
-        for block in self.decoder:
-            x = block(self.constrain(x), visible, context, context_valid[:, None, :])
+        visible, context_visible = self.decoder_visibility(targets), self.context_valid(inputs_valid)[:, None, :]
+        keep = survival(key, DecoderBlock.num_branches, c.decoder_depth, c.decoder_drop_path, len(x))
+        for block, k in zip(self.decoder, keep, strict=True):
+            x = block(self.constrain(x), visible, context, context_visible, k)
         return self.decoder_norm(x)
 
     def decoder_input(self, targets: Targets) -> Float[Array, "B M D"]:
-        known = self.tokens(targets.previous, targets.modality)
-        content = jnp.where((targets.previous >= 0)[..., None], known, self.mask_token[...][None, None])
-        return content + self.address(targets.modality, targets.position, targets.shot)
+        table = self.token_embedding if self.decoder_embedding is None else self.decoder_embedding
+        content = self.mask_token[...][None]
+        if self.previous_rows[-1]:
+            known = self._tokens(table, self.previous_rows, targets.previous, targets.modality)
+            content = jnp.where((targets.previous >= 0)[..., None], known, content)
+        return (content + self.target_address(targets)).astype(self.config.dtype)
 
     def decoder_visibility(self, targets: Targets) -> Bool[Array, "B M M"]:
         """The rule in the drawing above."""
+        c = self.config
         ordered = jnp.asarray([isinstance(m, Sequence) for m in self.modalities])[targets.modality]
         query, key = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
         same = (query(targets.modality) == key(targets.modality)) & (query(targets.shot) == key(targets.shot))
-        past = ~query(ordered) | (key(targets.position) <= query(targets.position))
-        return same & past & key(targets.valid)
+        visible = same & (~query(ordered) | (key(targets.position) <= query(targets.position)))
+        slot = jnp.arange(ordered.shape[1])[None]
+        if c.decoder_causal:
+            visible = (same | (not c.decoder_within_modality)) & (key(slot) <= query(slot))
+        elif not c.decoder_within_modality:
+            visible = visible | ~same & (key(slot) < query(slot))
+        return visible & key(targets.valid)
 
-    def vocabulary(self, name: str) -> Float[Array, "V D"]:
-        """The modality's rows of the embedding table, which are its output weights too."""
-        i = self.modalities.index(name)
-        return self.token_embedding[...][self.modalities.offsets[i] : self.modalities.offsets[i + 1]]
+    @property
+    def output_table(self) -> Float[Array, "V D"]:
+        """Output weights of all modalities; those of modality i are the rows output_rows[i] : output_rows[i + 1]."""
+        tables = {
+            "shared": self.token_embedding, "encoder_decoder": self.decoder_embedding, "separate": self.output_embedding
+        }  # fmt: skip
+        return tables[self.config.embeddings][...]
 
     def logits(self, hidden: Float[Array, "*B D"], name: str) -> Float[Array, "*B V"]:
-        return jnp.einsum("...d,vd->...v", hidden, self.vocabulary(name))
+        """float32."""
+        i = self.modalities.index(name)
+        vocabulary = self.output_table[self.output_rows[i] : self.output_rows[i + 1]].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
 
-    def start_cache(self, context: Float[Array, "B N D"], max_length: int):
+    def start_cache(self, context: Float[Array, "B C D"], max_length: int):
         """Empty self-attention caches of `max_length` positions, and the context's keys and values, for each block."""
         shape = (context.shape[0], max_length, self.config.num_heads, self.config.width // self.config.num_heads)
         empty = jnp.zeros(shape, context.dtype)
         return [(empty, empty, *b.cross_attention.keys_values(b.context_norm(context))) for b in self.decoder]
 
-    def decode_step(self, target: Targets, cache, index: Int[Array, ""], context_valid: Bool[Array, "B N"]):
+    def decode_step(self, target: Targets, cache, index: Int[Array, ""], inputs_valid: Bool[Array, "B N"]):
         """One sequence position (target slots [B 1]) -> hidden [B 1 D] and the new cache."""
         x = self.decoder_input(target)
         length = cache[0][0].shape[1]
         visible = jnp.broadcast_to(jnp.arange(length) <= index, (x.shape[0], 1, length))
+        context_visible = self.context_valid(inputs_valid)[:, None, :]
         new_cache = []
         for block, layer_cache in zip(self.decoder, cache, strict=True):
-            x, layer_cache = block.step(x, layer_cache, index, visible, context_valid[:, None, :])
+            x, layer_cache = block.step(x, layer_cache, index, visible, context_visible)
             new_cache.append(layer_cache)
         return self.decoder_norm(x), new_cache

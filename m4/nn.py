@@ -5,7 +5,9 @@ B batch, T query tokens, S key tokens, D width, N heads, H head width, F hidden 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +18,47 @@ from jaxtyping import Array, Bool, Float
 Constrain = Callable[[Array], Array]
 
 
-class Linear(nnx.Module):
-    """x @ kernel without a bias, Glorot-uniform as in 4M."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What the blocks are made of. The defaults, with `hidden` = 2/3 x 4 x width, are the released 4M-7 and 4M-21.
 
-    def __init__(self, num_in: int, num_out: int, *, rngs: nnx.Rngs, fan_out: int = 0):
+    `hidden` is the inner width of the MLPs: "swiglu" (Shazeer 2020) or "gelu" (the exact one, not the tanh formula).
+    `qk_norm` normalises queries and keys of each head. `mimetic_init` starts query and key kernels equal, so that a
+    token first attends to its own address (Trockman & Kolter 2023, section 3); 4M draws them apart.
+    """
+
+    width: int = 192
+    num_heads: int = 3
+    hidden: int = 512
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False
+    mimetic_init: bool = False
+
+    def __post_init__(self):
+        if self.width % self.num_heads or self.width % 4:
+            raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads} and of 4")
+
+
+class Linear(nnx.Module):
+    """x @ kernel, Glorot-uniform as in 4M, with an optional bias from zero."""
+
+    def __init__(self, num_in: int, num_out: int, *, rngs: nnx.Rngs, fan_out: int = 0, bias: bool = False):
         # A fused map (q, k and v in one kernel) is initialised as its parts would be: fan_out of one part.
         limit = (6 / (num_in + (fan_out or num_out))) ** 0.5
         self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (num_in, num_out), minval=-limit, maxval=limit))
+        self.bias = nnx.Param(jnp.zeros(num_out)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         # Two axes: XLA's CPU weight gradients of [batch, tokens, width] operands are 1.7 times slower.
         kernel = self.kernel[...].astype(x.dtype)
-        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+        y = x.reshape(-1, x.shape[-1]) @ kernel
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)[None]
+        return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _as_row(vector: Float[Array, " D"], like: Array) -> Array:
@@ -60,13 +91,15 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation with a scale and no bias."""
+    """Layer normalisation with a scale, and a bias if asked for."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, *, bias: bool = False):
         self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return layer_norm(x, self.scale[...])
+        y = layer_norm(x, self.scale[...])
+        return y if self.bias is None else y + _as_row(self.bias[...].astype(y.dtype), y)
 
 
 @jax.custom_vjp
@@ -103,20 +136,17 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of x to `context`, with optional normalisation of queries and keys (QK-norm).
+    """Multi-head attention of x to `context`."""
 
-    Queries and keys start from equal kernels, so that a token first attends to its own address (mimetic initialisation,
-    Trockman & Kolter 2023, section 3).
-    """
-
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool, rngs: nnx.Rngs):
-        self.num_heads = num_heads
-        self.query = Linear(width, width, rngs=rngs)
-        self.key_value = Linear(width, 2 * width, fan_out=width, rngs=rngs)
-        self.key_value.kernel[...] = self.key_value.kernel[...].at[:, :width].set(self.query.kernel[...])
-        self.out = Linear(width, width, rngs=rngs)
-        self.query_norm = LayerNorm(width // num_heads) if qk_norm else None
-        self.key_norm = LayerNorm(width // num_heads) if qk_norm else None
+    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+        self.num_heads = c.num_heads
+        self.query = Linear(c.width, c.width, bias=c.qkv_bias, rngs=rngs)
+        self.key_value = Linear(c.width, 2 * c.width, fan_out=c.width, bias=c.qkv_bias, rngs=rngs)
+        if c.mimetic_init:
+            self.key_value.kernel[...] = self.key_value.kernel[...].at[:, : c.width].set(self.query.kernel[...])
+        self.out = Linear(c.width, c.width, bias=c.proj_bias, rngs=rngs)
+        self.query_norm = LayerNorm(c.width // c.num_heads, bias=c.norm_bias) if c.qk_norm else None
+        self.key_norm = LayerNorm(c.width // c.num_heads, bias=c.norm_bias) if c.qk_norm else None
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         q = rearrange(self.query(x), "b t (n h) -> b t n h", n=self.num_heads)
@@ -152,46 +182,62 @@ def _silu_gate_backward(residuals, g):
 silu_gate.defvjp(_silu_gate_forward, _silu_gate_backward)
 
 
-class SwiGLU(nnx.Module):
-    """(silu(x A) * x B) C without biases (Shazeer 2020)."""
+class MLP(nnx.Module):
+    """(silu(x A) * x B) C, or gelu(x B) C."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = Linear(width, hidden, rngs=rngs)
-        self.up = Linear(width, hidden, rngs=rngs)
-        self.down = Linear(hidden, width, rngs=rngs)
+    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+        self.gate = Linear(c.width, c.hidden, bias=c.mlp_bias, rngs=rngs) if c.mlp == "swiglu" else None
+        self.up = Linear(c.width, c.hidden, bias=c.mlp_bias, rngs=rngs)
+        self.down = Linear(c.hidden, c.width, bias=c.mlp_bias, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        if self.gate is None:
+            return self.down(jax.nn.gelu(self.up(x), approximate=False))
         return self.down(silu_gate(self.gate(x), self.up(x)))
 
 
-class EncoderBlock(nnx.Module):
-    def __init__(self, width: int, num_heads: int, hidden: int, *, qk_norm: bool, rngs: nnx.Rngs):
-        self.attention_norm = LayerNorm(width)
-        self.attention = Attention(width, num_heads, qk_norm=qk_norm, rngs=rngs)
-        self.mlp_norm = LayerNorm(width)
-        self.mlp = SwiGLU(width, hidden, rngs=rngs)
+def residual(x: Float[Array, "B T D"], y: Float[Array, "B T D"], keep: Float[Array, " B"] | None):
+    """x + y, where stochastic depth (Huang et al. 2016) gives each example's y the factor `keep`: 0, or 1 / (1 - p)."""
+    return x + (y if keep is None else y * keep.astype(y.dtype)[:, None, None])
 
-    def __call__(self, x: Float[Array, "B T D"], visible: Bool[Array, "B _ T"]) -> Float[Array, "B T D"]:
+
+class EncoderBlock(nnx.Module):
+    """Self-attention, then the MLP, each normalised before and added."""
+
+    num_branches = 2
+
+    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.attention = Attention(c, rngs=rngs)
+        self.mlp_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.mlp = MLP(c, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], visible: Bool[Array, "B _ T"], keep=(None, None)):
         y = self.attention_norm(x)
-        x = x + self.attention(y, y, visible)
-        return x + self.mlp(self.mlp_norm(x))
+        x = residual(x, self.attention(y, y, visible), keep[0])
+        return residual(x, self.mlp(self.mlp_norm(x)), keep[1])
 
 
 class DecoderBlock(nnx.Module):
-    def __init__(self, width: int, num_heads: int, hidden: int, *, qk_norm: bool, rngs: nnx.Rngs):
-        self.self_norm = LayerNorm(width)
-        self.self_attention = Attention(width, num_heads, qk_norm=qk_norm, rngs=rngs)
-        self.query_norm = LayerNorm(width)
-        self.context_norm = LayerNorm(width)
-        self.cross_attention = Attention(width, num_heads, qk_norm=qk_norm, rngs=rngs)
-        self.mlp_norm = LayerNorm(width)
-        self.mlp = SwiGLU(width, hidden, rngs=rngs)
+    """Self-attention, cross-attention to the encoder's context, then the MLP."""
 
-    def __call__(self, x, visible, context, context_visible) -> Float[Array, "B T D"]:
+    num_branches = 3
+
+    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+        self.self_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.self_attention = Attention(c, rngs=rngs)
+        self.query_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.context_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.cross_attention = Attention(c, rngs=rngs)
+        self.mlp_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.mlp = MLP(c, rngs=rngs)
+
+    def __call__(self, x, visible, context, context_visible, keep=(None, None, None)) -> Float[Array, "B T D"]:
         y = self.self_norm(x)
-        x = x + self.self_attention(y, y, visible)
-        x = x + self.cross_attention(self.query_norm(x), self.context_norm(context), context_visible)
-        return x + self.mlp(self.mlp_norm(x))
+        x = residual(x, self.self_attention(y, y, visible), keep[0])
+        y = self.cross_attention(self.query_norm(x), self.context_norm(context), context_visible)
+        x = residual(x, y, keep[1])
+        return residual(x, self.mlp(self.mlp_norm(x)), keep[2])
 
     def step(self, x: Float[Array, "B 1 D"], cache, index, visible, context_visible):
         """One position of autoregressive decoding: writes its key and value at `index` of the cache and reads all."""

@@ -1,5 +1,7 @@
 """The model: no information flows where none may, padding and order change nothing, caches change nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +9,30 @@ import pytest
 from flax import nnx
 
 from m4 import losses
-from m4.model import Model
+from m4.model import Model, survival
 from m4.sampling import Autoregressive, MaskGIT, Sampler, pack
 from m4.tokens import MaskedBatch, Targets, Tokens
 
 
-@pytest.fixture(scope="module")
-def model(small_model, modalities):
-    return Model(small_model, modalities, rngs=nnx.Rngs(0))
+VARIANTS = {
+    "default": {},
+    "released": {"embeddings": "separate", "share_modality_embeddings": False, "qk_norm": True},
+    "gelu": {
+        "embeddings": "encoder_decoder", "mlp": "gelu", "num_registers": 3,
+        "qkv_bias": True, "proj_bias": True, "mlp_bias": True, "norm_bias": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(small_model, modalities, request):
+    """Every parameter random, so that biases and tables from zero matter too."""
+    model = Model(dataclasses.replace(small_model, **VARIANTS[request.param]), modalities, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +43,19 @@ def batch(make_batch):
 class Probed(Model):
     """The model with noise added to the content of each input and target token, to take gradients by token."""
 
-    def tokens(self, ids, modality):
-        content = super().tokens(ids, modality)
-        return content + self.input_noise if ids.shape == self.input_noise.shape[:2] else content
+    def input_content(self, inputs, features):
+        return super().input_content(inputs, features) + self.input_noise
 
     def decoder_input(self, targets):
         return super().decoder_input(targets) + self.target_noise
 
 
 def hidden_of_noise(model, batch):
+    graph, params = nnx.split(model)
+
     def run(input_noise, target_noise):
-        probed = Probed(model.config, model.modalities, rngs=nnx.Rngs(0))
-        nnx.update(probed, nnx.state(model))
+        probed = nnx.merge(graph, params)
+        probed.__class__ = Probed
         probed.input_noise, probed.target_noise = nnx.data(input_noise), nnx.data(target_noise)
         return probed(batch)
 
@@ -65,11 +84,8 @@ def test_information_flow_is_exactly_the_rule(model, batch):
     off = ~np.eye(valid.shape[1], dtype=bool)[None]
     assert (~by_target | allowed | ~off)[valid].all()
     assert by_target[allowed & off & valid[:, :, None]].mean() > 0.99  # and it does flow where it may
-    pixels = batch.inputs.modality == model.modalities.index("rgb_pixels")
-    token_input = batch.inputs.valid & ~pixels
-    seen = by_input & valid[:, :, None]
-    assert not (seen & ~token_input[:, None]).any()
-    assert (seen | ~(token_input[:, None] & valid[:, :, None])).all()
+    given = batch.inputs.valid[:, None]
+    assert (by_input == given)[valid].all()
 
 
 def test_targets_never_see_their_own_ids(model, batch):
@@ -190,5 +206,45 @@ def test_maskgit_fixes_every_token_once(steps):
 
 def test_embedding_only_selected_tokens_needs_no_full_grid(model, batch):
     """An example's encoder length is its number of slots, whatever the modalities could hold."""
-    assert model.encode(batch.inputs, batch.features).shape[1] == batch.inputs.ids.shape[1]
+    length = model.config.num_registers + batch.inputs.ids.shape[1]
+    assert model.encode(batch.inputs, batch.features).shape[1] == length
     assert isinstance(batch, MaskedBatch) and isinstance(batch.inputs, Tokens)
+
+
+@pytest.mark.parametrize("within,causal", [(True, True), (False, True), (False, False)])
+def test_other_rules_of_visibility(small_model, modalities, batch, within, causal):
+    config = dataclasses.replace(small_model, decoder_within_modality=within, decoder_causal=causal)
+    t = jax.device_get(batch.targets)
+    visible = np.asarray(Model(config, modalities, rngs=nnx.Rngs(0)).decoder_visibility(batch.targets))
+    caption = modalities.index("caption")
+    for b, q, k in np.ndindex(visible.shape):
+        same = t.modality[b, q] == t.modality[b, k]
+        before = k <= q if causal or not same or t.modality[b, q] == caption else True
+        assert visible[b, q, k] == (t.valid[b, k] and before and (same or not within))
+
+
+def test_stochastic_depth(small_model, modalities, batch):
+    """Without a key nothing is dropped; with one, whole branches of examples are; the mean stays."""
+    config = dataclasses.replace(small_model, encoder_drop_path=0.5, decoder_drop_path=0.5)
+    dropping, plain = (Model(c, modalities, rngs=nnx.Rngs(0)) for c in (config, small_model))
+    np.testing.assert_array_equal(dropping(batch), plain(batch))
+    keys = jax.random.split(jax.random.key(0), 2)
+    outputs = [dropping(batch, k) for k in (keys[0], keys[0], keys[1])]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert (outputs[0] != outputs[2]).any()
+    factors = np.stack(survival(keys[0], 3, 5, 0.8, 4000))
+    assert (factors[0] == 1).all()
+    np.testing.assert_allclose(factors.mean(-1), 1, atol=0.15)
+    np.testing.assert_allclose((factors == 0).mean(-1).mean(-1), np.linspace(0, 0.8, 5), atol=0.03)
+
+
+def test_bfloat16_is_near_and_nothing_is_float64(small_model, modalities, batch):
+    half = Model(dataclasses.replace(small_model, dtype="bfloat16"), modalities, rngs=nnx.Rngs(0))
+    full = Model(small_model, modalities, rngs=nnx.Rngs(0))
+    a, b = half(batch), full(batch)
+    assert a.dtype == jnp.bfloat16 and b.dtype == jnp.float32
+    a, b = (np.asarray(x, np.float32)[batch.targets.valid] for x in (a, b))
+    assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b)
+    with jax.enable_x64(True):
+        jaxpr = str(jax.make_jaxpr(full.__call__)(batch))
+    assert "f64" not in jaxpr and "bf16" in str(jax.make_jaxpr(half.__call__)(batch))
