@@ -193,20 +193,31 @@ class Model(nnx.Module):
         index = jnp.clip(jnp.asarray(rows, jnp.int32)[modality] + ids, 0, rows[-1] - 1)
         return table[...][index] * self.config.embedding_scale
 
-    def encode(self, inputs: Tokens, features: dict, key: PRNGKeyArray | None = None) -> Float[Array, "B C D"]:
-        """What the decoder reads of the inputs, registers first; slots that are not valid hold meaningless numbers."""
+    def encoder_input(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B C D"]:
+        """Registers, then content + address; slots that are not valid hold meaningless numbers."""
         c = self.config
-        content, address = self.input_content(inputs, features), self.input_address(inputs)
-        visible = self.context_valid(inputs.valid)[:, None, :]
-        x = (content + address).astype(c.dtype)
-        if self.registers is not None:
-            registers = jnp.broadcast_to(self.registers[...], (len(x), c.num_registers, c.width)).astype(c.dtype)
-            x = jnp.concatenate([registers, x], axis=1)
-            address = jnp.pad(address, ((0, 0), (c.num_registers, 0), (0, 0)))
+        x = (self.input_content(inputs, features) + self.input_address(inputs)).astype(c.dtype)
+        if self.registers is None:
+            return x
+        registers = jnp.broadcast_to(self.registers[...], (len(x), c.num_registers, c.width)).astype(c.dtype)
+        return jnp.concatenate([registers, x], axis=1)
+
+    def encode(self, inputs: Tokens, features: dict, key: PRNGKeyArray | None = None) -> Float[Array, "B C D"]:
+        """What the decoder reads of the inputs."""
+        return self.context(self.run_encoder(self.encoder_input(inputs, features), inputs.valid, key), inputs)
+
+    def run_encoder(self, x: Float[Array, "B C D"], inputs_valid: Bool[Array, "B N"], key: PRNGKeyArray | None = None):
+        c = self.config
+        visible = self.context_valid(inputs_valid)[:, None, :]
         keep = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
         for block, k in zip(self.encoder, keep, strict=True):
             x = block(self.constrain(x), visible, k)
-        return self.context_projection(self.encoder_norm(x)) + address.astype(c.dtype)
+        return self.encoder_norm(x)
+
+    def context(self, encoded: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
+        """The encoder's output projected, and the addresses of the inputs once more."""
+        address = jnp.pad(self.input_address(inputs), ((0, 0), (self.config.num_registers, 0), (0, 0)))
+        return self.context_projection(encoded) + address.astype(encoded.dtype)
 
     def context_valid(self, valid: Bool[Array, "B N"]) -> Bool[Array, "B C"]:
         """Registers are always there."""
