@@ -1,4 +1,4 @@
-"""`python -m m4 VERB`: pretokenize, generate, evaluate."""
+"""`python -m m4 VERB`: pretokenize, generate, evaluate, convert."""
 
 from __future__ import annotations
 
@@ -99,6 +99,26 @@ def generate(argv: list[str]) -> None:
     print(f"{len(names)} sample(s) in {out}", file=sys.stderr)
 
 
+def convert(argv: list[str]) -> None:
+    """IN OUT: a released 4M checkpoint (safetensors) to an m4 model file, or such a file back, bit for bit.
+
+    Each tensor keeps its dtype, and the way back restores the very bytes. Pickles (.pth) are refused. A modality that
+    m4 does not know is declared in a Python file: modalities = (Grid(name=..., ...),); the error message drafts it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m m4 convert", description=convert.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="IN", help="a .safetensors file, or a folder with model.safetensors")
+    parser.add_argument("out", metavar="OUT", help="the file to write, e.g. 4m_21_l.m4.safetensors")
+    parser.add_argument("--declare", metavar="FILE", default="", help="a Python file with `modalities = (...)`")
+    args = parser.parse_args(argv)
+    from m4.config import load_config
+    from m4.convert import convert as convert_file
+
+    declared = load_config(args.declare, "modalities") if args.declare else ()
+    print(convert_file(Path(args.source), Path(args.out), declared))
+
+
 def _files(name: str, value: str) -> list[str]:
     """The values of one input: the sorted files of a folder, or the one value."""
     folder = Path(value)
@@ -119,7 +139,7 @@ def _sample_names(values: list[str], num_samples: int) -> list[str]:
     return [f"{s}_{k}" if num_samples > 1 else s for s in stems for k in range(num_samples)]
 
 
-VERBS = {f.__name__: f for f in (pretokenize, generate, evaluate)}
+VERBS = {f.__name__: f for f in (pretokenize, generate, evaluate, convert)}
 
 
 def main(argv: list[str]) -> None:

@@ -66,8 +66,8 @@ class Config:
 FREE_TO_CHANGE = ("log_every", "save_every", "workdir", "data_dir", "mesh", "evaluations", "num_eval_samples")
 
 
-def load_config(path: str) -> Any:
-    """The object `config` of a Python file."""
+def load_config(path: str, attribute: str = "config") -> Any:
+    """The object `config` (or another) of a Python file."""
     file = Path(path)
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path("configs")
@@ -75,9 +75,9 @@ def load_config(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "config"):
-        raise ValueError(f"{path} defines no `config`; it has {', '.join(n for n in vars(module) if n[0] != '_')}")
-    return module.config
+    if not hasattr(module, attribute):
+        raise ValueError(f"{path} defines no `{attribute}`; it has {', '.join(n for n in vars(module) if n[0] != '_')}")
+    return getattr(module, attribute)
 
 
 def from_cli(description: str, argv: list[str] | None = None) -> Any:

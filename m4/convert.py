@@ -17,7 +17,8 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,18 @@ from tqdm import tqdm
 
 from m4 import fourm
 from m4.components import closest
-from m4.model import ModelConfig, positions_of, sine_cosine
 from m4.modality import Features, Grid, Modalities, Modality, Sequence
+from m4.model import ModelConfig, positions_of, sine_cosine
 from m4.model_file import (
-    DTYPES, TensorFile, abstract, check_names, describe, described, make_header, parameters, write,
+    DTYPES,
+    TensorFile,
+    abstract,
+    check_names,
+    describe,
+    described,
+    make_header,
+    parameters,
+    write,
 )  # fmt: skip
 
 KEPT = "original:"
@@ -62,7 +71,9 @@ def parse_config(file: TensorFile) -> dict[str, Any]:
             raise ValueError(f"{file.path}: config {key}={text[:80]!r} is no {type(like).__name__}")
         config[key] = value
     if not config["domains_in"] or not config["domains_out"]:
-        raise ValueError(f"{file.path} holds no config: its metadata has {', '.join(file.metadata) or 'no keys at all'}")
+        raise ValueError(
+            f"{file.path} holds no config: its metadata has {', '.join(file.metadata) or 'no keys at all'}"
+        )
     return config
 
 

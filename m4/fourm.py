@@ -1,4 +1,4 @@
-"""The original 4M: its modalities, its model sizes, and its batches as ours (Mizrahi et al. 2023; Bachmann et al. 2024).
+"""The original 4M: its modalities, model sizes and batches (Mizrahi et al. 2023; Bachmann et al. 2024).
 
 B batch, L tokens of one modality, N input slots, M target slots, F numbers in one feature vector
 
@@ -8,7 +8,8 @@ of your own is one more `Grid`, `Sequence` or `Features`: a config lists any mix
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence as Seq
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from typing import Any, Literal
 
 import numpy as np
@@ -33,9 +34,8 @@ def _vector(name: str, signal: str) -> Grid:
 
 def _words(name: str, signal: str, max_length: int) -> Sequence:
     """Ids of the original's WordPiece file: [EOS] = 3, sentinels from [S_1] = 5 to [S_199] = 203."""
-    return Sequence(
-        name=name, signal=signal, vocab_size=30_000, max_length=max_length, first_sentinel=5, num_sentinels=199, end_id=3
-    )  # fmt: skip
+    ids = {"vocab_size": 30_000, "first_sentinel": 5, "num_sentinels": 199, "end_id": 3}
+    return Sequence(name=name, signal=signal, max_length=max_length, **ids)
 
 
 def _pixels(name: str, signal: str, side: int) -> Features:
@@ -105,7 +105,10 @@ def modality(name: str) -> Modality:
 
 
 def released(
-    size: Literal["tiny", "small", "base", "large", "xlarge"], *, mlp: Literal["swiglu", "gelu"] = "swiglu", **changes: Any
+    size: Literal["tiny", "small", "base", "large", "xlarge"],
+    *,
+    mlp: Literal["swiglu", "gelu"] = "swiglu",
+    **changes: Any,
 ) -> ModelConfig:
     """A released model: `released("base")`, `released("large", qk_norm=True)`, `released("tiny", mlp="gelu")`.
 
@@ -130,8 +133,8 @@ def masked_batch(
 ) -> MaskedBatch:
     """A batch as the original's masking makes it -> the same tokens at the same slots.
 
-    `batch[name]` holds "tensor" (ids [B L] or [B h w], normalised images [B C H W], or vectors [B L F]), "input_mask" and
-    "target_mask" (bool [B L], True = masked out). Inputs stand in the order of `batch`, targets in `target_order`, and
+    `batch[name]` holds "tensor" (ids [B L] or [B h w], normalised images [B C H W], vectors [B L F]), "input_mask"
+    and "target_mask" (bool [B L], True = masked out). Inputs stand in the order of `batch`, targets in `target_order`, and
     of either the first num_inputs or num_targets are kept.
 
     The visible tokens of a sequence are numbered consecutively, on both sides. A sequence's target slot reads one
@@ -181,7 +184,7 @@ def masked_batch(
 
 
 def _first(parts: list[tuple[np.ndarray, ...]], num_slots: int) -> list[np.ndarray]:
-    """Joins parts (arrays [B L], the last = masked out) and keeps the first unmasked: int32 [B num_slots], valid last."""
+    """Joins parts (arrays [B L], the last = masked out), keeps the first unmasked: int32 [B num_slots], valid last."""
     *columns, masked = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
     order = np.argsort(masked, axis=1, kind="stable")[:, :num_slots]
     order = np.pad(order, ((0, 0), (0, num_slots - order.shape[1])))

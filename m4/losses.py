@@ -113,15 +113,16 @@ def summed_cross_entropy(
 
 def _forward(hidden, table, ids, modality, weight, table_rows, block):
     sums, d_hidden, d_table = _sweep(hidden, table, ids, modality, weight, table_rows, min(block, len(ids)), True)
-    return sums, (d_hidden.astype(hidden.dtype), jnp.concatenate(d_table).astype(table.dtype), modality)
+    return sums, (d_hidden.astype(hidden.dtype), [d.astype(table.dtype) for d in d_table], modality)
 
 
 def _backward(table_rows, block, residuals, g):
     # Each modality's own cotangent scales its tokens and its rows of the table.
     d_hidden, d_table, modality = residuals
     of_token = jnp.append(g, 0.0)[modality]
-    of_row = jnp.repeat(g, np.diff(table_rows), total_repeat_length=table_rows[-1])
-    return d_hidden * of_token[:, None], d_table * of_row[:, None], None, None, None
+    present = [i for i, (first, last) in enumerate(itertools.pairwise(table_rows)) if first < last]
+    d_table = jnp.concatenate([d * g[i] for i, d in zip(present, d_table, strict=True)])
+    return d_hidden * of_token[:, None].astype(d_hidden.dtype), d_table, None, None, None
 
 
 summed_cross_entropy.defvjp(_forward, _backward)

@@ -1,6 +1,7 @@
 """The encoder-decoder: addressed tokens in, one hidden vector for each addressed target out.
 
-B batch, N input slots, C context slots (registers, then inputs), M target slots, D width, V vocabulary, L cached positions
+B batch, N input slots, C context slots (registers, then inputs), M target slots, D width, V vocabulary,
+L cached positions
 
 4M (Mizrahi et al. 2023, section 2): the encoder sees all input tokens of all modalities at once; the decoder predicts
 each target modality on its own, reading the encoder through cross-attention. What the decoder may see of itself is a
@@ -48,8 +49,7 @@ class ModelConfig(BlockConfig):
     position_base is the longest wavelength of the sine-cosine positions over 2 pi: for small grids a smaller one tells
     neighbours apart sooner.
     num_registers: learned tokens before all inputs of the encoder (Darcet et al. 2023).
-    encoder_drop_path, decoder_drop_path: stochastic depth in training, rising linearly from 0 to this in the last block.
-    dtype of activations; parameters, norms, softmax and loss are float32 always.
+    encoder_drop_path, decoder_drop_path: stochastic depth in training, from 0 in the first block to this in the last.
     """
 
     encoder_depth: int = 4
@@ -63,7 +63,6 @@ class ModelConfig(BlockConfig):
     decoder_causal: bool = False
     encoder_drop_path: float = 0.0
     decoder_drop_path: float = 0.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,10 +145,10 @@ class Model(nnx.Module):
             {m.name: Linear(m.size, c.width, bias=m.bias, rngs=rngs) for m in modalities if isinstance(m, Features)}
         )
         self.encoder = nnx.List([EncoderBlock(c, rngs=rngs) for _ in range(c.encoder_depth)])
-        self.encoder_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.encoder_norm = LayerNorm(c)
         self.context_projection = Linear(c.width, c.width, bias=True, rngs=rngs)
         self.decoder = nnx.List([DecoderBlock(c, rngs=rngs) for _ in range(c.decoder_depth)])
-        self.decoder_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.decoder_norm = LayerNorm(c)
 
     def __call__(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> Float[Array, "B M D"]:
         """Hidden vectors of all targets. A key turns stochastic depth on."""
@@ -184,7 +183,7 @@ class Model(nnx.Module):
         """What the inputs are: rows of the table of embeddings, or projected features."""
         content = self._tokens(self.token_embedding, self.input_rows, inputs.ids, inputs.modality)
         for name, projection in self.feature_projections.items():
-            rows = projection(features[name].astype(self.config.dtype))
+            rows = projection(features[name].astype(self.config.dtype), "float32")
             rows = jnp.take_along_axis(rows, inputs.ids[..., None], axis=1, mode="clip")
             content = jnp.where((inputs.modality == self.modalities.index(name))[..., None], rows, content)
         return content
@@ -196,10 +195,10 @@ class Model(nnx.Module):
     def encoder_input(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B C D"]:
         """Registers, then content + address; slots that are not valid hold meaningless numbers."""
         c = self.config
-        x = (self.input_content(inputs, features) + self.input_address(inputs)).astype(c.dtype)
+        x = self.input_content(inputs, features) + self.input_address(inputs)
         if self.registers is None:
             return x
-        registers = jnp.broadcast_to(self.registers[...], (len(x), c.num_registers, c.width)).astype(c.dtype)
+        registers = jnp.broadcast_to(self.registers[...], (len(x), c.num_registers, c.width))
         return jnp.concatenate([registers, x], axis=1)
 
     def encode(self, inputs: Tokens, features: dict, key: PRNGKeyArray | None = None) -> Float[Array, "B C D"]:
@@ -217,7 +216,7 @@ class Model(nnx.Module):
     def context(self, encoded: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
         """The encoder's output projected, and the addresses of the inputs once more."""
         address = jnp.pad(self.input_address(inputs), ((0, 0), (self.config.num_registers, 0), (0, 0)))
-        return self.context_projection(encoded) + address.astype(encoded.dtype)
+        return self.context_projection(encoded, "float32") + address
 
     def context_valid(self, valid: Bool[Array, "B N"]) -> Bool[Array, "B C"]:
         """Registers are always there."""
@@ -241,7 +240,7 @@ class Model(nnx.Module):
         if self.previous_rows[-1]:
             known = self._tokens(table, self.previous_rows, targets.previous, targets.modality)
             content = jnp.where((targets.previous >= 0)[..., None], known, content)
-        return (content + self.target_address(targets)).astype(self.config.dtype)
+        return content + self.target_address(targets)
 
     def decoder_visibility(self, targets: Targets) -> Bool[Array, "B M M"]:
         """The rule in the drawing above."""
@@ -274,7 +273,7 @@ class Model(nnx.Module):
     def start_cache(self, context: Float[Array, "B C D"], max_length: int):
         """Empty self-attention caches of `max_length` positions, and the context's keys and values, for each block."""
         shape = (context.shape[0], max_length, self.config.num_heads, self.config.width // self.config.num_heads)
-        empty = jnp.zeros(shape, context.dtype)
+        empty = jnp.zeros(shape, self.config.dtype)
         return [(empty, empty, *b.cross_attention.keys_values(b.context_norm(context))) for b in self.decoder]
 
     def decode_step(self, target: Targets, cache, index: Int[Array, ""], inputs_valid: Bool[Array, "B N"]):

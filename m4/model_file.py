@@ -51,7 +51,7 @@ class TensorFile:
 
     @classmethod
     def read(cls, path: str | Path) -> TensorFile:
-        """Reads and checks the header. ValueError: a pickle, a corrupt header, a file that ends early, another dtype."""
+        """Reads and checks the header. ValueError: a pickle, a corrupt or cut-off file, another dtype."""
         path = Path(path)
         path = path / "model.safetensors" if path.is_dir() else path
         if not path.is_file():
@@ -62,9 +62,9 @@ class TensorFile:
             start = f.read(8)
             if path.suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
                 raise ValueError(
-                    f"{path} is a pickle: loading it would run whatever code it holds, so m4 does not. Way out: where you "
-                    "trust the file, `torch.load(path, weights_only=True)`, then `safetensors.torch.save_file(tensors, "
-                    "out, metadata={key: str(value) for key, value in config.items()})`"
+                    f"{path} is a pickle: loading it would run whatever code it holds, so m4 does not. Way out: where "
+                    "you trust the file, `torch.load(path, weights_only=True)`, then `safetensors.torch.save_file("
+                    "tensors, out, metadata={key: str(value) for key, value in config.items()})`"
                 )
             length = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= length <= min(size - 8, 100_000_000):
@@ -159,7 +159,11 @@ def abstract(model_config: Any, modalities: Modalities) -> Model:
 def save_model(model: Model, path: Path) -> None:
     arrays = {name: x[...] for name, x in parameters(nnx.state(model, nnx.Param)).items()}
     shapes = {name: (DTYPE_NAMES[x.dtype], x.shape) for name, x in arrays.items()}
-    write(Path(path), make_header(shapes, describe(model.config, model.modalities)), ([jax.device_get(x)] for x in arrays.values()))
+    write(
+        Path(path),
+        make_header(shapes, describe(model.config, model.modalities)),
+        ([jax.device_get(x)] for x in arrays.values()),
+    )
 
 
 def load_model(path: str | Path, *, wrap: Callable[[Any], Any] = jnp.asarray) -> Model:
@@ -168,7 +172,10 @@ def load_model(path: str | Path, *, wrap: Callable[[Any], Any] = jnp.asarray) ->
     graph, state = nnx.split(abstract(*described(file)), nnx.Param)
     expected = parameters(state)
     check_names(file, {name: x.shape for name, x in expected.items()}, [n for n in file.entries if ":" in n])
-    flat = [(path, x.replace(wrap(file.tensor(".".join(map(str, path))).astype(np.float32)))) for path, x in nnx.to_flat_state(state)]
+    flat = [
+        (path, x.replace(wrap(file.tensor(".".join(map(str, path))).astype(np.float32))))
+        for path, x in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 

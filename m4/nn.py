@@ -24,7 +24,8 @@ class BlockConfig:
 
     `hidden` is the inner width of the MLPs: "swiglu" (Shazeer 2020) or "gelu" (the exact one, not the tanh formula).
     `qk_norm` normalises queries and keys of each head. `mimetic_init` starts query and key kernels equal, so that a
-    token first attends to its own address (Trockman & Kolter 2023, section 3); 4M draws them apart.
+    token first attends to its own address (Trockman & Kolter 2023, section 3); 4M draws them apart. `dtype` is that of
+    matrix products: parameters, norms, softmax and the sum that runs through the blocks are float32 always.
     """
 
     width: int = 192
@@ -37,6 +38,7 @@ class BlockConfig:
     mlp_bias: bool = False
     norm_bias: bool = False
     mimetic_init: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if self.width % self.num_heads or self.width % 4:
@@ -52,12 +54,13 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (num_in, num_out), minval=-limit, maxval=limit))
         self.bias = nnx.Param(jnp.zeros(num_out)) if bias else None
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+    def __call__(self, x: Float[Array, "*B D"], dtype: str | None = None) -> Float[Array, "*B F"]:
+        """Multiplied in the dtype of x; summed, and given back, in `dtype`."""
         # Two axes: XLA's CPU weight gradients of [batch, tokens, width] operands are 1.7 times slower.
-        kernel = self.kernel[...].astype(x.dtype)
-        y = x.reshape(-1, x.shape[-1]) @ kernel
+        kernel, dtype = self.kernel[...].astype(x.dtype), dtype or x.dtype
+        y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)[None]
+            y = y + self.bias[...].astype(dtype)[None]
         return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -91,15 +94,16 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation with a scale, and a bias if asked for."""
+    """Layer normalisation with a scale, and a bias if the config asks for one; the result in c.dtype."""
 
-    def __init__(self, width: int, *, bias: bool = False):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width)) if bias else None
+    def __init__(self, c: BlockConfig, width: int = 0):
+        self.dtype = c.dtype
+        self.scale = nnx.Param(jnp.ones(width or c.width))
+        self.bias = nnx.Param(jnp.zeros(width or c.width)) if c.norm_bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         y = layer_norm(x, self.scale[...])
-        return y if self.bias is None else y + _as_row(self.bias[...].astype(y.dtype), y)
+        return (y if self.bias is None else y + _as_row(self.bias[...], y)).astype(self.dtype)
 
 
 @jax.custom_vjp
@@ -145,8 +149,8 @@ class Attention(nnx.Module):
         if c.mimetic_init:
             self.key_value.kernel[...] = self.key_value.kernel[...].at[:, : c.width].set(self.query.kernel[...])
         self.out = Linear(c.width, c.width, bias=c.proj_bias, rngs=rngs)
-        self.query_norm = LayerNorm(c.width // c.num_heads, bias=c.norm_bias) if c.qk_norm else None
-        self.key_norm = LayerNorm(c.width // c.num_heads, bias=c.norm_bias) if c.qk_norm else None
+        self.query_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
+        self.key_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         q = rearrange(self.query(x), "b t (n h) -> b t n h", n=self.num_heads)
@@ -160,23 +164,25 @@ class Attention(nnx.Module):
         return self.finish(self.queries(x), *self.keys_values(context), visible)
 
     def finish(self, q: Array, k: Array, v: Array, visible: Array) -> Float[Array, "B T D"]:
-        return self.out(rearrange(attend(q, k, v, visible), "b t n h -> b t (n h)"))
+        return self.out(rearrange(attend(q, k, v, visible), "b t n h -> b t (n h)"), "float32")
 
 
 @jax.custom_vjp
 def silu_gate(a: Float[Array, "*B F"], b: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     """silu(a) * b; its own backward pass keeps the sigmoid, which XLA on CPU would recompute within fusions."""
-    return a * jax.nn.sigmoid(a) * b
+    return _silu_gate_forward(a, b)[0]
 
 
 def _silu_gate_forward(a, b):
-    s = jax.nn.sigmoid(a)
-    return a * s * b, (a, b, s)
+    x, y = a.astype(jnp.float32), b.astype(jnp.float32)
+    s = jax.nn.sigmoid(x)
+    return (x * s * y).astype(a.dtype), (a, b, s.astype(a.dtype))
 
 
 def _silu_gate_backward(residuals, g):
-    a, b, s = residuals
-    return g * b * s * (1 + a * (1 - s)), g * a * s
+    dtype = g.dtype
+    a, b, s, g = (x.astype(jnp.float32) for x in (*residuals, g))
+    return (g * b * s * (1 + a * (1 - s))).astype(dtype), (g * a * s).astype(dtype)
 
 
 silu_gate.defvjp(_silu_gate_forward, _silu_gate_backward)
@@ -192,13 +198,15 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         if self.gate is None:
-            return self.down(jax.nn.gelu(self.up(x), approximate=False))
-        return self.down(silu_gate(self.gate(x), self.up(x)))
+            wide = jax.nn.gelu(self.up(x).astype(jnp.float32), approximate=False).astype(x.dtype)
+        else:
+            wide = silu_gate(self.gate(x), self.up(x))
+        return self.down(wide, "float32")
 
 
 def residual(x: Float[Array, "B T D"], y: Float[Array, "B T D"], keep: Float[Array, " B"] | None):
     """x + y, where stochastic depth (Huang et al. 2016) gives each example's y the factor `keep`: 0, or 1 / (1 - p)."""
-    return x + (y if keep is None else y * keep.astype(y.dtype)[:, None, None])
+    return x + (y if keep is None else y * keep[:, None, None])
 
 
 class EncoderBlock(nnx.Module):
@@ -207,9 +215,9 @@ class EncoderBlock(nnx.Module):
     num_branches = 2
 
     def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.attention_norm = LayerNorm(c)
         self.attention = Attention(c, rngs=rngs)
-        self.mlp_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.mlp_norm = LayerNorm(c)
         self.mlp = MLP(c, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], visible: Bool[Array, "B _ T"], keep=(None, None)):
@@ -224,12 +232,12 @@ class DecoderBlock(nnx.Module):
     num_branches = 3
 
     def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
-        self.self_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.self_norm = LayerNorm(c)
         self.self_attention = Attention(c, rngs=rngs)
-        self.query_norm = LayerNorm(c.width, bias=c.norm_bias)
-        self.context_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.query_norm = LayerNorm(c)
+        self.context_norm = LayerNorm(c)
         self.cross_attention = Attention(c, rngs=rngs)
-        self.mlp_norm = LayerNorm(c.width, bias=c.norm_bias)
+        self.mlp_norm = LayerNorm(c)
         self.mlp = MLP(c, rngs=rngs)
 
     def __call__(self, x, visible, context, context_visible, keep=(None, None, None)) -> Float[Array, "B T D"]:

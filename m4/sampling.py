@@ -76,17 +76,12 @@ class MaskGIT:
     is the log-probability of the drawn token plus Gumbel noise times `choice_temperature`, which falls linearly to
     zero: without it background, being easiest, comes first and then crowds out what is rare. A very large value keeps
     positions in random order.
-
-    `guidance` moves the logits away from those without inputs, to `without + guidance * (with - without)`, at twice the
-    cost (classifier-free guidance, Ho & Salimans 2022; 4M, section 2.3); 1 is none. The model should have been trained
-    with few or no inputs too.
     """
 
     steps: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
     choice_temperature: float = 0.0
-    guidance: float = 1.0
 
     def check(self, modality: Modality) -> None:
         _check_sampling(self)
@@ -116,17 +111,10 @@ class MaskGIT:
             count, left = count_and_left
             ids, log_probability, known, keys = carry
             keys, now, choice = jnp.swapaxes(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 0, 1)
+            so_far = concatenate(inputs, Tokens(ids, index, position, zeros, known))
+            context = model.encode(so_far, features)
             targets = Targets(ids, jnp.full(shape, -1), index, position, zeros, ~known)
-
-            def predict(given):
-                so_far = concatenate(given, Tokens(ids, index, position, zeros, known))
-                context = model.encode(so_far, features)
-                return model.logits(model.decode(targets, context, so_far.valid), modality.name)
-
-            logits = predict(inputs)
-            if self.guidance != 1:
-                without = predict(inputs._replace(valid=jnp.zeros_like(inputs.valid)))
-                logits = without + self.guidance * (logits - without)
+            logits = model.logits(model.decode(targets, context, so_far.valid), modality.name)
             noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(now)
             drawn, sure = sample(logits, self.temperature, self.top_p, noise)
             luck = self.choice_temperature * left * jax.vmap(lambda k: jax.random.gumbel(k, (num,)))(choice)

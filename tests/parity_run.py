@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tokenizers"), str(ROOT / "tests" / "parity")]
@@ -68,41 +69,58 @@ def masked_batch(folder: Path, meta: dict, model: Model) -> MaskedBatch:
 def forward(model: Model, meta: dict, batch: MaskedBatch) -> dict[str, np.ndarray]:
     """All stages of one forward pass. Slots without a token hold zeros where the original has zeros."""
     inputs, targets = batch.inputs, batch.targets
-    num_registers = model.config.num_registers
-    valid = model.context_valid(inputs.valid)
-    encoder_input = jnp.where(valid[..., None], model.encoder_input(inputs, batch.features), 0)
-    address = jnp.where(inputs.valid[..., None], model.input_address(inputs), 0)
-    encoded = model.run_encoder(encoder_input, inputs.valid)
-    hidden = model.decode(targets, model.context(encoded, inputs), inputs.valid)
+    registers = ((0, 0), (model.config.num_registers, 0))
     ids = np.array([meta["modality_ids"].get(m.name, -1) for m in model.modalities], np.int32)
-    modality_of = lambda t: jnp.where(t.valid, ids[np.asarray(t.modality)], -1)  # noqa: E731
-    out = {
-        "encoder_input": encoder_input,
-        "encoder_emb": jnp.pad(address, ((0, 0), (num_registers, 0), (0, 0))),
-        "encoder_mask": ~valid[:, None],
-        "encoder_mod_mask": jnp.pad(modality_of(inputs), ((0, 0), (num_registers, 0)), constant_values=-1),
-        "encoder_output": encoded,
-        "context": jnp.where(valid[..., None], model.context(encoded, inputs), model.context_projection(encoded)),
-        "decoder_input": jnp.where(targets.valid[..., None], model.decoder_input(targets), 0),
-        "decoder_mask": ~targets.valid[:, None],
-        "target_ids": targets.ids,
-        "decoder_attention_mask": ~model.decoder_visibility(targets),
-        "decoder_mod_mask": modality_of(targets),
-        "decoder_output": hidden,
-    }
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    def stages(params):
+        model = nnx.merge(graph, params)
+        valid = model.context_valid(inputs.valid)
+        encoder_input = jnp.where(valid[..., None], model.encoder_input(inputs, batch.features), 0)
+        address = jnp.where(inputs.valid[..., None], model.input_address(inputs), 0)
+        encoded = model.run_encoder(encoder_input, inputs.valid)
+        context = model.context(encoded, inputs)
+        hidden = model.decode(targets, context, inputs.valid)
+        modality_of = lambda t: jnp.where(t.valid, ids[np.asarray(t.modality)], -1)  # noqa: E731
+        return {
+            "encoder_input": encoder_input,
+            "encoder_emb": jnp.pad(address, (*registers, (0, 0))),
+            "encoder_mask": ~valid[:, None],
+            "encoder_mod_mask": jnp.pad(modality_of(inputs), registers, constant_values=-1),
+            "encoder_output": encoded,
+            "context": jnp.where(valid[..., None], context, model.context_projection(encoded, "float32")),
+            "decoder_input": jnp.where(targets.valid[..., None], model.decoder_input(targets), 0),
+            "decoder_mask": ~targets.valid[:, None],
+            "target_ids": targets.ids,
+            "decoder_attention_mask": ~model.decoder_visibility(targets),
+            "decoder_mod_mask": modality_of(targets),
+            "decoder_output": hidden,
+        }
+
+    out = stages(params)
+    hidden = np.asarray(out["decoder_output"])
     for i, m in enumerate(model.modalities):
         mine = np.asarray(targets.valid & (targets.modality == i))
         if not mine.any():
             continue
-        logits = np.asarray(model.logits(hidden[mine], m.name))
+        logits = np.asarray(model.logits(jnp.asarray(hidden[mine]), m.name))
         stride = meta["logits"][m.name]["stride"]
         out[f"logits.{m.name}.strided"] = logits[:, ::stride]
         out[f"logits.{m.name}.first_full"] = logits[:1]
-        out[f"logits.{m.name}.logsumexp"] = jax.nn.logsumexp(logits, -1)
+        out[f"logits.{m.name}.logsumexp"] = logits.max(-1) + np.log(
+            np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
+        )
         out[f"logits.{m.name}.at_target"] = logits[np.arange(len(logits)), np.asarray(targets.ids)[mine]]
         out[f"logits.{m.name}.argmax"] = logits.argmax(-1).astype(np.int32)
-    for name, weighting in (("mod", "4m_modality"), ("token", "4m_token")):
-        out[f"loss.{name}"] = losses.cross_entropy(model, hidden, targets, weighting=weighting)[0]
+
+    @jax.jit
+    def both_losses(params):
+        model = nnx.merge(graph, params)
+        kinds = {"loss.mod": "4m_modality", "loss.token": "4m_token"}
+        return {k: losses.cross_entropy(model, hidden, targets, weighting=w)[0] for k, w in kinds.items()}
+
+    out.update(both_losses(params))
     # A batch may leave out modalities that the model predicts: the original counts those of the batch.
     num_named = sum(model.modalities.named(n).is_target for n in meta["decoder_modality_order"])
     out["loss.mod"] *= sum(m.is_target for m in model.modalities) / num_named

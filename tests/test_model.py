@@ -13,7 +13,6 @@ from m4.model import Model, survival
 from m4.sampling import Autoregressive, MaskGIT, Sampler, pack
 from m4.tokens import MaskedBatch, Targets, Tokens
 
-
 VARIANTS = {
     "default": {},
     "released": {"embeddings": "separate", "share_modality_embeddings": False, "qk_norm": True},

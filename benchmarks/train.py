@@ -1,0 +1,130 @@
+"""Speed and memory of the training step: python benchmarks/train.py --setting 4m_tiny_mod7
+
+Prints one JSON line: medians over the steps, memory of the whole process. Batches are masked beforehand and taken in
+turn, so that masking and data loading are not measured (benchmarks of their own measure those).
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from m4 import fourm, losses
+from m4.masking import Masking, Strategy
+from m4.modality import Features, Grid, Modalities
+from m4.model import Model, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is trained, and on what. Targets are all modalities but pixels; inputs are pixels alone half of the time."""
+
+    model: ModelConfig
+    modalities: tuple[str, ...] = fourm.MOD7
+    num_tokens: int = 128  # inputs, and targets
+    batch_size: int = 16
+
+
+SETTINGS = {
+    "4m_tiny_mod7": Setting(model=fourm.released("tiny")),
+    "4m_small_mod7": Setting(model=fourm.released("small"), batch_size=8),
+    "4m_base_mod7_bf16": Setting(model=fourm.released("base", dtype="bfloat16"), batch_size=64),
+}
+
+
+def random_example(modalities: Modalities, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Tokens of random content and realistic number: captions of 16 words, 4 boxes."""
+    lengths = {"caption": 16, "det": 20}
+    example = {}
+    for m in modalities:
+        if isinstance(m, Features):
+            example[m.name] = rng.integers(0, 256, (m.max_tokens, m.size)).astype(np.uint8)
+        elif isinstance(m, Grid):
+            example[m.name] = rng.integers(0, m.vocab_size, m.max_tokens)
+        else:
+            words = rng.integers(m.first_sentinel + m.num_sentinels, m.vocab_size, lengths[m.name])
+            example[m.name] = np.append(words, m.end_id)
+    return example
+
+
+def batches(setting: Setting, modalities: Modalities, count: int):
+    targets = {m.name: 0.5 for m in modalities if m.is_target}
+    strategies = tuple(
+        Strategy(inputs=inputs, targets=targets) for inputs in ({"rgb@224": 0.5}, {m.name: 0.5 for m in modalities})
+    )
+    masking = Masking(num_inputs=setting.num_tokens, num_targets=setting.num_tokens, strategies=strategies)
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        rows = [masking(random_example(modalities, rng), modalities, rng) for _ in range(setting.batch_size)]
+        yield jax.device_put(jax.tree.map(lambda *x: np.stack(x), *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--setting", choices=SETTINGS, default="4m_tiny_mod7")
+    parser.add_argument("--num-steps", type=int, default=10, help="measured steps, after 2 that are not")
+    args = parser.parse_args()
+    setting = SETTINGS[args.setting]
+    modalities = Modalities([fourm.modality(name) for name in setting.modalities])
+    optimizer = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.05)
+    init = lambda: nnx.split(Model(setting.model, modalities, rngs=nnx.Rngs(0)), nnx.Param)  # noqa: E731
+    graph, _ = nnx.eval_shape(init)
+    params = jax.jit(lambda: init()[1])()
+    state = jax.jit(optimizer.init)(params)
+
+    def step(params, state, batch):
+        def loss_fn(params):
+            model = nnx.merge(graph, params)
+            return losses.cross_entropy(model, model(batch), batch.targets)[0]
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    stream = itertools.cycle(list(batches(setting, modalities, 3)))
+    start = time.perf_counter()
+    step = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, next(stream)).compile()
+    compile_s = time.perf_counter() - start
+    seconds = []
+    for _ in range(2 + args.num_steps):
+        batch = next(stream)
+        start = time.perf_counter()
+        params, state, loss = step(params, state, batch)
+        loss = float(loss)
+        seconds.append(time.perf_counter() - start)
+    step_s = float(np.median(seconds[2:]))
+    device = jax.devices()[0]
+    peak = (
+        device.memory_stats()["peak_bytes_in_use"] / 2**20
+        if device.platform != "cpu"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    )
+    line = {
+        "setting": args.setting,
+        "samples_per_s": round(setting.batch_size / step_s, 3),
+        "step_s": round(step_s, 4),
+        "step_s_range": [round(min(seconds[2:]), 4), round(max(seconds[2:]), 4)],
+        "compile_s": round(compile_s, 2),
+        "peak_mib": round(peak),
+        "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "final_loss": round(loss, 4),
+        "device": f"{device.device_kind} x {jax.device_count()}",
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
