@@ -2,6 +2,7 @@
 
     original                                    m4
     encoder.0.attn.qkv.weight [3D D]            encoder.0.attention.query.kernel [D D], .key_value.kernel [D 2D]
+    encoder.0.mlp.fc1.weight, .fc3.weight       left and right half of encoder.0.mlp.up.kernel [D 2F]
     encoder_embeddings.MOD.token_emb.weight     rows of token_embedding
     decoder_embeddings.MOD.token_emb.weight     rows of decoder_embedding (sequences; a grid's are never read)
     decoder_embeddings.MOD.to_logits.weight     rows of output_embedding
@@ -136,7 +137,10 @@ def model_config(config: dict[str, Any], *, tied: bool, path: Path) -> ModelConf
 
 
 class Piece(NamedTuple):
-    """Rows `source` of an original tensor (as a matrix, or a vector) are `rows` of our parameter, or all of it."""
+    """Rows `source` of an original tensor (as a matrix, or a vector) are `rows` of our parameter, or all of it.
+
+    A transposed piece lies in the columns `rows`.
+    """
 
     parameter: str
     source: tuple[int, int]
@@ -149,11 +153,11 @@ def layout(c: ModelConfig, modalities: Modalities) -> dict[str, list[Piece]]:
     pieces: dict[str, list[Piece]] = {}
     model = abstract(c, modalities)
 
-    def linear(name: str, parts: dict[str, int], bias: bool) -> None:
+    def linear(name: str, parts: dict[str, int], bias: bool, columns: tuple[int, int] | None = None) -> None:
         for suffix, ours in (("weight", "kernel"), *([("bias", "bias")] if bias else [])):
             begin, pieces[f"{name}.{suffix}"] = 0, []
             for part, size in parts.items():
-                piece = Piece(f"{part}.{ours}", (begin, begin + size), transposed=ours == "kernel")
+                piece = Piece(f"{part}.{ours}", (begin, begin + size), columns, transposed=ours == "kernel")
                 pieces[f"{name}.{suffix}"].append(piece)
                 begin += size
 
@@ -172,9 +176,9 @@ def layout(c: ModelConfig, modalities: Modalities) -> dict[str, list[Piece]]:
             norm(f"{name}.k_norm", f"{ours}.key_norm", c.width // c.num_heads)
 
     def mlp(name: str, ours: str) -> None:
-        first = {"fc1": "gate", "fc3": "up"} if c.mlp == "swiglu" else {"fc1": "up"}
-        for theirs, part in first.items():
-            linear(f"{name}.mlp.{theirs}", {f"{ours}.mlp.{part}": c.hidden}, c.mlp_bias)
+        for i, theirs in enumerate(("fc1", "fc3") if c.mlp == "swiglu" else ("fc1",)):
+            columns = (i * c.hidden, (i + 1) * c.hidden)
+            linear(f"{name}.mlp.{theirs}", {f"{ours}.mlp.up": c.hidden}, c.mlp_bias, columns)
         linear(f"{name}.mlp.fc2", {f"{ours}.mlp.down": c.width}, c.mlp_bias)
 
     def table(name: str, parameter: str, offsets: tuple[int, ...], i: int) -> None:
@@ -308,9 +312,15 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
             yield file.tensor(name.removeprefix(KEPT))
         elif not sources[name]:
             yield np.zeros(shapes[name][1], np.float32)  # the embeddings of in-context examples, which 4M has not
+        dtype, columns = DTYPES[shapes[name][0]], []
         for source, rows, transposed in (sources[name][k] for k in sorted(sources[name], key=lambda r: r or (0, 0))):
-            part = _matrix(file.tensor(source))[slice(*rows)]
-            yield (part.T if transposed else part).astype(DTYPES[shapes[name][0]])
+            part = _matrix(file.tensor(source))[slice(*rows)].astype(dtype)
+            if transposed:
+                columns.append(part.T)
+            else:
+                yield part
+        if columns:
+            yield np.concatenate(columns, axis=1)
 
     shapes.update(kept)
     metadata = {**describe(c, modalities), "original_header": file.header}
@@ -319,6 +329,11 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
     unused = sum(math.prod(shape) for n, (_, shape) in kept.items() if n.endswith("token_emb.weight"))
     total = sum(math.prod(shape) for n, shape in ours.items() if n != "shot_embedding") + unused
     return f"{out}: {total:,} parameters of the original, {len(modalities)} modalities, {len(file.entries)} tensors"
+
+
+def original_rows(p: Piece, array: np.ndarray) -> np.ndarray:
+    """The rows of an original tensor from our parameter (or, not transposed, from its `rows` alone)."""
+    return array[:, slice(*p.rows or (None,))].T if p.transposed else array
 
 
 def _state(c: ModelConfig, modalities: Modalities) -> Any:
@@ -350,8 +365,9 @@ def to_original(file: TensorFile, out: Path) -> str:
             yield file.tensor(KEPT + name)
             return
         for p in pieces[name]:
-            part = file.tensor(p.parameter, p.rows)
-            yield (part.T if p.transposed else part).astype(DTYPES[header[name]["dtype"]])
+            yield original_rows(p, file.tensor(p.parameter, None if p.transposed else p.rows)).astype(
+                DTYPES[header[name]["dtype"]]
+            )
 
     order = sorted(header, key=lambda name: header[name]["data_offsets"][0])
     progress = tqdm(order, desc=f"writing {out.name}", unit="tensor", mininterval=1, disable=None)

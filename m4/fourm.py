@@ -134,8 +134,8 @@ def masked_batch(
     """A batch as the original's masking makes it -> the same tokens at the same slots.
 
     `batch[name]` holds "tensor" (ids [B L] or [B h w], normalised images [B C H W], vectors [B L F]), "input_mask"
-    and "target_mask" (bool [B L], True = masked out). Inputs stand in the order of `batch`, targets in `target_order`, and
-    of either the first num_inputs or num_targets are kept.
+    and "target_mask" (bool [B L], True = masked out). Inputs stand in the order of `batch`, targets in `target_order`,
+    and of either the first num_inputs or num_targets are kept.
 
     The visible tokens of a sequence are numbered consecutively, on both sides. A sequence's target slot reads one
     visible token and predicts the next:

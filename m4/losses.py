@@ -45,30 +45,33 @@ def cross_entropy(model: Model, hidden: Float[Array, "B M D"], targets: Targets,
     else:
         share = jnp.ones(num_modalities) if weighting == "token" else jnp.asarray(np.diff(rows), jnp.float32)
         per_token = share / jnp.maximum((counts * share).sum(), 1)
-    sums = summed_cross_entropy(
+    total, sums = summed_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), model.output_table, targets.ids.reshape(-1), modality,
         per_token.astype(jnp.float32), rows,
     )  # fmt: skip
-    means = jax.lax.stop_gradient(sums) / (jnp.maximum(counts, 1) * per_token)
+    means = sums / (jnp.maximum(counts, 1) * per_token)
     detail = {
         m.name: jnp.where(counts[i] > 0, means[i], jnp.nan) for i, m in enumerate(model.modalities) if m.is_target
     }
-    return sums.sum(), {"loss": detail, "count": {m.name: counts[i] for i, m in enumerate(model.modalities)}}
+    return total, {"loss": detail, "count": {m.name: counts[i] for i, m in enumerate(model.modalities)}}
 
 
 def _sweep(hidden, table, ids, modality, weight, table_rows: tuple[int, ...], block: int, with_gradient: bool):
     order = jnp.argsort(modality)
     counts = jnp.bincount(modality, length=len(table_rows))
     starts = jnp.cumsum(counts) - counts
-    sums, d_hidden, d_table = [], jnp.zeros_like(hidden, jnp.float32), []
+    sums, d_hidden, d_table = [], jnp.zeros_like(hidden, jnp.float32), jnp.zeros_like(table, jnp.float32)
     for i, (first, last) in enumerate(itertools.pairwise(table_rows)):
-        vocabulary = table[first:last].astype(hidden.dtype)
         if first == last:
             sums.append(jnp.zeros((), jnp.float32))
             continue
 
-        def body(k, carry, i=i, vocabulary=vocabulary):
-            total, d_hidden, d_vocabulary = carry
+        def body(k, carry, i=i, first=first, last=last):
+            total, d_hidden, d_table = carry
+            # The start depends on k in form only: copies of all modalities' rows before the first loop would be held.
+            vocabulary = jax.lax.dynamic_slice_in_dim(table, first + jnp.minimum(k, 0), last - first).astype(
+                hidden.dtype
+            )
             place = k * block + jnp.arange(block)
             inside = place < counts[i]
             rows = order[jnp.where(inside, starts[i] + place, 0)]
@@ -82,19 +85,20 @@ def _sweep(hidden, table, ids, modality, weight, table_rows: tuple[int, ...], bl
             nll = jnp.log(norm[:, 0]) - jnp.take_along_axis(shifted, target[:, None], axis=1)[:, 0]
             total = total + (scale * nll).sum()
             if with_gradient:
-                g = exp * (scale[:, None] / norm)
-                g = g.at[jnp.arange(block), target].add(-scale).astype(x.dtype)
-                d_vocabulary = d_vocabulary + jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
+                is_target = jnp.arange(len(vocabulary))[None] == target[:, None]
+                g = (exp * (scale[:, None] / norm) - jnp.where(is_target, scale[:, None], 0)).astype(x.dtype)
+                d_vocabulary = jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
+                d_table = d_table.at[first : first + len(d_vocabulary)].add(d_vocabulary)
                 d_x = jnp.einsum("kv,vd->kd", g, vocabulary, preferred_element_type=jnp.float32)
                 d_hidden = d_hidden.at[jnp.where(inside, rows, hidden.shape[0])].set(d_x, mode="drop")
-            return total, d_hidden, d_vocabulary
+            return total, d_hidden, d_table
 
-        start = (jnp.zeros((), jnp.float32), d_hidden, jnp.zeros(vocabulary.shape, jnp.float32))
         num_blocks = (counts[i] + block - 1) // block
-        total, d_hidden, d_vocabulary = jax.lax.fori_loop(0, num_blocks, body, start)
+        start = (jnp.zeros((), jnp.float32), d_hidden, d_table)
+        total, d_hidden, d_table = jax.lax.fori_loop(0, num_blocks, body, start)
         sums.append(total)
-        d_table.append(d_vocabulary)
-    return jnp.stack(sums), d_hidden, d_table
+    sums = jnp.stack(sums)
+    return (sums.sum(), sums), d_hidden, d_table
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -105,24 +109,23 @@ def summed_cross_entropy(
     modality: Int[Array, " N"],
     weight: Float[Array, " modalities"],
     table_rows: tuple[int, ...],
-    block: int = 512,
-) -> Float[Array, " modalities"]:
-    """weight x summed negative log-likelihood for each modality, whose rows of the table begin at table_rows[i]."""
+    block: int = 128,
+):
+    """Sum of weight x negative log-likelihood, and its part of each modality, whose rows begin at table_rows[i].
+
+    Only the sum is differentiable.
+    """
     return _sweep(hidden, table, ids, modality, weight, table_rows, min(block, len(ids)), False)[0]
 
 
 def _forward(hidden, table, ids, modality, weight, table_rows, block):
-    sums, d_hidden, d_table = _sweep(hidden, table, ids, modality, weight, table_rows, min(block, len(ids)), True)
-    return sums, (d_hidden.astype(hidden.dtype), [d.astype(table.dtype) for d in d_table], modality)
+    out, d_hidden, d_table = _sweep(hidden, table, ids, modality, weight, table_rows, min(block, len(ids)), True)
+    return out, (d_hidden.astype(hidden.dtype), d_table.astype(table.dtype))
 
 
 def _backward(table_rows, block, residuals, g):
-    # Each modality's own cotangent scales its tokens and its rows of the table.
-    d_hidden, d_table, modality = residuals
-    of_token = jnp.append(g, 0.0)[modality]
-    present = [i for i, (first, last) in enumerate(itertools.pairwise(table_rows)) if first < last]
-    d_table = jnp.concatenate([d * g[i] for i, d in zip(present, d_table, strict=True)])
-    return d_hidden * of_token[:, None].astype(d_hidden.dtype), d_table, None, None, None
+    d_hidden, d_table = residuals
+    return d_hidden * g[0].astype(d_hidden.dtype), d_table * g[0], None, None, None
 
 
 summed_cross_entropy.defvjp(_forward, _backward)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,13 @@ from flax import nnx
 from make_checkpoint import make_tensors, metadata_of, write_checkpoint
 
 from m4 import fourm, losses
-from m4.convert import convert, layout
+from m4.components import load_tokenizer, save_tokenizer
+from m4.convert import convert, layout, original_rows
 from m4.modality import Modalities
 from m4.model import Model
 from m4.model_file import DTYPES, TensorFile, load_model, make_header, parameters, save_model, write
+from m4_tokenizers.boxes import BoxRecipe
+from m4_tokenizers.text import WordPieceRecipe
 
 PARITY = Path(os.environ.get("M4_PARITY", ROOT.parent / "shared" / "parity"))
 COMMITTED = ROOT / "tests" / "parity"
@@ -91,9 +95,14 @@ def test_losses_and_gradients_equal_the_original(case):
             if name not in pieces:
                 assert norm is None and name.endswith("token_emb.weight"), name  # never read
                 continue
-            parts = [grads[p.parameter] if p.rows is None else grads[p.parameter][slice(*p.rows)] for p in pieces[name]]
-            parts = [x.T if p.transposed else x for x, p in zip(parts, pieces[name], strict=True)]
-            g = np.concatenate(parts).astype(np.float64).ravel()
+            parts = [grads[p.parameter] for p in pieces[name]]
+            rows = [None if p.transposed or p.rows is None else p.rows for p in pieces[name]]
+            parts = [x if r is None else x[slice(*r)] for x, r in zip(parts, rows, strict=True)]
+            g = (
+                np.concatenate([original_rows(p, x) for p, x in zip(pieces[name], parts, strict=True)])
+                .astype(np.float64)
+                .ravel()
+            )
             if norm is None:
                 assert not g.any(), name
                 continue
@@ -370,3 +379,48 @@ def test_official_models_at_their_real_size(name, tmp_path):
         assert source.stat().st_size == back.stat().st_size
         while block := a.read(2**26):
             assert block == b.read(2**26)
+
+
+@pytest.fixture(scope="module")
+def wordpiece():
+    """Path of the original's WordPiece file, which is not ours to hand on."""
+    if not (PARITY / "text").exists():
+        pytest.skip("the original's WordPiece file is not here: set M4_PARITY to the folder of parity fixtures")
+    samples = json.loads((PARITY / "text" / "samples.json").read_text())
+    return PARITY / "text" / samples["tokenizer_file"], samples
+
+
+def test_wordpiece_ids_equal_the_original(wordpiece, tmp_path):
+    path, samples = wordpiece
+    text = WordPieceRecipe(path=str(path)).fit([], seed=0)
+    assert len(samples["samples"]) == 200
+    encoded = text.encode_unbounded([s["text"] for s in samples["samples"]])
+    for sample, ids in zip(samples["samples"], encoded, strict=True):
+        assert ids.tolist() == [*sample["ids"], 3], sample["text"]
+    for name, i in samples["special_ids"].items():
+        assert text.layout.names[i] == name
+    save_tokenizer(text, tmp_path / "text.safetensors")
+    loaded = load_tokenizer(tmp_path / "text.safetensors")
+    assert loaded.decode(loaded.encode(["a red bicycle"])) == ["a red bicycle"]
+    (tmp_path / "other.json").write_text(path.read_text().replace('"[S_1]"', '"[S_one]"'))
+    for name, message in (("other.json", "not the original's"), ("none.json", "no WordPiece file")):
+        with pytest.raises(ValueError, match=message):
+            WordPieceRecipe(path=str(tmp_path / name)).fit([], seed=0)
+
+
+def test_boxes_as_the_original_writes_them(wordpiece, tmp_path):
+    """Its strings "v0=4 v1=703 v2=327 v3=806 chair ..." and ours give the same ids, and come back."""
+    path, _ = wordpiece
+    recipe = BoxRecipe(name="det", max_objects=50, wordpiece=str(path))
+    text = WordPieceRecipe(path=str(path)).fit([], seed=0)
+    for row in json.loads((fixture("fm_mod7") / "raw_inputs.json").read_text())["text"]:
+        found = re.findall(r"v0=(\d+) v1=(\d+) v2=(\d+) v3=(\d+) ([a-z ]+?)(?= v0|$)", row["det"])
+        corners = np.array([[int(y0), int(x0), int(y1), int(x1)] for x0, y0, x1, y1, _ in found]) / 999
+        signal = {"bbox": corners.astype(np.float32), "label": [label for *_, label in found]}
+        boxes = recipe.fit([{"boxes": signal}], seed=0)
+        ids = boxes.encode([signal])[0]
+        assert ids.tolist() == text.encode_unbounded([row["det"]])[0].tolist()
+        save_tokenizer(boxes, tmp_path / "boxes.safetensors")
+        decoded = load_tokenizer(tmp_path / "boxes.safetensors").decode([ids])[0]
+        np.testing.assert_allclose(decoded["bbox"], signal["bbox"], atol=1e-6)
+        assert decoded["label"] == signal["label"]

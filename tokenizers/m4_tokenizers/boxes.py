@@ -19,7 +19,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from m4.modality import Sequence
-from m4_tokenizers.text import EOS, NUM_COORDINATES, Layout, TextRecipe, TextTokenizer
+from m4_tokenizers.text import (
+    EOS,
+    NUM_COORDINATES,
+    Layout,
+    TextRecipe,
+    TextTokenizer,
+    WordPieceRecipe,
+    WordPieceTokenizer,
+)
 
 Boxes = dict[str, Any]  # {"bbox": float32 [n 4] as (ymin, xmin, ymax, xmax) in [0, 1], "label": n strings}
 AS_TOKENS = [1, 0, 3, 2]  # (ymin, xmin, ymax, xmax) <-> (xmin, ymin, xmax, ymax)
@@ -28,7 +36,11 @@ SMALLEST_PICTURE = 256  # pixels: labels on anything smaller cannot be read
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoxRecipe:
-    """At most `max_objects` boxes of one-token labels; fewer if labels need more tokens."""
+    """At most `max_objects` boxes of one-token labels; fewer if labels need more tokens.
+
+    `wordpiece`, the path of the original's WordPiece file, gives the original's ids (its modality "det"): 1000 bins,
+    rounded to the nearest of i / 999, and its class names.
+    """
 
     signal: str = "boxes"
     name: str = "boxes"
@@ -37,14 +49,18 @@ class BoxRecipe:
     vocab_size: int = 640
     num_sentinels: int = 16
     num_examples: int = 4000
+    wordpiece: str = ""
 
     @property
-    def text(self) -> TextRecipe:
+    def text(self) -> TextRecipe | WordPieceRecipe:
+        max_length = (NUM_COORDINATES + 1) * self.max_objects + 1
+        if self.wordpiece:
+            return WordPieceRecipe(path=self.wordpiece, signal=self.signal, name=self.name, max_length=max_length)
         return TextRecipe(
             signal=self.signal,
             name=self.name,
             vocab_size=self.vocab_size,
-            max_length=(NUM_COORDINATES + 1) * self.max_objects + 1,
+            max_length=max_length,
             num_bins=self.num_bins,
             num_sentinels=self.num_sentinels,
         )
@@ -62,7 +78,10 @@ class BoxRecipe:
         count = min(len(source), self.num_examples)
         signals = [source[i][self.signal] for i in range(count)]
         labels = sorted({label for signal in signals for label in signal["label"]})
-        text = self.text.fit_texts(labels, split_words=False, seed=seed)
+        if self.wordpiece:
+            text = self.text.fit(source, seed=seed)
+        else:
+            text = self.text.fit_texts(labels, split_words=False, seed=seed)
         tokenizer = BoxTokenizer(recipe=self, text=text, card={})
         encoded = [tokenizer.encode_unbounded(signal) for signal in signals]
         lengths = [len(ids) for ids in encoded]
@@ -72,8 +91,8 @@ class BoxRecipe:
             component="boxes",
             signal=self.signal,
             values="(ymin, xmin, ymax, xmax) in [0, 1] with a label",
-            vocab_size=self.vocab_size,
-            num_bins=self.num_bins,
+            vocab_size=self.modality.vocab_size,
+            num_bins=self.layout.num_bins,
             num_labels=len(labels),
             mean_tokens=round(float(np.mean(lengths)), 2),
             longest=int(max(lengths)),
@@ -89,6 +108,17 @@ class BoxTokenizer:
     def __init__(self, *, recipe: BoxRecipe, text: TextTokenizer, card: dict[str, Any]):
         self.recipe, self.text, self.card = recipe, text, card
         self.layout, self.modality = recipe.layout, recipe.modality
+        self.num_bins = self.layout.num_bins
+
+    def _bins(self, corners: np.ndarray) -> np.ndarray:
+        """[0, 1] -> bins: of equal width, or, as the original has them, the nearest of i / (bins - 1)."""
+        if self.recipe.wordpiece:
+            return np.round(corners.astype(np.float64) * (self.num_bins - 1)).astype(np.int32)
+        return np.minimum((corners * self.num_bins).astype(np.int32), self.num_bins - 1)
+
+    def _places(self, bins: np.ndarray) -> np.ndarray:
+        """Bins -> where they lie in [0, 1]."""
+        return bins / (self.num_bins - 1) if self.recipe.wordpiece else (bins + 0.5) / self.num_bins
 
     def encode_unbounded(self, signal: Boxes) -> np.ndarray:
         corners = np.asarray(signal["bbox"], np.float32).reshape(-1, NUM_COORDINATES)
@@ -98,8 +128,8 @@ class BoxTokenizer:
             raise ValueError(f"box coordinates must lie in [0, 1], but span {corners.min()} to {corners.max()}")
         if "" in signal["label"]:
             raise ValueError("a box needs a label: the empty string has no tokens")
-        bins = np.minimum((corners[:, AS_TOKENS] * self.recipe.num_bins).astype(np.int32), self.recipe.num_bins - 1)
-        ids = self.layout.first_coordinate + np.arange(NUM_COORDINATES) * self.recipe.num_bins + bins
+        bins = self._bins(corners[:, AS_TOKENS])
+        ids = self.layout.first_coordinate + np.arange(NUM_COORDINATES) * self.num_bins + bins
         labels = self.text.encode_unbounded(signal["label"])
         pieces = [np.concatenate([box, label[:-1]]) for box, label in zip(ids, labels, strict=True)]
         return np.concatenate([*pieces, [EOS]]).astype(np.int32)
@@ -126,7 +156,7 @@ class BoxTokenizer:
         corners, labels, scores = [], [], []
         for start, stop in self._spans(np.asarray(ids)):
             bins = ids[start : start + NUM_COORDINATES] - self.layout.first_coordinate
-            x0, y0, x1, y1 = (np.asarray(bins) % self.recipe.num_bins + 0.5) / self.recipe.num_bins
+            x0, y0, x1, y1 = self._places(np.asarray(bins) % self.num_bins)
             corners.append([min(y0, y1), min(x0, x1), max(y0, y1), max(x0, x1)])
             labels.append(self.text.decode([ids[start + NUM_COORDINATES : stop]])[0])
             scores.append(np.exp(np.mean(logprobs[start:stop])))
@@ -136,10 +166,10 @@ class BoxTokenizer:
     def _spans(self, ids: np.ndarray) -> list[tuple[int, int]]:
         """[start, stop) of each run v0 v1 v2 v3 text..text."""
         first, first_text = self.layout.first_coordinate, self.layout.first_text
-        past_coordinates = first + NUM_COORDINATES * self.recipe.num_bins
+        past_coordinates = first + NUM_COORDINATES * self.num_bins
         is_coordinate = (ids >= first) & (ids < past_coordinates)
-        axes = np.where(is_coordinate, (ids - first) // self.recipe.num_bins, -1).tolist()
-        is_text = ((ids >= first_text) & (ids < first_text + len(self.text.pieces))).tolist()
+        axes = np.where(is_coordinate, (ids - first) // self.num_bins, -1).tolist()
+        is_text = ((ids >= first_text) & (ids < first_text + self.text.num_pieces)).tolist()
         ends = np.flatnonzero(ids == EOS)
         length = int(ends[0]) if len(ends) else len(ids)
         spans, i = [], 0
@@ -201,15 +231,14 @@ class BoxTokenizer:
         return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(index * 0.618 % 1, 0.85, 0.75))
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        config, _ = self.text.state()
-        return {"recipe": dataclasses.asdict(self.recipe), "pieces": config["pieces"], "merges": config["merges"]}, {}
+        text, _ = self.text.state()
+        return {"recipe": dataclasses.asdict(self.recipe), "text": {k: v for k, v in text.items() if k != "recipe"}}, {}
 
     @classmethod
     def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> "BoxTokenizer":
         recipe = BoxRecipe(**config["recipe"])
-        text = TextTokenizer(
-            recipe=recipe.text, pieces=config["pieces"], merges=config["merges"], split_words=False, card={}
-        )
+        kind = WordPieceTokenizer if recipe.wordpiece else TextTokenizer
+        text = kind(recipe=recipe.text, **config["text"], card={})
         return cls(recipe=recipe, text=text, card=card)
 
 

@@ -36,6 +36,7 @@ class Layout:
 
     num_sentinels: int
     num_bins: int
+    num_declarations: int = NUM_DECLARATIONS
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ class Layout:
             *("[PAD]", "[UNK]", "[SOS]", "[EOS]"),
             *(f"[S_{i}]" for i in range(self.num_sentinels)),
             *(f"v{axis}={i}" for axis in range(NUM_COORDINATES) for i in range(self.num_bins)),
-            *(f"[D_{i}]" for i in range(NUM_DECLARATIONS)),
+            *(f"[D_{i}]" for i in range(self.num_declarations)),
         )
 
     @property
@@ -56,7 +57,7 @@ class Layout:
 
     @property
     def first_text(self) -> int:
-        return self.first_coordinate + NUM_COORDINATES * self.num_bins + NUM_DECLARATIONS
+        return self.first_coordinate + NUM_COORDINATES * self.num_bins + self.num_declarations
 
 
 def as_sequence(*, name: str, signal: str, vocab_size: int, max_length: int, layout: Layout) -> Sequence:
@@ -160,6 +161,7 @@ class TextTokenizer:
     ):
         self.recipe, self.pieces, self.merges, self.split_words, self.card = recipe, pieces, merges, split_words, card
         self.layout, self.modality = recipe.layout, recipe.modality
+        self._first_id = self.layout.first_text  # of what Hugging Face's model knows
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         # ignore_merges: a word that is a piece needs no merges to become one.
         model = models.BPE(vocab=vocabulary, merges=[tuple(pair) for pair in merges], ignore_merges=True)
@@ -167,11 +169,15 @@ class TextTokenizer:
         self._model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
         self._model.decoder = decoders.ByteLevel()
 
+    @property
+    def num_pieces(self) -> int:
+        """Ids of text, from layout.first_text on."""
+        return len(self.pieces)
+
     def encode_unbounded(self, signals: Seq[str]) -> list[np.ndarray]:
         """Ids closed by [EOS], however long."""
-        first = self.layout.first_text
         encodings = self._model.encode_batch(list(signals), add_special_tokens=False)
-        return [np.array([first + i for i in encoding.ids] + [EOS], np.int32) for encoding in encodings]
+        return [np.array([self._first_id + i for i in encoding.ids] + [EOS], np.int32) for encoding in encodings]
 
     def encode(self, signals: Seq[str]) -> list[np.ndarray]:
         encoded = self.encode_unbounded(signals)
@@ -191,8 +197,8 @@ class TextTokenizer:
             row = np.asarray(row, np.int64).ravel()
             ends = np.flatnonzero(row == EOS)
             row = row[: ends[0]] if len(ends) else row
-            kept = row[(row >= first) & (row < first + len(self.pieces))] - first
-            texts.append(self._model.decode(kept.tolist(), skip_special_tokens=False))
+            kept = row[(row >= first) & (row < first + self.num_pieces)]
+            texts.append(self._model.decode((kept - self._first_id).tolist(), skip_special_tokens=False))
         return texts
 
     def read(self, value: str) -> str:
@@ -229,3 +235,66 @@ class TextTokenizer:
             split_words=config["split_words"],
             card=card,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordPieceRecipe:
+    """The original 4M's text tokenizer, from its own file (text_tokenizer_4m_wordpiece_30k.json): 30,000 lower-case
+    word pieces, 200 sentinels, 1000 bins a coordinate, object classes as single ids behind them."""
+
+    path: str
+    signal: str = "caption"
+    name: str = "caption"
+    max_length: int = 256
+
+    layout = Layout(num_sentinels=200, num_bins=1000, num_declarations=0)
+    vocab_size = 30_000
+
+    @property
+    def modality(self) -> Sequence:
+        return as_sequence(
+            name=self.name,
+            signal=self.signal,
+            vocab_size=self.vocab_size,
+            max_length=self.max_length,
+            layout=self.layout,
+        )
+
+    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "WordPieceTokenizer":
+        """Reads the file; nothing is fitted. ValueError if it is missing or another tokenizer."""
+        try:
+            file = Path(self.path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"no WordPiece file {self.path!r}: {error.strerror}") from error
+        card = {"component": "wordpiece", "signal": self.signal, "values": "text, read as lower case"}
+        return WordPieceTokenizer(recipe=self, file=file, card={**card, "vocab_size": self.vocab_size})
+
+
+class WordPieceTokenizer(TextTokenizer):
+    """Ids as the original's; the file travels with the tokenizer."""
+
+    def __init__(self, *, recipe: WordPieceRecipe, file: str, card: dict[str, Any]):
+        self.recipe, self.file, self.card = recipe, file, card
+        self.layout, self.modality = recipe.layout, recipe.modality
+        self._first_id = 0
+        try:
+            self._model = FastTokenizer.from_str(file)
+        except Exception as error:  # Hugging Face raises nothing more specific
+            raise ValueError(f"{recipe.path} is no tokenizer file: {error}") from error
+        wrong = [name for i, name in enumerate(self.layout.names) if self._model.token_to_id(name) != i]
+        if wrong or self._model.get_vocab_size() != recipe.vocab_size:
+            raise ValueError(
+                f"{recipe.path} is not the original's WordPiece file: {self._model.get_vocab_size():,} entries instead "
+                f"of {recipe.vocab_size:,}, {len(wrong):,} reserved ids elsewhere {wrong[:3]}"
+            )
+
+    @property
+    def num_pieces(self) -> int:
+        return self.recipe.vocab_size - self.layout.first_text
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return {"recipe": dataclasses.asdict(self.recipe), "file": self.file}, {}
+
+    @classmethod
+    def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]):
+        return cls(recipe=WordPieceRecipe(**config["recipe"]), file=config["file"], card=card)
