@@ -16,10 +16,12 @@ from m4.metrics import Metrics
 from m4.model import Model
 
 
-def train_step(graph, optimizer, weighting, params, state, batch):
+def train_step(graph, optimizer, c, params, state, batch, step):
+    key = jax.random.fold_in(jax.random.key(c.seed), step)
+
     def loss_fn(params):
         model = nnx.merge(graph, params)
-        return losses.cross_entropy(model, model(batch), batch.targets, weighting=weighting)
+        return losses.cross_entropy(model, model(batch, key), batch.targets, weighting=c.loss)
 
     (loss, detail), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     updates, state = optimizer.update(grads, state, params)
@@ -67,11 +69,11 @@ def main(c) -> None:
     # Steps. SIGTERM (preemption) ends the run after the current step, with a checkpoint.
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    step_fn = jax.jit(functools.partial(train_step, graph, optimizer, c.loss), donate_argnums=(0, 1))
+    step_fn = jax.jit(functools.partial(train_step, graph, optimizer, c), donate_argnums=(0, 1))
     tokens_per_step = c.batch_size * (c.masking.num_inputs + c.masking.num_targets)
     metrics = Metrics(c.folder, first_step=first_step, num_steps=c.num_steps, tokens_per_step=tokens_per_step)
     for step in range(first_step + 1, c.num_steps + 1):
-        params, state, scalars = step_fn(params, state, sharding.shard_batch(next(stream), mesh))
+        params, state, scalars = step_fn(params, state, sharding.shard_batch(next(stream), mesh), step)
         if step % c.log_every == 0 or step == c.num_steps:
             metrics.write(step, jax.device_get(scalars))
         if step % c.save_every == 0 or step == c.num_steps or stop:

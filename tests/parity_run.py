@@ -118,7 +118,7 @@ def forward(model: Model, meta: dict, batch: MaskedBatch) -> dict[str, np.ndarra
     def both_losses(params):
         model = nnx.merge(graph, params)
         kinds = {"loss.mod": "4m_modality", "loss.token": "4m_token"}
-        return {k: losses.cross_entropy(model, hidden, targets, weighting=w)[0] for k, w in kinds.items()}
+        return {k: losses.cross_entropy(model, jnp.asarray(hidden), targets, weighting=w)[0] for k, w in kinds.items()}
 
     out.update(both_losses(params))
     # A batch may leave out modalities that the model predicts: the original counts those of the batch.
