@@ -378,7 +378,7 @@ def test_official_models_at_their_real_size(name, tmp_path):
             with contextlib.suppress(psutil.Error):
                 peak = max(peak, process.memory_info().rss)
             time.sleep(0.05)
-        output = process.stdout.read()
+        output = process.communicate()[0]
         assert process.returncode == 0 and expected in output
         largest = max(end - begin for _, _, begin, end in TensorFile.read(args[1]).entries.values())
         print(f"{name}: peak {peak / 2**30:.2f} GiB, largest array {largest / 2**30:.2f} GiB")
