@@ -38,9 +38,9 @@ from m4.model_file import (
     describe,
     described,
     make_header,
-    parameters,
+    parameter_shapes,
     write,
-)  # fmt: skip
+)
 
 KEPT = "original:"
 # The original's config and what it means when a key is absent.
@@ -278,7 +278,7 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
     tied = all(a not in file.entries or b not in file.entries or _same(file, a, b) for a, b in pairs)
     c = model_config(config, tied=tied, path=file.path)
     pieces = layout(c, modalities)
-    ours = {name: x.shape for name, x in parameters(_state(c, modalities)).items()}
+    ours = parameter_shapes(c, modalities)
 
     # Names of the same rows are copies of one tensor: one of them is enough, and two must agree.
     names = defaultdict(list)
@@ -334,12 +334,6 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
 def original_rows(p: Piece, array: np.ndarray) -> np.ndarray:
     """The rows of an original tensor from our parameter (or, not transposed, from its `rows` alone)."""
     return array[:, slice(*p.rows or (None,))].T if p.transposed else array
-
-
-def _state(c: ModelConfig, modalities: Modalities) -> Any:
-    from flax import nnx
-
-    return nnx.state(abstract(c, modalities), nnx.Param)
 
 
 def _shape(name: str, parts: list[Piece], ours: dict[str, tuple[int, ...]]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,6 +139,10 @@ def parameters(state: Any) -> dict[str, Any]:
     return {".".join(str(k) for k in path): x for path, x in nnx.to_flat_state(state)}
 
 
+def parameter_shapes(model_config: Any, modalities: Modalities) -> dict[str, tuple[int, ...]]:
+    return {n: x.shape for n, x in parameters(nnx.state(abstract(model_config, modalities), nnx.Param)).items()}
+
+
 def describe(model_config: Any, modalities: Modalities) -> dict[str, str]:
     return {"m4_model": json.dumps({"model": to_json(model_config), "modalities": to_json(list(modalities))})}
 
@@ -156,7 +160,8 @@ def abstract(model_config: Any, modalities: Modalities) -> Model:
     return nnx.eval_shape(lambda: Model(model_config, modalities, rngs=nnx.Rngs(0)))
 
 
-def save_model(model: Model, path: Path) -> None:
+def save_model(model: Model, path: str | Path) -> None:
+    """Writes the model's parameters in their dtypes, its config and its modalities."""
     arrays = {name: x[...] for name, x in parameters(nnx.state(model, nnx.Param)).items()}
     shapes = {name: (DTYPE_NAMES[x.dtype], x.shape) for name, x in arrays.items()}
     write(
@@ -166,14 +171,14 @@ def save_model(model: Model, path: Path) -> None:
     )
 
 
-def load_model(path: str | Path, *, wrap: Callable[[Any], Any] = jnp.asarray) -> Model:
+def load_model(path: str | Path) -> Model:
     """The model in a file written by `save_model` or `python -m m4 convert`, parameters in float32."""
     file = TensorFile.read(path)
     graph, state = nnx.split(abstract(*described(file)), nnx.Param)
     expected = parameters(state)
     check_names(file, {name: x.shape for name, x in expected.items()}, [n for n in file.entries if ":" in n])
     flat = [
-        (path, x.replace(wrap(file.tensor(".".join(map(str, path))).astype(np.float32))))
+        (path, x.replace(jnp.asarray(file.tensor(".".join(map(str, path))).astype(np.float32))))
         for path, x in nnx.to_flat_state(state)
     ]
     return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -25,7 +25,7 @@ from make_checkpoint import make_tensors, metadata_of, write_checkpoint
 from m4 import fourm, losses
 from m4.components import load_tokenizer, save_tokenizer
 from m4.convert import convert, layout, original_rows
-from m4.modality import Modalities
+from m4.modality import Features, Modalities
 from m4.model import Model
 from m4.model_file import TensorFile, load_model, make_header, parameters, save_model, write
 from m4_tokenizers.boxes import BoxRecipe
@@ -434,3 +434,23 @@ def test_boxes_as_the_original_writes_them(wordpiece, tmp_path):
         decoded = load_tokenizer(tmp_path / "boxes.safetensors").decode([ids])[0]
         np.testing.assert_allclose(decoded["bbox"], signal["bbox"], atol=1e-6)
         assert decoded["label"] == signal["label"]
+
+
+def test_unselected_tokens_are_never_read(case):
+    """Whatever stands where the original's masks say "masked out" changes nothing at all."""
+    folder, meta, model, batch = case
+    changed = parity_run.read_batch(folder, meta)
+    for name, d in changed.items():
+        m = model.modalities.named(name)
+        if not isinstance(m, Features):
+            unread = (d["input_mask"] & d["target_mask"]).reshape(d["tensor"].shape)
+            d["tensor"] = np.where(unread, (d["tensor"] + 1) % m.vocab_size, d["tensor"])
+    again = fourm.masked_batch(
+        changed,
+        model.modalities,
+        num_inputs=meta["num_encoder_tokens"],
+        num_targets=meta["num_decoder_tokens"],
+        target_order=meta["decoder_modality_order"],
+    )
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(batch), strict=True):
+        np.testing.assert_array_equal(a, b)
