@@ -20,6 +20,8 @@ from m4.sampling import Autoregressive, MaskGIT
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.networks import PatchEncoder
+from m4_tokenizers.quantizers import LearnedVectorQuantizer
 from m4_tokenizers.text import TextRecipe
 
 strategies = (
@@ -42,8 +44,8 @@ config = Config(
     source=Scenes(variant="simple", num_train=20_000),
     tokenizers=(
         PixelPatchesRecipe(),
-        ImageRecipe(num_codes=512, num_encoder_blocks=0, num_steps=500),
-        DepthRecipe(num_encoder_blocks=0, num_steps=300),
+        ImageRecipe(encoder=PatchEncoder(num_blocks=0), quantizer=LearnedVectorQuantizer(num_codes=512), num_steps=500),
+        DepthRecipe(encoder=PatchEncoder(num_blocks=0), num_steps=300),
         TextRecipe(),
         BoxRecipe(),
     ),

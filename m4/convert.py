@@ -56,6 +56,8 @@ DEFAULTS = {
 
 def parse_config(file: TensorFile) -> dict[str, Any]:
     """The original's config from the metadata strings, one Python literal each (act_layer: a plain word)."""
+    if "enc_type" in file.metadata:
+        raise ValueError(f"{file.path} is a tokenizer: `python -m m4_tokenizers convert` converts it")
     config = dict(DEFAULTS)
     for key, text in file.metadata.items():
         if key == "format" or key in file.entries or text in file.entries:

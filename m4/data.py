@@ -128,9 +128,9 @@ def encode(examples: Seq[dict[str, Any]], tokenizers: Mapping[str, Tokenizer]) -
     """Raw examples -> stored arrays by modality; a modality whose signal an example lacks is left out of its record."""
     records: list[dict[str, np.ndarray]] = [{} for _ in examples]
     for name, tokenizer in tokenizers.items():
-        signal = tokenizer.modality.signal
-        present = [i for i, e in enumerate(examples) if signal in e]
-        for i, stored in zip(present, tokenizer.encode([examples[i][signal] for i in present]), strict=True):
+        signals = [tokenizer.signal_of(example) for example in examples]
+        present = [i for i, signal in enumerate(signals) if signal is not None]
+        for i, stored in zip(present, tokenizer.encode([signals[i] for i in present]), strict=True):
             records[i][name] = compact(stored, tokenizer.modality)
     return records
 

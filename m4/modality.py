@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -177,6 +177,9 @@ class Tokenizer(Protocol):
     def encode(self, signals: Seq[Any]) -> list[np.ndarray]: ...
 
     def decode(self, ids: Seq[np.ndarray]) -> list[Any]: ...
+
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None:
+        """The signal of a raw example: its own, or computed from others (edges, palettes); None if it has neither."""
 
     def read(self, value: str) -> Any:
         """One signal from a command-line value: a path, or the text itself."""

@@ -1,10 +1,12 @@
 """Computes the arrays of a parity fixture with m4: python tests/parity_run.py FIXTURE_DIR --out FILE.npz
 
 The fixture gives inputs and weights (see tests/parity/README.md); what comes out has the names and the layout of its
-outputs.npz, and the original's two losses as loss.mod and loss.token. Nothing else of the fixture is read.
+outputs.npz, and for fm_* the original's two losses as loss.mod and loss.token. Nothing else of the fixture is read.
+Fixtures: the encoder-decoder (fm_*), VQVAEs and DiVAEs, diffusion schedules, quantizers in training.
 """
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -21,10 +23,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tokenizers"), str(ROOT / "tests" / "parit
 import make_checkpoint  # noqa: E402
 
 from m4 import fourm, losses  # noqa: E402
+from m4.components import load_tokenizer  # noqa: E402
 from m4.convert import convert  # noqa: E402
 from m4.model import Model  # noqa: E402
 from m4.model_file import load_model  # noqa: E402
 from m4.tokens import MaskedBatch  # noqa: E402
+from m4_tokenizers import released  # noqa: E402
+from m4_tokenizers.diffusion import Schedule  # noqa: E402
+from m4_tokenizers.quantizers import VectorQuantizer  # noqa: E402
 
 
 def converted_model(folder: Path) -> Model:
@@ -127,10 +133,166 @@ def forward(model: Model, meta: dict, batch: MaskedBatch) -> dict[str, np.ndarra
     return {name: np.asarray(x) for name, x in out.items()}
 
 
+def channels_first(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(np.asarray(x), -1, 1)
+
+
+def converted_tokenizer(folder: Path, meta: dict):
+    """The fixture's weights in the original's file format, converted and loaded."""
+    spec = json.loads((folder / "state_dict.json").read_text())
+    config = {**released.DEFAULTS, **spec["config"]}
+    signal = next(name for name, recipe in released.RECIPES.items() if released.fits(recipe, config))
+    with tempfile.TemporaryDirectory() as scratch:
+        original, ours = Path(scratch) / "original.safetensors", Path(scratch) / "tokenizer.safetensors"
+        make_checkpoint.write_checkpoint(spec, original)
+        released.convert(original, ours, signal=signal, presets=meta["presets"])
+        return load_tokenizer(ours)
+
+
+def read_input(arrays, tag: str) -> np.ndarray:
+    """One input as our arrays: [B H W C], or [B H W] class indices."""
+    prefix = f"{tag}." if tag else ""
+    if f"{prefix}labels" in arrays:
+        return arrays[f"{prefix}labels"].astype(np.int32)
+    if f"{prefix}i16_over_1024" in arrays:
+        x = arrays[f"{prefix}i16_over_1024"].astype(np.float32) / np.float32(1024)
+    else:
+        x = arrays[f"{prefix}u8"].astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return np.moveaxis(x, 1, -1)
+
+
+def as_original_ids(ids: np.ndarray, num_codebooks: int) -> np.ndarray:
+    return channels_first(ids) if num_codebooks > 1 else np.asarray(ids)
+
+
+def vqvae(folder: Path, meta: dict) -> dict[str, np.ndarray]:
+    tokenizer = converted_tokenizer(folder, meta)
+    model, arrays, out = tokenizer.model, np.load(folder / "inputs.npz"), {}
+    for tag in dict.fromkeys(key.rsplit(".", 1)[0] for key in arrays.files):
+        x = jnp.asarray(read_input(arrays, tag))
+        features = model.encoder.features(model.embed(x))
+        latents = model.encoder.project(features)
+        quantized = model.quantizer(latents)
+        codes = model.quantizer.look_up(quantized.ids)
+        out[f"{tag}.encoder_out"] = channels_first(features)
+        out[f"{tag}.latents"] = channels_first(latents)
+        out[f"{tag}.tokens"] = as_original_ids(quantized.ids, tokenizer.recipe.quantizer.num_codebooks)
+        out[f"{tag}.token_embedding"] = channels_first(codes)
+        out[f"{tag}.recon"] = channels_first(model.decoder(codes))
+    return out
+
+
+def divae(folder: Path, meta: dict) -> dict[str, np.ndarray]:
+    tokenizer = converted_tokenizer(folder, meta)
+    model, arrays = tokenizer.model, np.load(folder / "inputs.npz")
+    decoder, schedule = model.decoder, model.decoder.config.schedule
+    clean, noised, noise = (jnp.asarray(read_input(arrays, tag)) for tag in ("clean", "noised", "init_noise"))
+    latents = model.latent(clean)
+    ids = model.quantizer(latents).ids
+    codes = model.quantizer.look_up(ids)
+    t, masked = jnp.asarray(arrays["timesteps"]), jnp.asarray(arrays["cond_mask"])
+    timesteps = schedule.timesteps(meta["ddim_steps"], meta["ddim_mode"])
+    graph, state = nnx.split(decoder)
+    run_network = jax.jit(lambda state, *args: nnx.merge(graph, state).network(*args))
+    network = functools.partial(run_network, state)
+    decode = jax.jit(lambda state, codes, x: nnx.merge(graph, state).denoise(codes, x, timesteps, meta["ddim_steps"]))
+    noised_clean, velocity = schedule.add_noise(clean, noise, t), schedule.velocity(clean, noise, t)
+    first = network(noise, jnp.full(len(noise), timesteps[0]), codes, jnp.zeros_like(masked))
+    out = {
+        "latents": latents,
+        "quant": codes,
+        "denoise": network(noised, t, codes, jnp.zeros_like(masked)),
+        "denoise_masked": network(noised, t, codes, masked),
+        "add_noise": noised_clean,
+        "velocity": velocity,
+        "noise_from_velocity": schedule.noise(noised_clean, velocity, t),
+        "ddim": decode(state, codes, noise),
+        "ddim_step1": schedule.ddim_step(first, timesteps[0], noise, stride=schedule.num_steps // meta["ddim_steps"]),
+    }
+    out = {name: channels_first(x) for name, x in out.items()}
+    return {**out, "tokens": np.asarray(ids), "alphas_cumprod": schedule.signal, "ddim_timesteps": timesteps}
+
+
+def schedules(folder: Path, meta: dict) -> dict[str, np.ndarray]:
+    """What meta["keys"] names: tables, decoding steps, and single scheduler steps on stored arrays."""
+    arrays = dict(np.load(folder / "inputs.npz"))
+    num_steps = meta["num_train_timesteps"]
+    sample, output, noise = (arrays[f"step.{name}"] for name in ("sample", "model_output", "variance_noise"))
+    out = {}
+    for key in meta["keys"]:
+        what, *rest = key.split(".")
+        kind = ".".join(rest)
+        if what == "alphas_cumprod":
+            name, _, form = kind.rpartition(".")
+            out[key] = Schedule(kind=name, num_steps=num_steps, zero_terminal_snr=form == "zsnr").signal
+        elif what == "timesteps":
+            out[key] = Schedule(num_steps=num_steps).timesteps(int(rest[1]), rest[0])
+        elif what == "step":
+            out[key] = arrays[key]
+        elif what == "ddpm_timesteps_20":
+            out[key] = Schedule(num_steps=num_steps).timesteps(20, "leading")
+        elif what == "ddim_step":
+            prediction, *name, bound, t = rest
+            schedule = Schedule(
+                kind=".".join(name), num_steps=num_steps, prediction=prediction, clip=bound in ("clip", "thr")
+            )
+            out[key] = schedule.ddim_step(output, int(t[1:]), sample, stride=num_steps // 10)
+        else:
+            schedule = Schedule(kind="linear", num_steps=num_steps, prediction=rest[0])
+            out[key] = schedule.ddpm_step(output, int(rest[1][1:]), sample, noise, stride=num_steps // 20)
+    return {key: np.asarray(x) for key, x in out.items()}
+
+
+def quantizer_training(folder: Path, meta: dict) -> dict[str, np.ndarray]:
+    """Three steps of a codebook in training, differentiated as meta["what"] says."""
+    arrays = dict(np.load(folder / "inputs.npz"))
+    module = VectorQuantizer(
+        num_codes=meta["codebook_size"],
+        latent_size=meta["dim"],
+        cosine=meta["use_cosine_sim"],
+        normalize_latents=meta["norm_latents"],
+        decay=meta["decay"],
+        commitment=meta["commitment_weight"],
+        dead_below=meta["threshold_ema_dead_code"],
+    ).make(rngs=nnx.Rngs(0))
+    module.codes[...] = jnp.asarray(arrays["codebook_0"])[None]
+    module.counts[...] = jnp.full(module.counts.shape, meta["initial cluster_size"])
+    if module.sums is not None:
+        module.sums[...] = meta["initial cluster_size"] * module.codes[...]
+    out = dict(arrays)
+    for step in range(sum(key.startswith("x_") for key in arrays)):
+        x, w = (jnp.asarray(np.moveaxis(arrays[f"{name}_{step}"], 1, -1)) for name in "xw")
+
+        def total(x, w=w):
+            quantized = module(x)
+            return jnp.sum(quantized.codes * w) + 10 * quantized.loss, quantized
+
+        (_, quantized), gradient = jax.value_and_grad(total, has_aux=True)(x)
+        out |= {f"quant_{step}": channels_first(quantized.codes), f"xgrad_{step}": channels_first(gradient)}
+        out |= {f"loss_{step}": np.reshape(quantized.loss, 1), f"tokens_{step}": np.asarray(quantized.ids)}
+        module.update(x, quantized.ids, jax.random.key(step))
+        out[f"codebook_{step + 1}"] = np.asarray(module.codes[...][0])
+        out[f"cluster_size_{step + 1}"] = np.asarray(module.counts[...][0])
+        if module.sums is not None:
+            out[f"embed_avg_{step + 1}"] = np.asarray(module.sums[...][0])
+    return out
+
+
 def run(folder: Path) -> dict[str, np.ndarray]:
-    if not (folder / "state_dict.json").exists() or not (folder / "meta.json").exists():
-        raise ValueError(f"{folder} is no fixture of the encoder-decoder: it has no state_dict.json or no meta.json")
+    if not (folder / "meta.json").exists():
+        raise ValueError(f"{folder} is no fixture: it has no meta.json")
     meta = json.loads((folder / "meta.json").read_text())
+    if "use_cosine_sim" in meta:
+        return quantizer_training(folder, meta)
+    if "num_train_timesteps" in meta:
+        return schedules(folder, meta)
+    if not (folder / "state_dict.json").exists():
+        raise ValueError(f"{folder} is no fixture: it has no state_dict.json")
+    config = json.loads((folder / "state_dict.json").read_text())["config"]
+    if "beta_schedule" in config:
+        return divae(folder, meta)
+    if "enc_type" in config:
+        return vqvae(folder, meta)
     model = converted_model(folder)
     return forward(model, meta, masked_batch(folder, meta, model))
 

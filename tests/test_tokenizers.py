@@ -17,13 +17,18 @@ from m4.modality import Recipe, Tokenizer
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
-from m4_tokenizers.quantizers import code_use, fit_codebook, nearest_codes
+from m4_tokenizers.networks import PatchDecoder, PatchEncoder, to_patches
+from m4_tokenizers.quantizers import LearnedVectorQuantizer, code_use, fit_codebook, nearest_codes
 from m4_tokenizers.text import EOS, TextRecipe
 from m4_tokenizers.train import train
-from m4_tokenizers.vq import to_patches
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210)}
-TINY = dict(num_codes=32, latent_size=8, width=18, num_encoder_blocks=1, num_decoder_blocks=1, num_held_out=16)
+TINY = dict(
+    encoder=PatchEncoder(width=18, num_blocks=1),
+    quantizer=LearnedVectorQuantizer(num_codes=32, latent_size=8),
+    decoder=PatchDecoder(width=18, num_blocks=1),
+    num_held_out=16,
+)
 
 
 def example(index: int) -> dict:
@@ -215,9 +220,14 @@ def test_depth_range_and_validity(depth, tmp_path):
     known = decoded > 0
     assert ((decoded[known] >= 0.5) & (decoded[known] <= 30.001)).all()
     assert (known == (np.stack(signals) > 0)).mean() > 0.9
-    pixels = depth.recipe.to_pixels(signals)
+    pixels = depth.recipe.to_arrays(signals)
     assert pixels.min() >= -1 and pixels.max() <= 1
     np.testing.assert_allclose(np.stack(depth.recipe.to_signals(pixels)), np.stack(signals), rtol=1e-4)
+    for wrong, words in ((-1.0, "negative"), (np.nan, "not finite")):
+        with pytest.raises(ValueError, match=words):
+            depth.encode([np.where(signals[0] > 5, np.float32(wrong), signals[0])])
+    with pytest.raises(ValueError, match="are its units others"):
+        depth.encode([signals[0] * np.float32(1000)])
     depth.write(signals[0], tmp_path, image=None)
     np.testing.assert_allclose(depth.read(str(tmp_path / "depth.png")), signals[0], atol=6e-4)
     np.save(tmp_path / "depth.npy", signals[0])
@@ -293,13 +303,13 @@ def test_codebook_uses_all_codes_and_is_seeded():
 def test_training_improves_on_k_means_and_is_seeded():
     recipe: Recipe = ImageRecipe(num_steps=80, batch_size=16, **TINY)
     start = dataclasses.replace(recipe, num_steps=0).fit(EXAMPLES, seed=0)
-    patches = to_patches(recipe.to_pixels([EXAMPLES[0]["rgb"]]), 8).reshape(-1, 192)
+    patches = to_patches(recipe.to_arrays([EXAMPLES[0]["rgb"]]), 8).reshape(-1, 192)
     _, arrays = start.state()
-    latent = (patches - arrays["mean"]) @ arrays["project"]
+    latent = (patches - arrays["encoder.mean"]) @ arrays["encoder.project"]
     expected, _ = nearest_codes(latent, arrays["quantizer.codes"])  # step 0 is the k-means tokenizer
     assert (start.encode([EXAMPLES[0]["rgb"]])[0] == expected).mean() > 0.98
     trained = recipe.fit(EXAMPLES, seed=0)
-    assert trained.card["psnr"] > start.card["psnr"] > start.card["psnr_of_mean_image"]
+    assert trained.card["psnr"] > start.card["psnr"] > start.card["psnr_of_mean"]
     again = recipe.fit(EXAMPLES, seed=0)
     for name, array in trained.state()[1].items():
         np.testing.assert_array_equal(array, again.state()[1][name])
@@ -318,7 +328,7 @@ def test_train_writes_files_and_sheets(tmp_path, capsys):
     config = types.SimpleNamespace(tokenizers=recipes, source=source, data_dir="", seed=0)
     train(config, signals=["caption", "boxes"], out=tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
-        f"{n}.{e}" for n in ("caption", "boxes") for e in ("safetensors", "png")
+        f"{n}.{e}" for n in ("caption", "boxes") for e in ("safetensors", "json", "png")
     }
     assert load_tokenizer(tmp_path / "boxes.safetensors").card["num_labels"] == 3
     assert "mean_tokens" in capsys.readouterr().out

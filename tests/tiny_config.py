@@ -8,10 +8,17 @@ from m4.model import ModelConfig
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.networks import PatchDecoder, PatchEncoder
+from m4_tokenizers.quantizers import LearnedVectorQuantizer
 from m4_tokenizers.text import TextRecipe
 
 quickstart: Config = load_config("configs/quickstart.py")
-small = {"num_codes": 32, "width": 18, "num_encoder_blocks": 0, "num_decoder_blocks": 1, "num_steps": 3}
+small = {
+    "encoder": PatchEncoder(width=18, num_blocks=0),
+    "quantizer": LearnedVectorQuantizer(num_codes=32),
+    "decoder": PatchDecoder(width=18, num_blocks=1),
+    "num_steps": 3,
+}
 
 config = dataclasses.replace(
     quickstart,

@@ -11,6 +11,7 @@ import colorsys
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from m4.modality import Sequence
+from m4_tokenizers.coordinates import json_text
 from m4_tokenizers.text import (
     EOS,
     NUM_COORDINATES,
@@ -184,9 +186,12 @@ class BoxTokenizer:
                 i += 1
         return spans
 
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None:
+        return example[self.modality.signal] if self.modality.signal in example else None
+
     def read(self, value: str) -> Boxes:
         """A JSON file, or JSON itself: [{"bbox": [ymin, xmin, ymax, xmax], "label": ...}, ...]."""
-        text = value if value.lstrip().startswith("[") else _file_text(Path(value))
+        text = json_text(value)
         try:
             items = json.loads(text)
             bbox = np.array([item["bbox"] for item in items], np.float32).reshape(-1, NUM_COORDINATES)
@@ -240,10 +245,3 @@ class BoxTokenizer:
         kind = WordPieceTokenizer if recipe.wordpiece else TextTokenizer
         text = kind(recipe=recipe.text, **config["text"], card={})
         return cls(recipe=recipe, text=text, card=card)
-
-
-def _file_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path} is neither a readable JSON file nor JSON text: {error}") from error

@@ -8,7 +8,6 @@ Axes: N images, H rows, W columns, C channels; depth is float32 [H W] in metres,
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from m4_tokenizers.image import write_image
-from m4_tokenizers.quantizers import code_use
-from m4_tokenizers.vq import GridRecipe, GridTokenizer, to_patches, to_pixels
+from m4_tokenizers.image import write_array, write_image
+from m4_tokenizers.networks import to_patches, to_pixels
+from m4_tokenizers.quantizers import LearnedVectorQuantizer
+from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
 Depth = Float[np.ndarray, "H W"]
 VALIDITY = 0.5  # of a known pixel: validity is a sign, and needs less precision than depth
@@ -43,69 +43,103 @@ def depth_quality(given: np.ndarray, predicted: np.ndarray, where: np.ndarray) -
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DepthRecipe(GridRecipe):
+class DepthRecipe(VQRecipe):
     """Depths from `min_depth` to `max_depth` metres; nearer or farther ones are clipped."""
 
     signal: str = "depth"
     name: str = "depth_tokens"
     min_depth: float = 0.5
     max_depth: float = 30.0
-    num_codes: int = 512
+    quantizer: Any = LearnedVectorQuantizer(num_codes=512)
     num_steps: int = 400
 
-    @property
-    def num_channels(self) -> int:
-        return 2
+    num_channels = 2
 
-    def to_pixels(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
+    @property
+    def values(self) -> str:
+        return f"metres, {self.min_depth} to {self.max_depth}, 0 = unknown"
+
+    def to_arrays(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
         size = self.image_size
         for depth in signals:
             given = f"{getattr(depth, 'dtype', type(depth).__name__)} {list(np.shape(depth))}"
             if given != f"float32 [{size}, {size}]":
                 raise ValueError(f"a depth map of {given} was given; allowed: float32 [{size}, {size}] in metres")
         metres = np.stack(signals)
-        known = (metres > 0) & np.isfinite(metres)
+        if not np.isfinite(metres).all() or metres.min() < 0:
+            raise ValueError("a depth map has numbers that are negative or not finite; unknown depth is 0")
+        known = metres > 0
+        for depth in metres:
+            middle = np.median(depth[depth > 0]) if (depth > 0).any() else self.min_depth
+            if not self.min_depth / 4 <= middle <= 4 * self.max_depth:
+                raise ValueError(
+                    f"a depth map has a median of {middle:,.4g}, but this tokenizer reads metres from {self.min_depth} "
+                    f"to {self.max_depth}: are its units others (millimetres: divide by 1000)?"
+                )
         clipped = np.where(known, metres, self.max_depth).clip(self.min_depth, self.max_depth)
         position = 2 * np.log(clipped / self.min_depth) / np.log(self.max_depth / self.min_depth) - 1
-        blocks, counted = (to_patches(x[..., None], self.patch_size) for x in (position, known))
+        patch_size = self.encoder.patch_size
+        blocks, counted = (to_patches(x[..., None], patch_size) for x in (position, known))
         sums = np.sum(blocks * counted, axis=-1, keepdims=True)
         means = np.where(counted.any(axis=-1, keepdims=True), sums / np.maximum(counted.sum(-1, keepdims=True), 1), 1)
-        position = to_pixels(np.where(counted, blocks, means), self.patch_size)[..., 0]
+        position = to_pixels(np.where(counted, blocks, means), patch_size)[..., 0]
         return np.stack([position, np.where(known, VALIDITY, -VALIDITY)], axis=-1).astype(np.float32)
 
-    def to_signals(self, pixels: Float[np.ndarray, "N H W C"]) -> list[Any]:
-        position, known = (pixels[..., 0].clip(-1, 1) + 1) / 2, pixels[..., 1] > 0
+    def to_signals(self, arrays: Float[np.ndarray, "N H W C"]) -> list[Any]:
+        position, known = (arrays[..., 0].clip(-1, 1) + 1) / 2, arrays[..., 1] > 0
         metres = self.min_depth * np.exp(position * np.log(self.max_depth / self.min_depth))
         return list(np.where(known, metres, 0).astype(np.float32))
 
-    def loss_weights(self, pixels: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        return jnp.stack([pixels[..., 1] > 0, jnp.ones_like(pixels[..., 1], bool)], axis=-1).astype(pixels.dtype)
+    def loss_weights(self, x: Array) -> Array:
+        return jnp.stack([x[..., 1] > 0, jnp.ones_like(x[..., 1], bool)], axis=-1).astype(x.dtype)
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "DepthTokenizer":
-        model, held_out, mean_pixels, card = self.fit_grid(source, seed=seed)
-        tokenizer = DepthTokenizer(recipe=self, model=model, card=card)
-        ids = tokenizer.encode([example[self.signal] for example in held_out])
-        given = np.stack([example[self.signal] for example in held_out])
+    def mean_signal(self, arrays: np.ndarray) -> Any:
         # Where most of the examples' depths are unknown, the mean map still names one: it competes on known pixels.
-        mean_map = self.to_signals(np.stack([mean_pixels[..., 0], np.ones_like(mean_pixels[..., 0])], axis=-1)[None])
-        predictions = {"": np.stack(tokenizer.decode(ids)), "_of_mean_map": np.stack(mean_map * len(given))}
-        regions = {"": given > 0}
-        if "instance" in held_out[0]:
-            on_object = np.stack([example["instance"] for example in held_out]) > 0
-            regions["_on_objects"] = on_object & (given > 0)
-        for (who, predicted), (place, where) in itertools.product(predictions.items(), regions.items()):
-            card.update({f"{k}{who}{place}": v for k, v in depth_quality(given, predicted, where).items()})
-        card.update(
-            component="depth",
-            values=f"metres, {self.min_depth} to {self.max_depth}, 0 = unknown",
-            known_agreement=round(float(np.mean((predictions[""] > 0) == (given > 0))), 4),
-            **code_use(np.stack(ids), self.num_codes),
-        )
-        return tokenizer
+        position = arrays[..., 0].mean(axis=0)
+        return self.to_signals(np.stack([position, np.ones_like(position)], axis=-1)[None])[0]
+
+    def measure(self, given: Seq[Any], decoded: Seq[Any], examples: Seq[dict[str, Any]]) -> dict[str, float]:
+        """delta1 and AbsRel on known pixels (and on those of objects, where instances are known)."""
+        given, decoded = np.stack(given), np.stack(decoded)
+        out = {**depth_quality(given, decoded, given > 0), "known_agreement": np.mean((decoded > 0) == (given > 0))}
+        if "instance" in examples[0]:
+            on_object = (np.stack([example["instance"] for example in examples]) > 0) & (given > 0)
+            out.update({f"{k}_on_objects": v for k, v in depth_quality(given, decoded, on_object).items()})
+        return {k: float(v) for k, v in out.items()}
 
 
-class DepthTokenizer(GridTokenizer):
-    recipe_class = DepthRecipe
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RelativeDepthRecipe(VQRecipe):
+    """Depth without units, as the released 4M tokenizers read it: standardised by mean and deviation of the middle 80%.
+
+    Signals are float32 [H W] of any scale; what comes back is standardised.
+    """
+
+    signal: str = "depth"
+    name: str = "depth_tokens"
+
+    num_channels = 1
+    values = "relative depth, standardised"
+
+    def to_arrays(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
+        maps = np.stack([np.asarray(signal, np.float32) for signal in signals])
+        if maps.shape[1:] != (self.image_size, self.image_size):
+            raise ValueError(f"depth maps of {list(maps.shape[1:])} were given; allowed: [{self.image_size}] * 2")
+        middle = np.sort(maps.reshape(len(maps), -1), axis=1)
+        middle = middle[:, int(0.1 * middle.shape[1]) : int(0.9 * middle.shape[1])]
+        scale = np.sqrt(middle.var(axis=1, ddof=1) + 1e-6)
+        return ((maps - middle.mean(axis=1)[:, None, None]) / scale[:, None, None])[..., None].astype(np.float32)
+
+    def to_signals(self, arrays: Float[np.ndarray, "N H W C"]) -> list[Any]:
+        return list(arrays[..., 0])
+
+    def measure(self, given: Seq[Any], decoded: Seq[Any], examples: Seq[dict[str, Any]]) -> dict[str, float]:
+        """Mean absolute difference of standardised maps."""
+        return {"mean_error": float(np.abs(self.to_arrays(given)[..., 0] - np.stack(decoded)).mean())}
+
+
+class DepthTokenizer(VQTokenizer):
+    component = "depth"
 
     def read(self, value: str) -> Depth:
         """A 16-bit PNG in millimetres or an .npy file in metres."""
@@ -136,6 +170,24 @@ class DepthTokenizer(GridTokenizer):
 
     def draw(self, signal: Depth, *, image: np.ndarray | None) -> UInt8[np.ndarray, "H W 3"]:
         """Near light, far dark, unknown black."""
-        position = (self.recipe.to_pixels([signal.astype(np.float32)])[0, ..., 0] + 1) / 2 * (len(COLOURS) - 1)
+        position = (self.recipe.to_arrays([signal.astype(np.float32)])[0, ..., 0] + 1) / 2 * (len(COLOURS) - 1)
         channels = [np.interp(position, np.arange(len(COLOURS)), COLOURS[:, c]) for c in range(3)]
         return np.where(signal[..., None] > 0, np.stack(channels, axis=-1), 0).astype(np.uint8)
+
+
+class RelativeDepthTokenizer(DepthTokenizer):
+    component = "relative_depth"
+
+    def write(self, signal: Depth, folder: Path, *, image: np.ndarray | None) -> None:
+        name = self.modality.signal
+        write_array(signal, folder, f"{name}.npy")
+        write_image(self.draw(signal, image=image), folder, f"{name}_color.png")
+
+    def draw(self, signal: Depth, *, image: np.ndarray | None) -> UInt8[np.ndarray, "H W 3"]:
+        position = (signal - signal.min()) / max(np.ptp(signal), 1e-6) * (len(COLOURS) - 1)
+        channels = [np.interp(position, np.arange(len(COLOURS)), COLOURS[:, c]) for c in range(3)]
+        return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+DepthRecipe.tokenizer_class = DepthTokenizer
+RelativeDepthRecipe.tokenizer_class = RelativeDepthTokenizer

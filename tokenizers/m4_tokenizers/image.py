@@ -5,6 +5,7 @@ Axes: H rows, W columns; images are uint8 [H W 3].
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import ndimage
 
 from m4.modality import Features
-from m4_tokenizers.quantizers import code_use
-from m4_tokenizers.vq import GridRecipe, GridTokenizer, to_patches, to_pixels
+from m4_tokenizers.networks import to_patches, to_pixels
+from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 
@@ -55,36 +57,65 @@ def write_image(image: Pixels, folder: Path, name: str) -> None:
     Image.fromarray(image).save(Path(folder) / name)
 
 
+def write_array(array: np.ndarray, folder: Path, name: str) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    np.save(Path(folder) / name, array)
+
+
+def read_array(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, "*S"]:
+    """float32 numbers of `shape` from an .npy file."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable .npy file: {error}") from error
+    if array.shape != shape or not np.issubdtype(array.dtype, np.number):
+        raise ValueError(f"{path} holds {array.dtype} {list(array.shape)}; allowed: numbers {list(shape)}")
+    return array.astype(np.float32)
+
+
+def check_arrays(signals: Seq[Any], shape: tuple[int, ...], what: str) -> np.ndarray:
+    """Signals of one shape, stacked; ValueError names any other."""
+    for signal in signals:
+        if np.shape(signal) != shape:
+            raise ValueError(f"{what} of {list(np.shape(signal))} was given; allowed: {list(shape)}")
+    return np.stack(signals)
+
+
+def structural_similarity(a: Float[np.ndarray, "H W C"], b: Float[np.ndarray, "H W C"]) -> float:
+    """SSIM of images in [0, 1] (Wang et al. 2004), Gaussian windows of sigma 1.5; 1 = equal."""
+    blur = lambda x: ndimage.gaussian_filter(x, (1.5, 1.5, 0), truncate=3.5)  # noqa: E731
+    mean_a, mean_b = blur(a), blur(b)
+    variances = blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+    return float((luminance * (2 * covariance + 0.03**2) / (variances + 0.03**2)).mean())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageRecipe(GridRecipe):
+class ImageRecipe(VQRecipe):
+    """Images of image_size x image_size, uint8."""
+
     signal: str = "rgb"
     name: str = "rgb_tokens"
 
-    @property
-    def num_channels(self) -> int:
-        return 3
+    num_channels = 3
+    values = "uint8, 0 to 255"
 
-    def to_pixels(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
+    def to_arrays(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
         return check_images(signals, self.image_size).astype(np.float32) / np.float32(127.5) - np.float32(1)
 
-    def to_signals(self, pixels: Float[np.ndarray, "N H W C"]) -> list[Any]:
-        return list(np.round((pixels.clip(-1, 1) + 1) * 127.5).astype(np.uint8))
+    def to_signals(self, arrays: Float[np.ndarray, "N H W C"]) -> list[Any]:
+        return list(np.round((arrays.clip(-1, 1) + 1) * 127.5).astype(np.uint8))
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "ImageTokenizer":
-        model, held_out, mean_pixels, card = self.fit_grid(source, seed=seed)
-        tokenizer = ImageTokenizer(recipe=self, model=model, card=card)
-        ids = tokenizer.encode([example[self.signal] for example in held_out])
-        decoded = np.stack(tokenizer.decode(ids)) / np.float32(255)
-        given = np.stack([example[self.signal] for example in held_out]) / np.float32(255)
-        error, mean_error = (decoded - given) ** 2, ((mean_pixels + 1) / 2 - given) ** 2
-        card.update(component="image", values="uint8, 0 to 255", psnr=peak_ratio(error))
-        card.update(psnr_of_mean_image=peak_ratio(mean_error), **code_use(np.stack(ids), self.num_codes))
-        card.update(mean=[0.0] * 3, std=[1.0] * 3)
-        if "instance" in held_out[0]:
-            on_object = np.stack([example["instance"] for example in held_out]) > 0
-            card.update(psnr_on_objects=peak_ratio(error[on_object]))
-            card.update(psnr_of_mean_image_on_objects=peak_ratio(mean_error[on_object]))
-        return tokenizer
+    def measure(self, given: Seq[Any], decoded: Seq[Any], examples: Seq[dict[str, Any]]) -> dict[str, float]:
+        """PSNR in dB over all examples (and over their objects, where instances are known), mean SSIM."""
+        a, b = (np.stack(x) / np.float32(255) for x in (given, decoded))
+        error = (a - b) ** 2
+        pairs = list(zip(a, b, strict=True))[:128]
+        out = {"psnr": peak_ratio(error), "ssim": float(np.mean([structural_similarity(x, y) for x, y in pairs]))}
+        if "instance" in examples[0]:
+            out["psnr_on_objects"] = peak_ratio(error[np.stack([example["instance"] for example in examples]) > 0])
+        return out
 
 
 class ImageFiles:
@@ -100,8 +131,11 @@ class ImageFiles:
         return signal
 
 
-class ImageTokenizer(ImageFiles, GridTokenizer):
-    recipe_class = ImageRecipe
+class ImageTokenizer(ImageFiles, VQTokenizer):
+    component = "image"
+
+
+ImageRecipe.tokenizer_class = ImageTokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +184,9 @@ class PixelPatches(ImageFiles):
     def decode(self, ids: Seq[np.ndarray]) -> list[Pixels]:
         patches = np.stack(ids).reshape(len(ids), *self.modality.shape, self.modality.size)
         return list(to_pixels(patches, self.recipe.patch_size).astype(np.uint8))
+
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None:
+        return example[self.modality.signal] if self.modality.signal in example else None
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         return dataclasses.asdict(self.recipe), {}

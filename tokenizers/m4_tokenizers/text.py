@@ -14,6 +14,7 @@ import json
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,9 @@ class TextTokenizer:
             kept = row[(row >= first) & (row < first + self.num_pieces)]
             texts.append(self._model.decode((kept - self._first_id).tolist(), skip_special_tokens=False))
         return texts
+
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None:
+        return example[self.modality.signal] if self.modality.signal in example else None
 
     def read(self, value: str) -> str:
         return value

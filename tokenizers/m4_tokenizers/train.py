@@ -1,21 +1,53 @@
-"""Fits the tokenizers of a config and shows how well they reconstruct: files, cards and a sheet of pictures."""
+"""Trains the tokenizers of a config, measures them, and keeps the table of their cards."""
 
+import argparse
+import dataclasses
 import json
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from PIL import Image
 
-from m4.components import closest, save_tokenizer
+from m4.components import closest, load_tokenizer, save_tokenizer, to_json, write_atomically
+from m4.config import load_config
 from m4.modality import Features, Tokenizer
+from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
-TILE = 192  # pixels
+TILE = 128  # pixels
+CARDS = Path(__file__).parent.parent / "cards"
+README = Path(__file__).parent.parent / "README.md"
+MARKS = ("<!-- cards -->", "<!-- end of cards -->")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A training of tokenizers alone: configs/tokenizers/*.py expose one as `config`.
+
+    source: raw data (m4.data.Source); tokenizers: recipes.
+    """
+
+    source: Any
+    tokenizers: tuple[Any, ...]
+    seed: int = 0
+    data_dir: str = "data"
+
+
+def main(argv: Seq[str], *, description: str) -> None:
+    parser = _parser("train", description, "further --field value pairs override fields of the config")
+    parser.add_argument("config", help="a Python file that defines `config`")
+    parser.add_argument("--signal", nargs="+", default=[], help="only the tokenizers of these signals")
+    parser.add_argument("--out", type=Path, default=Path("runs/tokenizers"))
+    args, overrides = parser.parse_known_args(argv)
+    config = load_config(args.config)
+    config = tyro.cli(type(config), default=config, args=overrides, config=(tyro.conf.AvoidSubcommands,))
+    train(config, signals=args.signal, out=args.out)
 
 
 def train(config: Any, *, signals: Seq[str], out: Path) -> None:
-    """Writes OUT/<modality>.safetensors and .png for the config's tokenizers (of these signals, if any are named)."""
+    """Writes OUT/<modality>.safetensors, .json (the card) and .png for the config's tokenizers (of these signals)."""
     allowed = [recipe.modality.signal for recipe in config.tokenizers]
     for signal in signals:
         if signal not in allowed:
@@ -23,21 +55,65 @@ def train(config: Any, *, signals: Seq[str], out: Path) -> None:
     config.source.prepare(config.data_dir)
     examples = config.source.split("train", config.data_dir)
     held_out = config.source.split("validation", config.data_dir)
-    shown = [held_out[i] for i in range(min(8, len(held_out)))]
     for recipe in config.tokenizers:
         if signals and recipe.modality.signal not in signals:
             continue
-        tokenizer = recipe.fit(examples, seed=config.seed)
         name = recipe.modality.name
+        if isinstance(recipe, VQRecipe):
+            save_or_check(
+                out / name, {"recipe": to_json(recipe), "source": to_json(config.source), "seed": config.seed}
+            )
+            tokenizer = recipe.fit(examples, seed=config.seed, folder=out / name)
+        else:
+            tokenizer = recipe.fit(examples, seed=config.seed)
         save_tokenizer(tokenizer, out / f"{name}.safetensors")
+        write_atomically(out / f"{name}.json", json.dumps(tokenizer.card, indent=1).encode())
         if not isinstance(recipe.modality, Features):
+            shown = [held_out[i] for i in range(min(8, len(held_out)))]
             Image.fromarray(sheet(tokenizer, shown)).save(out / f"{name}.png")
         print(name, json.dumps(tokenizer.card), flush=True)
 
 
+def save_or_check(folder: Path, content: dict[str, Any]) -> None:
+    """Writes config.json, or says that a training of another config is there."""
+    file = folder / "config.json"
+    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(content)):
+        raise ValueError(f"{folder} holds the training of another config; give another --out, or delete it")
+    write_atomically(file, json.dumps(content, indent=1).encode())
+
+
+def evaluate(argv: Seq[str], *, description: str) -> None:
+    parser = _parser("evaluate", description, "")
+    parser.add_argument("file", type=Path, help="a tokenizer file")
+    parser.add_argument("config", help="a Python file whose `config` has the source of examples")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--num-samples", type=int, default=512)
+    parser.add_argument("--out", type=Path, help="where to write <name>.json and <name>.png; default: beside the file")
+    parser.add_argument("--write", action="store_true", help="store the card in the tokenizer file too")
+    args = parser.parse_args(argv)
+    tokenizer, config = load_tokenizer(args.file), load_config(args.config)
+    if not isinstance(tokenizer, VQTokenizer):
+        raise ValueError(f"{args.file} is a {type(tokenizer).__name__}, which learns nothing that could be measured")
+    config.source.prepare(config.data_dir)
+    split, training = (config.source.split(name, config.data_dir) for name in (args.split, "train"))
+    recipe = tokenizer.recipe
+    examples = [split[i] for i in range(min(args.num_samples, len(split)))]
+    known = [recipe.signal_of(training[i]) for i in range(min(1024, len(training)))]
+    tokenizer.card |= {
+        **tokenizer.evaluate(examples, mean=recipe.mean_signal(recipe.to_arrays(known))),
+        "split": args.split,
+    }
+    out, name = args.out or args.file.parent, recipe.name
+    write_atomically(out / f"{name}.json", json.dumps(tokenizer.card, indent=1).encode())
+    Image.fromarray(sheet(tokenizer, examples[:8])).save(out / f"{name}.png")
+    if args.write:
+        save_tokenizer(tokenizer, args.file)
+    print(json.dumps(tokenizer.card))
+
+
 def sheet(tokenizer: Tokenizer, examples: Seq[dict[str, Any]]) -> np.ndarray:
     """Two rows of tiles: the signals of the examples, and below each what its tokens decode to."""
-    given = [example[tokenizer.modality.signal] for example in examples]
+    given = [tokenizer.signal_of(example) for example in examples]
     backgrounds = [example["rgb"] for example in examples] if "rgb" in examples[0] else [None] * len(examples)
     rows = []
     for signals in (given, tokenizer.decode(tokenizer.encode(given))):
@@ -46,3 +122,54 @@ def sheet(tokenizer: Tokenizer, examples: Seq[dict[str, Any]]) -> np.ndarray:
         tiles = [np.asarray(Image.fromarray(tile).resize((TILE, TILE), Image.Resampling.NEAREST)) for tile in drawn]
         rows.append(np.concatenate(tiles, axis=1))
     return np.concatenate(rows)
+
+
+# What the table says of a card, by measure: the name, and the digits behind the point.
+MEASURES = {
+    "psnr": ("PSNR dB", 1), "psnr_on_objects": ("on objects", 1), "ssim": ("SSIM", 3), "delta1": ("delta1", 3),
+    "delta1_on_objects": ("on objects", 3), "abs_rel": ("AbsRel", 3), "mean_angle": ("mean angle", 1),
+    "mean_angle_on_objects": ("on objects", 1), "miou": ("mIoU", 3), "accuracy": ("accuracy", 3), "iou": ("IoU", 3),
+    "f1": ("F1", 3), "cosine": ("cosine", 3), "relative_error": ("relative error", 3),
+    "perceptual": ("perceptual", 3), "frechet": ("Frechet", 2),
+}  # fmt: skip
+
+
+def row(name: str, card: dict[str, Any]) -> str:
+    parts = []
+    for key, (words, digits) in MEASURES.items():
+        if key in card:
+            trivial = f" ({card[f'{key}_of_mean']:.{digits}f})" if f"{key}_of_mean" in card else ""
+            parts.append(f"{words} {card[key]:.{digits}f}{trivial}")
+    used = f"{card['codes_used']:.0%} of codes, perplexity {card['perplexity']:.0f}"
+    cells = [f"`{name}`", card["signal"], card["tokens_per_sample"], card["vocab_size"], "; ".join(parts), used]
+    speed = f"{card['encoded_per_second']:,.0f} / {card['decoded_per_second']:,.0f}"
+    return "| " + " | ".join(map(str, [*cells, f"{card['fit_seconds']:.0f} s", speed])) + " |"
+
+
+def table(argv: Seq[str], *, description: str) -> None:
+    parser = _parser("table", description, "")
+    parser.add_argument("--cards", type=Path, default=CARDS)
+    parser.add_argument("--readme", type=Path, default=README)
+    args = parser.parse_args(argv)
+    cards = {file.stem: json.loads(file.read_text()) for file in sorted(args.cards.glob("*.json"))}
+    if not cards:
+        raise ValueError(f"no cards (*.json) in {args.cards}")
+    text = args.readme.read_text()
+    if any(mark not in text for mark in MARKS):
+        raise ValueError(f"{args.readme} has no lines {' and '.join(MARKS)} to write between")
+    head = ["card", "signal", "tokens", "vocabulary", "held-out quality (the mean signal's)", "use", "training"]
+    head.append("encoded / decoded per s")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(row(name, card) for name, card in cards.items())]
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    new = f"{before}{MARKS[0]}\n" + "\n".join(lines) + f"\n{MARKS[1]}{after}"
+    write_atomically(args.readme, new.encode())
+    print("\n".join(lines))
+
+
+def _parser(verb: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m m4_tokenizers {verb}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

@@ -1,130 +1,36 @@
-"""Grids of tokens for images with any channels: a small autoencoder that starts as the k-means tokenizer.
+"""Learned tokenizers: a signal as an array -> encoder -> quantizer -> ids, and ids -> codes -> decoder -> signal.
 
-    patches --linear map + residual--> latent --nearest code--> ids --code--> linear map + residual --> patches
+    signals --to_arrays--> [N H W C] --encoder--> latents --quantizer--> ids
+    signals <--to_signals-- [N H W C] <--decoder-- codes <--look_up----- ids
 
-The linear maps are the patches' principal components, the codes k-means in that space, and both residuals start at
-zero: step 0 is the k-means tokenizer, and training teaches the residuals what neighbouring patches say.
+`VQRecipe` says of what parts a tokenizer is made and how it is trained; a modality is a subclass with its own
+`to_arrays`, `to_signals` and `measure` (image.py, depth.py, normals.py, ...). Encoders and decoders are in networks.py
+and diffusion.py, quantizers in quantizers.py, the training loop in training.py.
 
-Axes: N images, B batch, H rows and W columns of pixels, C channels; h rows and w columns of patches, P numbers of a
-patch (channels fastest); D latent dimensions, F features inside a residual, s and t
-places of a grid in raster order.
+N signals, B batch, H rows, W columns, C channels, h rows and w columns of tokens, D latent numbers
 """
 
 import dataclasses
 import functools
+import json
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
-from tqdm import tqdm
+from jaxtyping import Array, Float
 
+from m4.components import from_json, to_json
 from m4.modality import Grid
-from m4_tokenizers.quantizers import VectorQuantizer, fit_codebook
-
-BATCH = 64  # the one shape in which images are encoded and decoded, so that nothing is compiled twice
-NUM_MOVES = 9  # of a grid by at most one patch: a block's groups of features
-
-
-def to_patches(pixels: np.ndarray, patch_size: int) -> np.ndarray:
-    return einops.rearrange(pixels, "n (h p) (w q) c -> n h w (p q c)", p=patch_size, q=patch_size)
-
-
-def to_pixels(patches: np.ndarray, patch_size: int) -> np.ndarray:
-    return einops.rearrange(patches, "n h w (p q c) -> n (h p) (w q) c", p=patch_size, q=patch_size)
-
-
-def normalize(x: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-
-
-def shifts(shape: tuple[int, int]) -> Float[np.ndarray, "S s t"]:
-    """The nine moves of a grid by at most one patch, as matrices over its raster; the border repeats."""
-    y, x = np.mgrid[: shape[0], : shape[1]]
-    offsets = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    sources = [np.clip(y + dy, 0, shape[0] - 1) * shape[1] + np.clip(x + dx, 0, shape[1] - 1) for dy, dx in offsets]
-    return np.stack([np.eye(y.size, dtype=np.float32)[:, source.ravel()] for source in sources])
-
-
-class Block(nnx.Module):
-    """Each ninth of the features looks at one neighbour, then an MLP, added to the input.
-
-    The looking is a learned [grid, grid] matrix that starts as a shift: a depthwise convolution is as good a step,
-    but takes more than twice as long on CPU.
-    """
-
-    def __init__(self, width: int, shape: tuple[int, int], *, rngs: nnx.Rngs):
-        self.look = nnx.Param(jnp.asarray(shifts(shape)))
-        self.widen = nnx.Linear(width, 2 * width, rngs=rngs)
-        self.narrow = nnx.Linear(2 * width, width, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B s F"]) -> Float[Array, "B s F"]:
-        groups = einops.rearrange(normalize(x), "b s (g f) -> b s g f", g=NUM_MOVES)
-        mixed = einops.rearrange(jnp.einsum("bsgf,gst->btgf", groups, self.look[...]), "b t g f -> b t (g f)")
-        return x + self.narrow(jax.nn.gelu(self.widen(mixed)))
-
-
-class Residual(nnx.Module):
-    """What a linear map of single patches leaves out, zero at first."""
-
-    def __init__(
-        self, *, num_in: int, num_out: int, width: int, num_blocks: int, shape: tuple[int, int], rngs: nnx.Rngs
-    ):
-        self.read = nnx.Linear(num_in, width, rngs=rngs)
-        self.position = nnx.Param(jnp.zeros((shape[0] * shape[1], width)))
-        self.blocks = nnx.List([Block(width, shape, rngs=rngs) for _ in range(num_blocks)])
-        self.write = nnx.Linear(width, num_out, kernel_init=nnx.initializers.zeros, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B h w I"]) -> Float[Array, "B h w O"]:
-        h, w = x.shape[1:3]
-        y = self.read(einops.rearrange(x, "b h w i -> b (h w) i")) + self.position[...][None]
-        for block in self.blocks:
-            y = block(y)
-        return einops.rearrange(self.write(normalize(y)), "b (h w) o -> b h w o", h=h, w=w)
-
-
-class Autoencoder(nnx.Module):
-    def __init__(self, recipe: "GridRecipe", *, rngs: nnx.Rngs):
-        size, latent = recipe.patch_size**2 * recipe.num_channels, recipe.latent_size
-        residual = functools.partial(Residual, width=recipe.width, shape=recipe.shape, rngs=rngs)
-        self.mean = nnx.Param(jnp.zeros(size))
-        self.project = nnx.Param(jnp.zeros((size, latent)))
-        self.unproject = nnx.Param(jnp.zeros((latent, size)))
-        self.quantizer = VectorQuantizer(jnp.zeros((recipe.num_codes, latent)))
-        self.before = residual(num_in=size, num_out=latent, num_blocks=recipe.num_encoder_blocks)
-        self.after = residual(num_in=latent, num_out=size, num_blocks=recipe.num_decoder_blocks)
-
-    def start_from(self, patches: Float[np.ndarray, "N P"], *, seed: int) -> None:
-        """Principal components and k-means: what the residuals then improve."""
-        mean = patches.mean(axis=0)
-        covariance = np.einsum("np,nq->pq", patches - mean, patches - mean, optimize=True) / len(patches)
-        _, vectors = np.linalg.eigh(covariance.astype(np.float64))
-        basis = vectors[:, ::-1][:, : self.project.shape[1]].astype(np.float32)
-        latent = (patches - mean) @ basis
-        scale = np.sqrt(np.mean(latent * latent))  # residuals expect numbers of order one
-        codes = fit_codebook(latent / scale, num_codes=self.quantizer.codes.shape[0], seed=seed)
-        self.mean[...], self.project[...], self.unproject[...] = mean, basis / scale, basis.T * scale
-        self.quantizer.codes[...] = jnp.asarray(codes)
-
-    def latent(self, patches: Float[Array, "B h w P"]) -> Float[Array, "B h w D"]:
-        centred = patches - self.mean[...][None, None, None]
-        return jnp.einsum("bhwp,pd->bhwd", centred, self.project[...]) + self.before(patches)
-
-    def encode(self, patches: Float[Array, "B h w P"]) -> Int[Array, "B h w"]:
-        return self.quantizer.nearest(self.latent(patches))
-
-    def reconstruct(self, codes: Float[Array, "B h w D"]) -> Float[Array, "B h w P"]:
-        linear = jnp.einsum("bhwd,dp->bhwp", codes, self.unproject[...]) + self.mean[...][None, None, None]
-        return linear + self.after(codes)
-
-    def decode(self, ids: Int[Array, "B h w"]) -> Float[Array, "B h w P"]:
-        return self.reconstruct(self.quantizer.look_up(ids))
+from m4_tokenizers import training
+from m4_tokenizers.losses import SquaredError
+from m4_tokenizers.networks import VQ, PatchDecoder, PatchEncoder, check_finite
+from m4_tokenizers.quantizers import LearnedVectorQuantizer, code_use
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "method"))
@@ -133,154 +39,198 @@ def _apply(graph, state, batch, *, method: str):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GridRecipe:
-    """What all grids of patch tokens share; image.py and depth.py say what a pixel is."""
+class VQRecipe:
+    """Parts, training and measurement of a learned tokenizer.
+
+    encoder, quantizer, decoder: dataclasses of networks.py, quantizers.py, diffusion.py (or a user's own).
+    sizes: image sizes drawn from, step by step, in multi-resolution training; () = image_size alone.
+    start_from: a tokenizer file whose encoder and quantizer are taken and kept as they are: only the decoder learns.
+    adversarial: a losses.Adversarial. num_examples: how many are trained on, at most; num_held_out: on the card.
+    """
 
     signal: str
     name: str
     image_size: int = 64
-    patch_size: int = 8
-    num_codes: int = 1024
-    latent_size: int = 32
-    width: int = 144
-    num_encoder_blocks: int = 2
-    num_decoder_blocks: int = 4
+    encoder: Any = PatchEncoder()
+    quantizer: Any = LearnedVectorQuantizer()
+    decoder: Any = PatchDecoder()
+    losses: tuple[Any, ...] = (SquaredError(),)
+    adversarial: Any = None
     num_steps: int = 1200
     batch_size: int = 16
     learning_rate: float = 2e-3
-    commitment: float = 0.02
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    sizes: tuple[int, ...] = ()
+    start_from: str = ""
     num_examples: int = 6000
     num_held_out: int = 512
+    log_every: int = 50
+    save_every: int = 500
+
+    num_classes = 0
+    embedding_size = 0
+    values: ClassVar[str]  # of signals, in words, for the card
+    tokenizer_class: ClassVar[type]
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
-        if self.width % NUM_MOVES:
-            raise ValueError(f"width={self.width} is not a multiple of {NUM_MOVES}")
+        for size in (self.image_size, *self.sizes):
+            if size % self.encoder.patch_size:
+                raise ValueError(f"patch_size={self.encoder.patch_size} does not divide image_size={size}")
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return (self.image_size // self.patch_size,) * 2
+    def grid(self) -> tuple[int, int]:
+        return (self.image_size // self.encoder.patch_size,) * 2
 
     @property
     def modality(self) -> Grid:
-        return Grid(name=self.name, signal=self.signal, vocab_size=self.num_codes, shape=self.shape)
+        shape = self.grid if self.grid != (1, 1) or self.quantizer.num_codebooks == 1 else ()
+        shape += (self.quantizer.num_codebooks,) if self.quantizer.num_codebooks > 1 else ()
+        return Grid(name=self.name, signal=self.signal, vocab_size=self.quantizer.num_codes, shape=shape)
 
     @property
     def num_channels(self) -> int:
         raise NotImplementedError
 
-    def to_pixels(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
-        """Signals, checked, as numbers of about [-1, 1]."""
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None:
+        """The signal of a raw example, or None; a modality that is computed from others says how."""
+        return example[self.signal] if self.signal in example else None
+
+    def to_arrays(self, signals: Seq[Any]) -> np.ndarray:
+        """Signals, checked -> float32 [N H W C] of about [-1, 1], or int32 [N H W] class indices."""
         raise NotImplementedError
 
-    def to_signals(self, pixels: Float[np.ndarray, "N H W C"]) -> list[Any]:
+    def to_signals(self, arrays: Float[np.ndarray, "N H W C"]) -> list[Any]:
         raise NotImplementedError
 
-    def loss_weights(self, pixels: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        """How much each number of the image counts."""
-        return jnp.ones_like(pixels)
+    def loss_weights(self, x: Array) -> Array:
+        """How much each number of the array counts in the losses."""
+        return jnp.ones_like(x, jnp.float32)
 
-    def train(self, patches: Float[np.ndarray, "N h w P"], *, seed: int) -> Autoencoder:
-        """The autoencoder fitted to patches: k-means, then gradient steps."""
-        rng = np.random.default_rng(seed)
-        model = Autoencoder(self, rngs=nnx.Rngs(seed))
-        flat = patches.reshape(-1, patches.shape[-1])
-        model.start_from(flat[rng.permutation(len(flat))[:150_000]], seed=seed)
-        graph, state = nnx.split(model)
-        warmup = min(50, self.num_steps // 4)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, max(self.num_steps, 1))
-        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    def mean_signal(self, arrays: np.ndarray) -> Any:
+        """The trivial reconstruction that a card compares with: the same for every example."""
+        return self.to_signals(arrays.mean(axis=0, keepdims=True))[0]
 
-        def loss_fn(state, batch):
-            model = nnx.merge(graph, state)
-            codes, commitment = model.quantizer(model.latent(batch))
-            pairs = [
-                einops.rearrange(x, "b h w (s c) -> b h w s c", c=self.num_channels)
-                for x in (batch, model.reconstruct(codes))
-            ]
-            error = jnp.mean(self.loss_weights(pairs[0]) * (pairs[0] - pairs[1]) ** 2)
-            return error + self.commitment * commitment, error
+    def measure(self, given: Seq[Any], decoded: Seq[Any], examples: Seq[dict[str, Any]]) -> dict[str, float]:
+        """How good reconstructions are, by the field's measures."""
+        raise NotImplementedError
 
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(state, moments, batch):
-            (_, error), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state, batch)
-            updates, moments = optimizer.update(gradients, moments, state)
-            return optax.apply_updates(state, updates), moments, error
-
-        moments = optimizer.init(state)
-        progress = tqdm(range(self.num_steps), desc=self.name, unit="step", mininterval=1.0)
-        for i in progress:
-            state, moments, error = step(state, moments, patches[rng.integers(0, len(patches), self.batch_size)])
-            if i % 50 == 0:
-                progress.set_postfix(loss=f"{float(error):.5f}")
-        return nnx.merge(graph, state)
-
-    def fit_grid(self, source: Seq[dict[str, Any]], *, seed: int):
-        """(autoencoder, held-out examples for the card, mean of the others as pixels, what the card says so far)."""
+    def fit(self, source: Seq[dict[str, Any]], *, seed: int, folder: Path | None = None) -> "VQTokenizer":
+        """Trains on raw examples. With a folder: checkpoints, from which a killed run resumes, and TensorBoard."""
         start = time.perf_counter()
         order = np.random.default_rng(seed).permutation(len(source))
         num_held_out = min(self.num_held_out, len(source) // 5)
-        held_out = [source[int(i)] for i in np.sort(order[:num_held_out])]
         chosen = np.sort(order[num_held_out:][: self.num_examples])
-        pixels = self.to_pixels([source[int(i)][self.signal] for i in chosen])
-        model = self.train(to_patches(pixels, self.patch_size), seed=seed)
-        card = {
-            "signal": self.signal,
-            "tokens_per_sample": self.modality.max_tokens,
-            "vocab_size": self.num_codes,
+        examples = training.Examples(self, source, chosen)
+        model = training.train(self, examples, seed=seed, folder=folder)
+        tokenizer = self.tokenizer_class(recipe=self, model=model, card={})
+        mean = self.mean_signal(examples.arrays[:4096])
+        held_out = [source[int(i)] for i in np.sort(order[:num_held_out])]
+        tokenizer.card = {
+            **tokenizer.evaluate(held_out, mean=mean),
             "num_examples": len(chosen),
-            "num_held_out": num_held_out,
             "fit_seed": seed,
             "fit_seconds": round(time.perf_counter() - start, 1),
         }
-        return model, held_out, pixels.mean(axis=0), card
+        return tokenizer
 
 
-class GridTokenizer:
-    """Encodes and decodes in batches of one shape; subclasses add files, pictures and the class of their recipe."""
+class VQTokenizer:
+    """Encodes and decodes in batches of one shape; subclasses add files and pictures.
 
-    recipe_class: type[GridRecipe]
+    `kept` holds what a file has beyond the recipe's parts (a converted file's original header and spare tensors).
+    """
 
-    def __init__(self, *, recipe: GridRecipe, model: Autoencoder, card: dict[str, Any]):
-        self.recipe, self.card, self.modality = recipe, card, recipe.modality
+    component: ClassVar[str]
+
+    def __init__(self, *, recipe: VQRecipe, model: VQ, card: dict[str, Any], kept: dict[str, Any] | None = None):
+        self.recipe, self.card, self.modality, self.kept = recipe, card, recipe.modality, kept or {}
         self._graph, self._state = nnx.split(model)
+        # One shape in which batches are run, so that nothing is compiled twice.
+        self.batch_size = int(np.clip(2**19 // recipe.image_size**2, 1, 64))
+
+    @property
+    def model(self) -> VQ:
+        return nnx.merge(self._graph, self._state)
 
     def _run(self, method: str, inputs: np.ndarray) -> np.ndarray:
-        padding = np.zeros((BATCH - len(inputs), *inputs.shape[1:]), inputs.dtype)
+        padding = np.zeros((self.batch_size - len(inputs), *inputs.shape[1:]), inputs.dtype)
         outputs = _apply(self._graph, self._state, np.concatenate([inputs, padding]), method=method)
         return np.asarray(outputs)[: len(inputs)]
 
     def encode(self, signals: Seq[Any]) -> list[np.ndarray]:
         ids = []
-        for start in range(0, len(signals), BATCH):
-            pixels = self.recipe.to_pixels(signals[start : start + BATCH])
-            ids.extend(self._run("encode", to_patches(pixels, self.recipe.patch_size)))
+        for start in range(0, len(signals), self.batch_size):
+            arrays = self.recipe.to_arrays(signals[start : start + self.batch_size])
+            check_finite(arrays)
+            ids.extend(self._run("encode", arrays))
         return [row.reshape(-1) for row in ids]
 
     def decode(self, ids: Seq[np.ndarray]) -> list[Any]:
         signals = []
-        for start in range(0, len(ids), BATCH):
-            part = np.stack([np.asarray(row, np.int32) for row in ids[start : start + BATCH]])
+        for start in range(0, len(ids), self.batch_size):
+            part = np.stack([np.asarray(row, np.int32) for row in ids[start : start + self.batch_size]])
             if part.shape[1] != self.modality.max_tokens or part.min() < 0 or part.max() >= self.modality.vocab_size:
                 raise ValueError(
                     f"{self.modality.name} decodes {self.modality.max_tokens} ids in [0, {self.modality.vocab_size}), "
                     f"but got {part.shape[1]} in [{part.min()}, {part.max()}]"
                 )
-            patches = self._run("decode", part.reshape(-1, *self.modality.shape))
-            signals.extend(self.recipe.to_signals(to_pixels(patches, self.recipe.patch_size)))
+            num_codebooks = self.recipe.quantizer.num_codebooks
+            shape = (*self.recipe.grid, *((num_codebooks,) if num_codebooks > 1 else ()))
+            signals.extend(self.recipe.to_signals(self._run("decode", part.reshape(-1, *shape))))
         return signals
 
+    def evaluate(self, examples: Seq[dict[str, Any]], *, mean: Any) -> dict[str, Any]:
+        """The card: what the tokens are, and how well they reconstruct these examples, beside `mean` (a signal)."""
+        given = [self.recipe.signal_of(example) for example in examples]
+        self.decode(self.encode(given[:1]))  # compiles
+        start = time.perf_counter()
+        ids = self.encode(given)
+        middle = time.perf_counter()
+        decoded = self.decode(ids)
+        seconds = middle - start, time.perf_counter() - middle
+        quality = self.recipe.measure(given, decoded, examples)
+        trivial = self.recipe.measure(given, [mean] * len(given), examples)
+        arrays = self.recipe.to_arrays(given[:1024])
+        return {
+            "component": self.component,
+            "signal": self.modality.signal,
+            "values": self.recipe.values,
+            "array_mean": round(float(arrays.mean()), 4),
+            "array_std": round(float(arrays.std()), 4),
+            "tokens_per_sample": self.modality.max_tokens,
+            "vocab_size": self.modality.vocab_size,
+            "num_parameters": sum(x.size for x in jax.tree.leaves(nnx.state(self.model, nnx.Param))),
+            "num_held_out": len(examples),
+            **{k: round(v, 4) for k, v in quality.items()},
+            **{f"{k}_of_mean": round(v, 4) for k, v in trivial.items()},
+            **code_use(np.stack(ids), self.modality.vocab_size),
+            "encoded_per_second": round(len(given) / seconds[0], 1),
+            "decoded_per_second": round(len(given) / seconds[1], 1),
+        }
+
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None:
+        return self.recipe.signal_of(example)
+
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        arrays = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(self._state)}
-        return dataclasses.asdict(self.recipe), arrays
+        flat = nnx.to_flat_state(self._state)
+        arrays = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat}
+        spare = {k: v for k, v in self.kept.items() if isinstance(v, np.ndarray)}
+        config = {"recipe": to_json(self.recipe), "kept": {k: v for k, v in self.kept.items() if k not in spare}}
+        return config, {**arrays, **spare}
 
     @classmethod
-    def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]):
-        recipe = cls.recipe_class(**config)
-        graph, state = nnx.split(nnx.eval_shape(lambda: Autoencoder(recipe, rngs=nnx.Rngs(0))))
+    def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> "VQTokenizer":
+        recipe = from_json(config["recipe"])
+        graph, state = nnx.split(nnx.eval_shape(lambda: VQ(recipe, rngs=nnx.Rngs(0))))
+        expected = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+        wrong = [k for k, leaf in expected.items() if k not in arrays or arrays[k].shape != leaf.shape]
+        if wrong:
+            found = {k: list(arrays[k].shape) if k in arrays else "missing" for k in wrong[:5]}
+            raise ValueError(f"the arrays do not fit the recipe's {json.dumps(config['recipe'])[:200]}...: {found}")
         loaded = [
             (path, leaf.replace(jnp.asarray(arrays[".".join(map(str, path))])))
             for path, leaf in nnx.to_flat_state(state)
         ]
-        return cls(recipe=recipe, model=nnx.merge(graph, nnx.from_flat_state(loaded)), card=card)
+        kept = {**config["kept"], **{k: v for k, v in arrays.items() if k not in expected}}
+        return cls(recipe=recipe, model=nnx.merge(graph, nnx.from_flat_state(loaded)), card=card, kept=kept)

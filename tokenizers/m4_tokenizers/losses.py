@@ -1,0 +1,136 @@
+"""What a reconstruction is compared by. A recipe names some of these; the training loss is their weighted sum.
+
+`weights` says how much each number (or, for classes, each pixel) counts: 0 leaves out what is unknown, such as invalid
+depth. All are means over what counts, so that a batch of mostly unknown pixels weighs as much as any.
+
+B batch, H rows, W columns, C channels
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from m4_tokenizers.perceptual import PerceptualLoss, hed_weights, vgg16
+
+
+def weighted_mean(values: Float[Array, "B ..."], weights: Float[Array, "B ..."]) -> Float[Array, ""]:
+    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(jnp.broadcast_to(weights, values.shape)), 1e-6)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    """`network`, if a loss has one, is an argument of the jitted step and comes back with each call."""
+
+    weight: float = 1.0
+
+    def network(self) -> Any:
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SquaredError(Loss):
+    def __call__(
+        self, prediction: Float[Array, "B H W C"], target: Array, weights: Array, network: Any = None
+    ) -> Float[Array, ""]:
+        return weighted_mean(jnp.square(prediction - target), weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbsoluteError(Loss):
+    def __call__(
+        self, prediction: Float[Array, "B H W C"], target: Array, weights: Array, network: Any = None
+    ) -> Float[Array, ""]:
+        return weighted_mean(jnp.abs(prediction - target), weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Huber(Loss):
+    """Squared up to `delta`, absolute beyond (Huber 1964)."""
+
+    delta: float = 0.1
+
+    def __call__(
+        self, prediction: Float[Array, "B H W C"], target: Array, weights: Array, network: Any = None
+    ) -> Float[Array, ""]:
+        return weighted_mean(optax.huber_loss(prediction, target, self.delta), weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CosineDistance(Loss):
+    """1 - the cosine of the angle between predicted and true vectors (the last axis)."""
+
+    def __call__(
+        self, prediction: Float[Array, "B H W C"], target: Array, weights: Array, network: Any = None
+    ) -> Float[Array, ""]:
+        return weighted_mean(1 - optax.cosine_similarity(prediction, target, epsilon=1e-6), weights[..., 0])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Loss):
+    """Of class logits (the last axis) against class indices."""
+
+    def __call__(
+        self,
+        prediction: Float[Array, "B H W C"],
+        target: Int[Array, "B H W"],
+        weights: Float[Array, "B H W"],
+        network: Any = None,
+    ) -> Float[Array, ""]:
+        return weighted_mean(optax.softmax_cross_entropy_with_integer_labels(prediction, target), weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Perceptual(Loss):
+    """Distance of images in the features of VGG16's first `num_blocks` blocks; a subclass with its own `network`
+    takes any other. Pixels that do not count (weight 0) are those of the target on both sides."""
+
+    weight: float = 0.1
+    num_blocks: int = 2
+
+    def network(self) -> Callable[[Float[Array, "B H W 3"]], list[Array]]:
+        return vgg16(hed_weights(), num_blocks=self.num_blocks)
+
+    def __call__(
+        self, prediction: Float[Array, "B H W C"], target: Array, weights: Array, network: Any = None
+    ) -> Float[Array, ""]:
+        seen = jnp.where(weights > 0, prediction, target)
+        return jnp.mean(PerceptualLoss(features=network)(seen, target))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adversarial(Loss):
+    """A patch discriminator (Isola et al. 2017; hinge loss as in VQGAN, Esser et al. 2021), from `first_step` on."""
+
+    weight: float = 0.1
+    first_step: int = 500
+    width: int = 32
+    depth: int = 3
+    learning_rate: float = 5e-4
+
+    def make(self, *, num_channels: int, rngs: nnx.Rngs) -> "Discriminator":
+        return Discriminator(self, num_channels, rngs=rngs)
+
+
+class Discriminator(nnx.Module):
+    """Images -> a score for each patch: high where it looks real."""
+
+    def __init__(self, c: Adversarial, num_channels: int, *, rngs: nnx.Rngs):
+        widths = [c.width * 2**i for i in range(c.depth)]
+        pairs = zip([num_channels, *widths[:-1]], widths, strict=True)
+        self.layers = nnx.List([nnx.Conv(a, b, (4, 4), strides=2, padding="SAME", rngs=rngs) for a, b in pairs])
+        self.score = nnx.Conv(widths[-1], 1, (1, 1), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w 1"]:
+        for layer in self.layers:
+            x = jax.nn.leaky_relu(layer(x), 0.2)
+        return self.score(x)
+
+    def loss(self, real: Float[Array, "B H W C"], made: Float[Array, "B H W C"]) -> Float[Array, ""]:
+        """What the discriminator minimises; the decoder minimises `-self(made).mean()`."""
+        return jnp.mean(jax.nn.relu(1 - self(real))) + jnp.mean(jax.nn.relu(1 + self(made)))

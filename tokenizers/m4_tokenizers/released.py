@@ -1,0 +1,512 @@
+"""The original's VQVAE and DiVAE checkpoints <-> tokenizer files: `python -m m4_tokenizers convert IN OUT`.
+
+    original                                 m4
+    encoder.blocks.0.attn.qkv.weight         encoder.transformer.blocks.0.attention.query.kernel, .key_value.kernel
+    quant_proj.weight [D F 1 1]              encoder.project.kernel [F D]
+    quantize._codebook.embed [1 K D]         quantizer.codes
+    decoder.input_blocks.4.0.in_layers.2     decoder.network.levels.down.3.0.conv_1
+
+A converted file keeps the original's header and spare tensors, so that the way back gives the same bytes.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from m4.components import closest, load_tokenizer, save_tokenizer
+from m4.model_file import DTYPES, TensorFile, check_names, write
+from m4_tokenizers.depth import RelativeDepthRecipe
+from m4_tokenizers.diffusion import DiffusionDecoder, Schedule
+from m4_tokenizers.edges import EdgesRecipe
+from m4_tokenizers.features import FeatureMapRecipe, PoseRecipe, VectorRecipe
+from m4_tokenizers.image import ImageRecipe
+from m4_tokenizers.instances import MaskRecipe
+from m4_tokenizers.networks import VQ, VectorDecoder, VectorEncoder, ViTDecoder, ViTEncoder
+from m4_tokenizers.normals import NormalsRecipe
+from m4_tokenizers.quantizers import Memcodes, VectorQuantizer
+from m4_tokenizers.semseg import SemanticRecipe
+from m4_tokenizers.unet import UNet, UViT
+from m4_tokenizers.vq import VQRecipe
+
+# The original's config and what it means when a key is absent.
+DEFAULTS = {
+    "image_size": 224, "image_size_enc": None, "n_channels": 3, "n_labels": None, "enc_type": "vit_b_enc",
+    "patch_proj": True, "post_mlp": False, "patch_size": 16, "quant_type": "lucid", "codebook_size": 16384,
+    "num_codebooks": 1, "latent_dim": 32, "norm_codes": True, "norm_latents": False, "dec_type": "vit_b_dec",
+    "out_conv": False, "image_size_dec": None, "patch_size_dec": None, "undo_std": False, "sync_codebook": False,
+    "ema_decay": 0.99, "threshold_ema_dead_code": 0.25, "code_replacement_policy": "batch_random",
+    "commitment_weight": 1.0, "kmeans_init": False, "ckpt_path": None, "ignore_keys": [], "freeze_enc": False,
+    "num_train_timesteps": 1000, "cls_free_guidance_dropout": 0.0, "masked_cfg": False, "masked_cfg_low": 0,
+    "masked_cfg_high": None, "scheduler": "ddpm", "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction", "clip_sample": False, "thresholding": True, "conditioning": "concat",
+    "dec_transformer_dropout": 0.2, "zero_terminal_snr": True,
+}  # fmt: skip
+_SIZES = {"s": (512, 8, 8), "b": (768, 12, 12), "l": (1024, 24, 16)}
+_MIDDLES = {"b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16)}
+
+
+def _uvit(size: str, factor: str, variant: str) -> dict[str, Any]:
+    width, depth, heads = _MIDDLES[size]
+    return {
+        "patch_size": 4, "block_out_channels": (128, 256, 512) if variant == "extraconv" else (128, 256),
+        "layers_per_block": 2, "downsample_before_mid": factor == "f16" and variant != "extraconv",
+        "mid_layers": depth + (variant == "longskip"), "mid_num_heads": heads, "mid_dim": width,
+        "mid_use_long_skip": variant == "longskip",
+    }  # fmt: skip
+
+
+# The architectures that the original knows by name.
+PRESETS: dict[str, dict[str, Any]] = {
+    **{
+        f"vit_{name}_{side}": {"dim_tokens": width, "depth": depth, "num_heads": heads}
+        for name, (width, depth, heads) in _SIZES.items()
+        for side in ("enc", "dec")
+    },
+    "unet_patched": {
+        "patch_size": 4, "model_channels": 256, "num_res_blocks": 3, "attention_resolutions": (4, 8),
+        "channel_mult": (1, 2, 2, 2),
+    },
+    **{
+        f"uvit_{size}_p4_{factor}{variant and '_' + variant}": _uvit(size, factor, variant)
+        for size, factor, variant in [
+            ("b", "f16", ""), ("l", "f16", ""), ("h", "f16", ""), ("b", "f16", "longskip"), ("l", "f16", "longskip"),
+            ("b", "f8", ""), ("l", "f8", ""), ("b", "f16", "extraconv"), ("l", "f16", "extraconv"),
+        ]
+    },
+}  # fmt: skip
+
+# What a checkpoint may be the tokenizer of. `default`: where its config leaves no other choice.
+RECIPES: dict[str, type[VQRecipe]] = {
+    "rgb": ImageRecipe, "normals": NormalsRecipe, "depth": RelativeDepthRecipe, "edges": EdgesRecipe,
+    "sam_edges": EdgesRecipe, "semseg": SemanticRecipe, "mask": MaskRecipe, "clip": FeatureMapRecipe,
+    "dinov2": FeatureMapRecipe, "imagebind": FeatureMapRecipe, "clip_global": VectorRecipe,
+    "dinov2_global": VectorRecipe, "imagebind_global": VectorRecipe, "pose": PoseRecipe,
+}  # fmt: skip
+
+
+def parse_config(file: TensorFile) -> dict[str, Any]:
+    """The original's config from the metadata strings, one Python literal (or plain word) each."""
+    config = dict(DEFAULTS)
+    for key, text in file.metadata.items():
+        if key == "format":
+            continue
+        if key not in DEFAULTS:
+            raise ValueError(f"{file.path}: unknown config key {key!r}; {closest(key, list(DEFAULTS))}")
+        try:
+            config[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            if not isinstance(DEFAULTS[key], str):
+                raise ValueError(f"{file.path}: config {key}={text[:80]!r} is no Python literal") from error
+            config[key] = text
+    if "enc_type" not in file.metadata:
+        raise ValueError(f"{file.path} holds no tokenizer's config: its metadata has {', '.join(file.metadata)}")
+    return config
+
+
+def _preset(name: str, presets: Mapping[str, Any]) -> dict[str, Any]:
+    if name not in presets:
+        raise ValueError(f"unknown architecture {name!r}; {closest(name, list(presets))}")
+    return presets[name]
+
+
+def _bottleneck(name: str) -> dict[str, int]:
+    """BottleneckMLP/B_<blocks>-Wi_<width>."""
+    match = re.fullmatch(r"BottleneckMLP/B_(\d+)-Wi_(\d+)", name)
+    if not match:
+        raise ValueError(f"unknown architecture {name!r}; allowed: BottleneckMLP/B_<blocks>-Wi_<width>")
+    return {"depth": int(match[1]), "width": int(match[2])}
+
+
+def _vit(c: dict[str, Any], preset: dict[str, Any], image_size: int, patch_size: int) -> dict[str, Any]:
+    return {
+        "patch_size": patch_size if c["patch_proj"] else 1,
+        "table_size": image_size // patch_size,
+        "width": preset["dim_tokens"],
+        "depth": preset["depth"],
+        "num_heads": preset["num_heads"],
+        "post_mlp": c["post_mlp"],
+    }
+
+
+def network(c: dict[str, Any], presets: Mapping[str, Any], token_patch_size: int) -> UNet | UViT:
+    """The denoising network that a config names."""
+    name, p = c["dec_type"], _preset(c["dec_type"], presets)
+    if name.startswith("unet"):
+        levels = [r.bit_length() - 1 for r in p["attention_resolutions"]]
+        return UNet(
+            patch_size=p["patch_size"],
+            token_patch_size=token_patch_size,
+            width=p["model_channels"],
+            multipliers=tuple(p["channel_mult"]),
+            num_blocks=p["num_res_blocks"],
+            attention_levels=tuple(i for i in levels if i < len(p["channel_mult"])),
+        )
+    return UViT(
+        patch_size=p["patch_size"],
+        token_patch_size=token_patch_size,
+        widths=tuple(p["block_out_channels"]),
+        num_blocks=p["layers_per_block"],
+        down_to_middle=p["downsample_before_mid"],
+        depth=p["mid_layers"],
+        width=p["mid_dim"],
+        num_heads=p["mid_num_heads"],
+        long_skips=p.get("mid_use_long_skip", False),
+        conditioning=c["conditioning"],
+        position_grid=p.get("mid_hw_posemb", 32),
+    )
+
+
+def guess_signal(c: dict[str, Any], path: Path) -> str:
+    """The signal of a checkpoint, by its config and the name of its file or folder."""
+    allowed = [name for name, recipe in RECIPES.items() if fits(recipe, c)]
+    text = f"{path.parent.name}/{path.stem}".lower().replace("normal", "normals").replace("-global", "_global")
+    named = [name for name in allowed if name in text or (name == "edges" and "canny" in text)]
+    if len(allowed) == 1 or named:
+        return max(named or allowed, key=len)
+    raise ValueError(f"{path}: which signal is this the tokenizer of? Say --signal, one of {', '.join(allowed)}")
+
+
+def fits(recipe: type[VQRecipe], c: dict[str, Any]) -> bool:
+    if "MLP" in c["enc_type"]:
+        return issubclass(recipe, PoseRecipe if c["n_channels"] == 207 else VectorRecipe)
+    if c["n_labels"] is not None:
+        return recipe is SemanticRecipe
+    if not c["patch_proj"]:
+        return recipe is FeatureMapRecipe
+    return recipe in (
+        (ImageRecipe, NormalsRecipe) if c["n_channels"] == 3 else (RelativeDepthRecipe, EdgesRecipe, MaskRecipe)
+    )
+
+
+def recipe_of(c: dict[str, Any], *, signal: str, image_size: int = 0, presets: Mapping[str, Any] = {}) -> VQRecipe:
+    """Ours for the original's config, at its image size or another."""
+    presets = {**PRESETS, **presets}
+    if signal not in RECIPES or not fits(RECIPES[signal], c):
+        allowed = [name for name, recipe in RECIPES.items() if fits(recipe, c)]
+        raise ValueError(f"signal {signal!r} does not fit the checkpoint's config; {closest(signal, allowed)}")
+    is_vector = "MLP" in c["enc_type"]
+    patch_size = c["patch_size"] if c["patch_proj"] else 1
+    fields: dict[str, Any] = {"signal": signal}
+    codes = {"num_codes": c["codebook_size"], "latent_size": c["latent_dim"], "num_codebooks": c["num_codebooks"]}
+    if c["quant_type"] == "memcodes":
+        fields["quantizer"] = Memcodes(**codes)
+    elif c["quant_type"] == "lucid" and c["num_codebooks"] == 1:
+        fields["quantizer"] = VectorQuantizer(
+            **codes,
+            cosine=c["norm_codes"],
+            normalize_latents=c["norm_latents"],
+            decay=c["ema_decay"],
+            dead_below=c["threshold_ema_dead_code"],
+            commitment=c["commitment_weight"],
+        )
+    else:
+        raise ValueError(f"quant_type={c['quant_type']!r} with {c['num_codebooks']} codebooks is not supported")
+    if is_vector:
+        fields.update(image_size=1, encoder=VectorEncoder(**_bottleneck(c["enc_type"])))
+        fields["decoder"] = VectorDecoder(**_bottleneck(c["dec_type"]))
+        size = ""
+    else:
+        size_enc = c["image_size_enc"] or c["image_size"]
+        fields["encoder"] = ViTEncoder(**_vit(c, _preset(c["enc_type"], presets), size_enc, c["patch_size"]))
+        base = image_size or c["image_size"]
+        fields["image_size"] = base if c["patch_proj"] else base // c["patch_size"]
+        size = f"@{base}"
+        if c["dec_type"].startswith("vit"):
+            patch_size_dec = c["patch_size_dec"] or c["patch_size"]
+            vit = _vit(c, _preset(c["dec_type"], presets), c["image_size_dec"] or c["image_size"], patch_size_dec)
+            fields["decoder"] = ViTDecoder(**vit, num_convolutions=2 * c["out_conv"])
+        else:
+            schedule = Schedule(
+                kind=c["beta_schedule"],
+                num_steps=c["num_train_timesteps"],
+                prediction=c["prediction_type"],
+                zero_terminal_snr=c["zero_terminal_snr"],
+                # Its dynamic threshold has a greatest value of 1, which makes it clipping.
+                clip=c["clip_sample"] or c["thresholding"],
+            )
+            fields["decoder"] = DiffusionDecoder(network=network(c, presets, patch_size), schedule=schedule)
+    short = {"normals": "normal", "edges": "canny_edge", "sam_edges": "sam_edge"}
+    fields["name"] = f"tok_{short[signal] if signal in short else signal}{size}"
+    if signal == "semseg":
+        fields.update(num_classes=c["n_labels"], embedding_size=c["n_channels"])
+    elif is_vector or not c["patch_proj"]:
+        fields["num_features"] = c["n_channels"]
+    return RECIPES[signal](**fields)
+
+
+_VIT = [
+    (r"transformer\.positions", "pos_emb"),
+    (r"transformer\.blocks\.(\d+)\.attention_norm", r"blocks.\1.norm1"),
+    (r"transformer\.blocks\.(\d+)\.attention\.(query|key_value)", r"blocks.\1.attn.qkv"),
+    (r"transformer\.blocks\.(\d+)\.attention\.out", r"blocks.\1.attn.proj"),
+    (r"transformer\.blocks\.(\d+)\.mlp_norm", r"blocks.\1.norm2"),
+    (r"transformer\.blocks\.(\d+)\.mlp\.up", r"blocks.\1.mlp.fc1"),
+    (r"transformer\.blocks\.(\d+)\.mlp\.down", r"blocks.\1.mlp.fc2"),
+    (r"transformer\.post_mlp\.norm", "norm_mlp"),
+    (r"transformer\.post_mlp\.up", "post_mlp.fc1"),
+    (r"transformer\.post_mlp\.down", "post_mlp.fc2"),
+    (r"mlp\.(read|write)", lambda m: {"read": "linear_in", "write": "linear_out"}[m[1]]),
+    (r"mlp\.norms\.(\d+)", r"layernorms.\1"),
+    (r"mlp\.up\.(\d+)", r"blocks.\1.block.0"),
+    (r"mlp\.down\.(\d+)", r"blocks.\1.block.2"),
+]
+_UNET = [
+    (r"step\.up", "time_embed.0"),
+    (r"step\.out", "time_embed.2"),
+    (r"read", "input_blocks.0.0"),
+    (r"norm_out", "out.0"),
+    (r"write", "out.2"),
+    (r"middle\.(\d+)\.", r"middle_block.\1."),
+    (r"levels\.down\.(\d+)\.", lambda m: f"input_blocks.{int(m[1]) + 1}."),
+    (r"levels\.up\.(\d+)\.", r"output_blocks.\1."),
+]
+_UNET_LAYERS = [
+    (r"norm_1$", "in_layers.0"),
+    (r"conv_1$", "in_layers.2"),
+    (r"step$", "emb_layers.1"),
+    (r"norm_2$", "out_layers.0"),
+    (r"conv_2$", "out_layers.3"),
+    (r"shortcut$", "skip_connection"),
+    (r"attention\.(query|key_value)$", "qkv"),
+    (r"attention\.out$", "proj_out"),
+    (r"(input_blocks\.\d+\.\d+\.)conv$", r"\1op"),
+]
+_UVIT = [
+    (r"step\.up", "time_embedding.linear_1"),
+    (r"step\.out", "time_embedding.linear_2"),
+    (r"middle\.blocks\.(\d+)\.", r"mid_block.mid_block.\1."),
+    (r"middle\.positions", "mid_block.mid_pos_emb"),
+    (r"middle\.mask_token", "mid_block.mask_token"),
+    (r"middle\.read_codes", "mid_block.mid_cond_proj"),
+    (r"middle\.read", "mid_block.mid_proj_in"),
+    (r"middle\.write", "mid_block.mid_proj_out"),
+    (r"read", "conv_in"),
+    (r"norm_out", "conv_norm_out"),
+    (r"write_bias", "conv_out.bias"),
+    (r"write", "conv_out"),
+    (r"down\.conv", "downsample_mid.conv"),
+    (r"up\.conv", "upsample_mid.conv"),
+]
+_UVIT_LAYERS = [
+    (r"(resnets\.\d+\.)norm_(\d)$", r"\1norm\2"),
+    (r"(resnets\.\d+\.)conv_(\d)$", r"\1conv\2"),
+    (r"(resnets\.\d+\.)step$", r"\1time_emb_proj"),
+    (r"(resnets\.\d+\.)shortcut$", r"\1conv_shortcut"),
+    (r"cross_attention\.query$", "cross_attn.q"),
+    (r"cross_attention\.key_value$", "cross_attn.kv"),
+    (r"cross_attention\.out$", "cross_attn.proj"),
+    (r"mlp\.up$", "mlp.fc1"),
+    (r"mlp\.down$", "mlp.fc2"),
+    (r"modulation$", "adaLN_modulation"),
+    (r"gate$", "adaLN_gate"),
+    (r"\.skip$", ".skip_linear"),
+]
+
+
+def _first(rules: list, text: str) -> str:
+    """`text` with the first rule that fits its beginning (or, with a $, its end) applied."""
+    for pattern, replacement in rules:
+        whole = pattern if pattern.endswith((r"\.", "$")) else rf"{pattern}(?![a-z_])"
+        match = re.search(whole, text) if pattern.endswith("$") else re.match(whole, text)
+        if match:
+            new = replacement(match) if callable(replacement) else match.expand(replacement)
+            return text[: match.start()] + new + text[match.end() :]
+    return text
+
+
+def _uvit_levels(c: UViT, module: str) -> str:
+    """levels.down.I.J.rest and levels.up.I.J.rest in the original's blocks of residual blocks and samplers."""
+    side, entry, layer, rest = re.fullmatch(r"levels\.(down|up)\.(\d+)\.(\d+)\.(.*)", module).groups()
+    per_level = c.num_blocks + 1  # a sampler behind the blocks on the way down, one block more on the way up
+    level, i = divmod(int(entry), per_level)
+    is_sampler = i == c.num_blocks if side == "down" else layer == "1"
+    return f"{side}_blocks.{level}.{side}samplers.0.conv" if is_sampler else f"{side}_blocks.{level}.resnets.{i}.{rest}"
+
+
+def original_name(recipe: VQRecipe, path: str) -> str:
+    """The original's name of one of our arrays."""
+    simple = {
+        "class_embedding": "cls_emb.weight",
+        "quantizer.counts": "quantize._codebook.cluster_size",
+        "quantizer.sums": "quantize._codebook.embed_avg",
+        "quantizer.key_kernel": "quantize.to_k.weight",
+        "quantizer.value_kernel": "quantize.to_v.weight",
+        "quantizer.codes": "quantize.codes" if isinstance(recipe.quantizer, Memcodes) else "quantize._codebook.embed",
+    }
+    if path in simple:
+        return simple[path]
+    side, _, rest = path.partition(".")
+    module, _, leaf = rest.rpartition(".")
+    if leaf not in ("kernel", "scale", "bias") or re.fullmatch(
+        r"convolutions\.\d+", module
+    ):  # a bare array: positions, a mask token, the scale of a ConvNeXt block
+        module, leaf = rest, ""
+    suffix = {"kernel": ".weight", "scale": ".weight", "bias": ".bias", "": ""}[leaf]
+    if module == "project":
+        return ("quant_proj" if side == "encoder" else "post_quant_proj") + suffix
+    if module.startswith("network."):
+        module = module.removeprefix("network.")
+        if isinstance(recipe.decoder.network, UNet):
+            module = _first(_UNET_LAYERS, _first(_UNET, module))
+        elif module.startswith("levels."):
+            module = _first(_UVIT_LAYERS, _uvit_levels(recipe.decoder.network, module))
+        else:
+            module = _first(_UVIT_LAYERS, _first(_UVIT, module))
+            attends = recipe.decoder.network.conditioning == "xattn"
+            norms = ("norm1", "query_norm", "norm2") if attends else ("norm1", "norm2")
+            module = re.sub(r"norms\.(\d)$", lambda m: norms[int(m[1])], module)
+            own = "self_attn" if attends else "attn"
+            module = re.sub(r"\.attention\.(query|key_value)$", f".{own}.qkv", module)
+            module = re.sub(r"\.attention\.out$", f".{own}.proj", module)
+    elif module.startswith("convolutions."):
+        names = {"depthwise": "dwconv", "norm": "norm", "up": "pwconv1", "down": "pwconv2", "scale": "gamma"}
+        _, i, part = module.split(".")
+        module = f"out_conv.{i}.{names[part]}"
+    elif module in ("read", "write"):
+        module = {"read": "proj", "write": "out_proj"}[module]
+    else:
+        module = _first(_VIT, module)
+    return f"{side}.{module}{suffix}"
+
+
+def _part(path: str) -> slice | None:
+    """Which thirds of a fused qkv tensor one of our arrays holds."""
+    if ".cross_attention." in path or ".attention." not in path:
+        return None
+    if ".query." in path:
+        return slice(0, 1)
+    return slice(1, 3) if ".key_value." in path else None
+
+
+def _transposed(path: str) -> bool:
+    """UViT's last map is a transposed convolution: [in out h w]."""
+    return path.endswith("network.write.kernel")
+
+
+def from_original(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Our array (of `shape`) from the original's tensor."""
+    part = _part(path)
+    if part is not None:
+        tensor = tensor.reshape(3, -1, *tensor.shape[1:])[part].reshape(-1, *tensor.shape[1:])
+    if path.endswith("positions"):
+        return tensor[0].transpose(1, 2, 0)
+    if not path.endswith(".kernel"):
+        return tensor.reshape(shape)
+    if tensor.ndim == 4 and len(shape) == 4:
+        return tensor.transpose(2, 3, 1, 0)
+    if tensor.ndim == 4:
+        return (tensor.transpose(0, 2, 3, 1) if _transposed(path) else tensor.transpose(2, 3, 1, 0)).reshape(shape)
+    return tensor.reshape(tensor.shape[:2]).T
+
+
+def to_original(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The original's tensor (of `shape`, or the part of a fused one) from our array."""
+    if path.endswith("positions"):
+        return array.transpose(2, 0, 1)[None]
+    if not path.endswith(".kernel"):
+        return array
+    if array.ndim == 4:
+        return array.transpose(3, 2, 0, 1)
+    if len(shape) == 4:
+        if _transposed(path):
+            return array.reshape(shape[0], shape[2], shape[3], shape[1]).transpose(0, 3, 1, 2)
+        return array.reshape(shape[2], shape[3], shape[1], shape[0]).transpose(3, 2, 0, 1)
+    return array.T
+
+
+def _names(recipe: VQRecipe) -> Iterator[tuple[tuple, Any, str, str]]:
+    """(path, leaf, dotted path, original name) of every array."""
+    state = nnx.state(nnx.eval_shape(lambda: VQ(recipe, rngs=nnx.Rngs(0))))
+    for path, leaf in nnx.to_flat_state(state):
+        dotted = ".".join(map(str, path))
+        yield path, leaf, dotted, original_name(recipe, dotted)
+
+
+def convert(source: Path, out: Path, *, signal: str = "", image_size: int = 0, presets: Mapping[str, Any] = {}) -> str:
+    """Either direction, by what `source` is. ValueError names unknown, missing and misshapen tensors."""
+    file = TensorFile.read(source)
+    if out.exists() and out.resolve() == file.path.resolve():
+        raise ValueError(f"{out} is the input itself; give another name")
+    if "m4" in file.metadata:
+        return _back(file, out)
+    config = parse_config(file)
+    signal = signal or guess_signal(config, file.path)
+    recipe = recipe_of(config, signal=signal, image_size=image_size, presets=presets)
+    expected, loaded = {}, []
+    # UViT's lowest sampler has two names for one convolution; a file may hold either, or both.
+    alias = lambda name: name.replace("sample_mid.conv.", "sample_mid.Conv2d_0.")  # noqa: E731
+    table = [
+        (path, leaf, dotted, name if name in file.entries or alias(name) not in file.entries else alias(name))
+        for path, leaf, dotted, name in _names(recipe)
+    ]
+    for _, leaf, dotted, name in table:
+        given = file.entries[name].shape if name in file.entries else None
+        expected[name] = _original_shape(recipe, dotted, leaf.shape, given)
+    copies = {alias(name): name for name in expected if alias(name) != name and alias(name) in file.entries}
+    check_names(file, expected, ["quantize._codebook.initted", *copies])
+    for copy, name in copies.items():
+        if not np.array_equal(file.tensor(copy), file.tensor(name)):
+            raise ValueError(f"{file.path}: {copy} and {name} are one tensor by the config, but differ")
+    for path, leaf, dotted, name in table:
+        array = np.ascontiguousarray(from_original(dotted, file.tensor(name), leaf.shape))
+        loaded.append((path, leaf.replace(jnp.asarray(array.astype(np.float32)))))
+    spare = {f"original:{name}": file.tensor(name) for name in sorted(set(file.entries) - set(expected))}
+    graph, _ = nnx.split(nnx.eval_shape(lambda: VQ(recipe, rngs=nnx.Rngs(0))))
+    model = nnx.merge(graph, nnx.from_flat_state(loaded))
+    card = {"component": recipe.tokenizer_class.component, "signal": signal, "values": recipe.values}
+    card.update(tokens_per_sample=recipe.modality.max_tokens, vocab_size=recipe.modality.vocab_size)
+    kept = {"original_header": file.header, **spare}
+    save_tokenizer(recipe.tokenizer_class(recipe=recipe, model=model, card=card, kept=kept), out)
+    total = sum(int(np.prod(e.shape)) for e in file.entries.values())
+    return f"{out}: tokenizer of {signal}, {len(file.entries)} tensors, {total:,} numbers"
+
+
+def _original_shape(recipe: VQRecipe, dotted: str, ours: tuple[int, ...], given: tuple[int, ...] | None):
+    """The shape that the original's tensor of one of our arrays must have."""
+    if _part(dotted) is not None:
+        whole = 3 * (ours[-1] if "query" in dotted else ours[-1] // 2)
+        ours = (*ours[:-1], whole)
+    if dotted.endswith("positions"):
+        return (1, ours[2], *ours[:2])
+    if dotted in ("quantizer.codes", "quantizer.counts", "quantizer.sums") and recipe.quantizer.num_codebooks == 1:
+        return given if given and np.prod(given) == np.prod(ours) else ours[1:]
+    if not dotted.endswith(".kernel"):
+        return ours
+    if len(ours) == 4:
+        return (ours[3], ours[2], ours[0], ours[1])
+    if given is not None and len(given) in (3, 4):  # a convolution over patches, or over single places
+        inner = int(np.prod(given[1:])) if not _transposed(dotted) else given[0]
+        outer = given[0] if not _transposed(dotted) else int(np.prod(given[1:]))
+        if (inner, outer) == tuple(ours):
+            return given
+    return (ours[1], ours[0])
+
+
+def _back(file: TensorFile, out: Path) -> str:
+    tokenizer = load_tokenizer(file.path)
+    if "original_header" not in tokenizer.kept:
+        raise ValueError(f"{file.path} was not made from an original checkpoint, so there is no header to restore")
+    header_text = tokenizer.kept["original_header"]
+    header = {k: v for k, v in json.loads(header_text).items() if k != "__metadata__"}
+    _, arrays = tokenizer.state()
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in header}
+    for _, _, dotted, name in _names(tokenizer.recipe):
+        name, part = name if name in parts else name.replace(".conv.", ".Conv2d_0."), _part(dotted)
+        parts[name].append((part.start if part else 0, to_original(dotted, arrays[dotted], header[name]["shape"])))
+
+    def tensor(name: str) -> np.ndarray:
+        if not parts[name]:
+            return tokenizer.kept[f"original:{name}"]
+        pieces = [piece for _, piece in sorted(parts[name], key=lambda item: item[0])]
+        return np.concatenate([p.reshape(-1) for p in pieces]).astype(DTYPES[header[name]["dtype"]])
+
+    order = sorted(header, key=lambda name: header[name]["data_offsets"][0])
+    write(out, header_text, ([tensor(name)] for name in order))
+    return f"{out}: {len(order)} tensors in the original's format"
