@@ -10,12 +10,8 @@ same value does the same for training.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import itertools
 import json
-import os
-import platform
-import resource
 import sys
 import time
 from pathlib import Path
@@ -23,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
+import measure
 import numpy as np
 import optax
 from flax import nnx
@@ -77,13 +74,8 @@ def batches(setting: Setting, modalities: Modalities, count: int):
         yield jax.device_put(jax.tree.map(lambda *x: np.stack(x), *rows))
 
 
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000"
-
-
 def main() -> None:
-    if "GLIBC_TUNABLES" not in os.environ and platform.libc_ver()[0] == "glibc" and "-h" not in sys.argv[1:]:
-        os.environ["GLIBC_TUNABLES"] = MALLOC  # read when a process starts
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    measure.keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--setting", choices=SETTINGS, default="4m_tiny_mod7")
     parser.add_argument("--num-steps", type=int, default=10, help="measured steps, after 2 that are not")
@@ -117,24 +109,15 @@ def main() -> None:
         loss = float(loss)
         seconds.append(time.perf_counter() - start)
     step_s = float(np.median(seconds[2:]))
-    device = jax.devices()[0]
-    peak = (
-        device.memory_stats()["peak_bytes_in_use"] / 2**20
-        if device.platform != "cpu"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    )
     line = {
         "setting": args.setting,
         "samples_per_s": round(setting.batch_size / step_s, 3),
         "step_s": round(step_s, 4),
         "step_s_range": [round(min(seconds[2:]), 4), round(max(seconds[2:]), 4)],
         "compile_s": round(compile_s, 2),
-        "peak_mib": round(peak),
         "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
         "final_loss": round(loss, 4),
-        "device": f"{device.device_kind} x {jax.device_count()}",
-        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+        **measure.machine(),
     }
     print(json.dumps(line))
 

@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from m4.modality import Features
 from m4_tokenizers.networks import to_patches, to_pixels
+from m4_tokenizers.perceptual import perceptual_quality
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
 Pixels = UInt8[np.ndarray, "H W 3"]
@@ -108,14 +109,15 @@ class ImageRecipe(VQRecipe):
         return list(np.round((arrays.clip(-1, 1) + 1) * 127.5).astype(np.uint8))
 
     def measure(self, given: Seq[Any], decoded: Seq[Any], examples: Seq[dict[str, Any]]) -> dict[str, float]:
-        """PSNR in dB over all examples (and over their objects, where instances are known), mean SSIM."""
+        """PSNR in dB over all examples (and over their objects, where instances are known), mean SSIM, and
+        distances in VGG16's features where its weights are installed."""
         a, b = (np.stack(x) / np.float32(255) for x in (given, decoded))
         error = (a - b) ** 2
         pairs = list(zip(a, b, strict=True))[:128]
         out = {"psnr": peak_ratio(error), "ssim": float(np.mean([structural_similarity(x, y) for x, y in pairs]))}
         if "instance" in examples[0]:
             out["psnr_on_objects"] = peak_ratio(error[np.stack([example["instance"] for example in examples]) > 0])
-        return out
+        return {**out, **perceptual_quality(given, decoded)}
 
 
 class ImageFiles:

@@ -58,7 +58,7 @@ class Huber(Loss):
     def __call__(
         self, prediction: Float[Array, "B H W C"], target: Array, weights: Array, network: Any = None
     ) -> Float[Array, ""]:
-        return weighted_mean(optax.huber_loss(prediction, target, self.delta), weights)
+        return weighted_mean(optax.huber_loss(prediction, target, delta=self.delta), weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

