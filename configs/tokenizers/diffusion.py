@@ -28,7 +28,7 @@ config = dataclasses.replace(
                 num_decode_steps=20,
             ),
             start_from="runs/tokenizers/rgb_tokens.safetensors",
-            num_steps=5000,
+            num_steps=4000,
             learning_rate=1e-3,
             num_examples=20_000,
             num_held_out=256,

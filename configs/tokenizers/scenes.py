@@ -21,7 +21,7 @@ config = TokenizerConfig(
     source=Scenes(variant="full", num_train=20_000, num_validation=1000),
     tokenizers=(
         ImageRecipe(quantizer=codes, num_steps=1500),
-        DepthRecipe(quantizer=codes, num_steps=1500),
+        DepthRecipe(quantizer=LearnedVectorQuantizer(num_codes=4096), num_steps=2200, num_examples=12_000),
         NormalsRecipe(quantizer=codes, num_steps=1200),
         SemanticRecipe(quantizer=codes, num_steps=1200),
         EdgesRecipe(quantizer=codes, num_steps=1200),

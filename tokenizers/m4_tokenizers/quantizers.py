@@ -95,10 +95,14 @@ def _draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
 
 def code_use(ids: Int[np.ndarray, "..."], num_codes: int) -> dict[str, float]:
     """The share of codes that occur, and the perplexity: how many codes equally frequent ones would be."""
-    shares = np.bincount(np.ravel(ids), minlength=num_codes) / np.size(ids)
-    present = shares[shares > 0]
+    return use_of_counts(np.bincount(np.ravel(ids), minlength=num_codes))
+
+
+def use_of_counts(counts: Int[np.ndarray, " K"]) -> dict[str, float]:
+    """`code_use` of how often each code occurs."""
+    present = counts[counts > 0] / counts.sum()
     entropy = -np.einsum("k,k->", present, np.log(present))
-    return {"codes_used": round(len(present) / num_codes, 4), "perplexity": round(float(np.exp(entropy)), 1)}
+    return {"codes_used": round(len(present) / len(counts), 4), "perplexity": round(float(np.exp(entropy)), 1)}
 
 
 class Quantized(NamedTuple):
@@ -379,8 +383,8 @@ class LookupFreeQuantizer:
     """
 
     num_bits: int = 10
-    commitment: float = 0.25
-    entropy: float = 0.1
+    commitment: float = 0.02
+    entropy: float = 0.01
     temperature: float = 1.0
 
     num_codebooks = 1

@@ -69,7 +69,7 @@ def train(config: Any, *, signals: Seq[str], out: Path) -> None:
         write_atomically(out / f"{name}.json", json.dumps(tokenizer.card, indent=1).encode())
         if not isinstance(recipe.modality, Features):
             shown = [held_out[i] for i in range(min(8, len(held_out)))]
-            Image.fromarray(sheet(tokenizer, shown)).save(out / f"{name}.png")
+            Image.fromarray(sheet([tokenizer], shown)).save(out / f"{name}.png")
         print(name, json.dumps(tokenizer.card), flush=True)
 
 
@@ -88,6 +88,7 @@ def evaluate(argv: Seq[str], *, description: str) -> None:
     parser.add_argument("--split", default="validation")
     parser.add_argument("--num-samples", type=int, default=512)
     parser.add_argument("--out", type=Path, help="where to write <name>.json and <name>.png; default: beside the file")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="other tokenizer files to show in between")
     parser.add_argument("--write", action="store_true", help="store the card in the tokenizer file too")
     args = parser.parse_args(argv)
     tokenizer, config = load_tokenizer(args.file), load_config(args.config)
@@ -104,7 +105,7 @@ def evaluate(argv: Seq[str], *, description: str) -> None:
     }
     out, name = args.out or args.file.parent, recipe.name
     write_atomically(out / f"{name}.json", json.dumps(tokenizer.card, indent=1).encode())
-    Image.fromarray(sheet(tokenizer, examples[:8])).save(out / f"{name}.png")
+    Image.fromarray(sheet([*map(load_tokenizer, args.beside), tokenizer], examples[:8])).save(out / f"{name}.png")
     if args.write:
         save_tokenizer(tokenizer, args.file)
     print(json.dumps(tokenizer.card))

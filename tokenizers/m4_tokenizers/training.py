@@ -28,6 +28,7 @@ from m4.checkpoints import Checkpoints
 from m4.components import load_tokenizer
 from m4.modality import Tokenizer
 from m4_tokenizers.networks import VQ, check_finite
+from m4_tokenizers.quantizers import use_of_counts
 
 if TYPE_CHECKING:
     from m4_tokenizers.vq import VQRecipe
@@ -204,7 +205,8 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
 
     key, sizes = jax.random.key(seed), recipe.sizes or (recipe.image_size,)
     networks = tuple(loss.network() for loss in recipe.losses)
-    counts = np.zeros(recipe.quantizer.num_codes, np.int64)
+    cut = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    counts = jnp.zeros(recipe.quantizer.num_codes, jnp.int32)
     with (
         ThreadPoolExecutor(1) as reader,
         tqdm(total=recipe.num_steps, initial=first, desc=recipe.name, unit="step", mininterval=1.0) as progress,
@@ -214,25 +216,21 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
             batch = ahead.result()
             ahead = reader.submit(examples.batch, i + 1, seed=seed)
             size = sizes[np.random.default_rng([seed, i, 1]).integers(len(sizes))]
-            batch = sharding.shard_batch(batch, mesh)
-            state, scalars, used = step_fn(state, batch, i, key, networks, size=int(size))
-            counts += np.asarray(used)
+            state, scalars, used = step_fn(state, jax.device_put(batch, cut), i, key, networks, size=int(size))
+            counts = counts + used
             progress.update()
             if (i + 1) % recipe.log_every == 0 or i + 1 == recipe.num_steps:
-                shares = counts / counts.sum()
-                entropy = -np.sum(shares[shares > 0] * np.log(shares[shares > 0]))
-                scalars = {k: float(v) for k, v in scalars.items()}
-                scalars |= {"codes_used": float((counts > 0).mean()), "perplexity": float(np.exp(entropy))}
+                scalars = {**{k: float(v) for k, v in scalars.items()}, **use_of_counts(np.asarray(counts))}
                 if not np.isfinite(scalars["loss"]):
                     raise ValueError(f"{recipe.name}: the loss is {scalars['loss']} at step {i + 1}")
                 progress.set_postfix(loss=f"{scalars['loss']:.4f}", codes=f"{scalars['codes_used']:.0%}")
-                counts[:] = 0
+                counts = jnp.zeros_like(counts)
                 if log:
                     log.write(i + 1, scalars)
             if saved and ((i + 1) % recipe.save_every == 0 or i + 1 == recipe.num_steps):
                 saved.save(i + 1, *split(state), {})
                 model = nnx.merge(graph, state["learned"], state["others"])
-                log.picture(i + 1, sheet(recipe.tokenizer_class(recipe=recipe, model=model, card={}), shown))
+                log.picture(i + 1, sheet([recipe.tokenizer_class(recipe=recipe, model=model, card={})], shown))
         ahead.cancel()
     if saved:
         saved.close()
@@ -269,14 +267,14 @@ class Log:
         self.tensorboard.close()
 
 
-def sheet(tokenizer: Tokenizer, examples: Seq[dict[str, Any]]) -> np.ndarray:
-    """Two rows of tiles: the signals of the examples, and below each what its tokens decode to."""
-    given = [tokenizer.signal_of(example) for example in examples]
+def sheet(tokenizers: Seq[Tokenizer], examples: Seq[dict[str, Any]]) -> np.ndarray:
+    """Rows of tiles: the signals of the examples, and below what the tokens of each tokenizer decode to."""
+    given = [tokenizers[0].signal_of(example) for example in examples]
     backgrounds = [example["rgb"] for example in examples] if "rgb" in examples[0] else [None] * len(examples)
     rows = []
-    for signals in (given, tokenizer.decode(tokenizer.encode(given))):
+    for signals in (given, *(tokenizer.decode(tokenizer.encode(given)) for tokenizer in tokenizers)):
         pairs = zip(signals, backgrounds, strict=True)
-        drawn = [tokenizer.draw(signal, image=image) for signal, image in pairs]
+        drawn = [tokenizers[0].draw(signal, image=image) for signal, image in pairs]
         tiles = [np.asarray(Image.fromarray(tile).resize((TILE, TILE), Image.Resampling.NEAREST)) for tile in drawn]
         rows.append(np.concatenate(tiles, axis=1))
     return np.concatenate(rows)

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 from m4.components import from_json, to_json
 from m4.modality import Grid
 from m4_tokenizers import training
+from m4_tokenizers.diffusion import DiffusionDecoder
 from m4_tokenizers.losses import SquaredError
 from m4_tokenizers.networks import VQ, PatchDecoder, PatchEncoder, check_finite
 from m4_tokenizers.quantizers import LearnedVectorQuantizer, code_use
@@ -77,6 +78,10 @@ class VQRecipe:
         for size in (self.image_size, *self.sizes):
             if size % self.encoder.patch_size:
                 raise ValueError(f"patch_size={self.encoder.patch_size} does not divide image_size={size}")
+        if self.adversarial and isinstance(self.decoder, DiffusionDecoder):
+            raise ValueError(
+                "a diffusion decoder is trained on noise, not on pictures that a discriminator could judge"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
