@@ -140,3 +140,29 @@ def test_edges_are_those_of_the_original():
         [0.5300, 0.5464, 0.0835, 0.1748, 0.0717],
     ]
     np.testing.assert_allclose(edges[50::100, 25::100], expected, atol=2e-4)
+
+
+@needs_weights
+def test_as_a_training_loss():
+    """What does not count pulls at nothing; the distance of pictures falls along the gradient."""
+    from m4_tokenizers.losses import Perceptual
+
+    loss, rng = Perceptual(num_blocks=1), np.random.default_rng(0)
+    network = loss.network()
+    target = jnp.asarray(picture("coffee.png")[:32, :32][None] / np.float32(127.5) - 1)
+    prediction = target + jnp.asarray(rng.normal(size=target.shape).astype(np.float32)) * 0.1
+    weights = jnp.ones_like(target).at[:, :, 16:].set(0.0)
+    value, gradient = jax.value_and_grad(lambda x: loss(x, target, weights, network))(prediction)
+    assert (gradient[:, :, 16:] == 0).all() and (gradient[:, :, :16] != 0).any()
+    step = prediction - 0.05 * gradient / jnp.abs(gradient).max()
+    assert loss(step, target, weights, network) < value
+
+
+@needs_weights
+def test_quality_of_reconstructions():
+    rng = np.random.default_rng(0)
+    pictures = [picture("china.jpg")[y : y + 32, x : x + 32] for y, x in rng.integers(0, 300, (300, 2))]
+    noisy = [(p + rng.normal(size=p.shape) * 30).clip(0, 255).astype(np.uint8) for p in pictures]
+    same, worse = perceptual.perceptual_quality(pictures, pictures), perceptual.perceptual_quality(pictures, noisy)
+    assert same["perceptual"] == 0 and abs(same["frechet"]) < 1e-2 * worse["frechet"]
+    assert worse["perceptual"] > 0.05 and "frechet" not in perceptual.perceptual_quality(pictures[:9], noisy[:9])

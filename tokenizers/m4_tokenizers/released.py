@@ -166,8 +166,10 @@ def network(c: dict[str, Any], presets: Mapping[str, Any], token_patch_size: int
 def guess_signal(c: dict[str, Any], path: Path) -> str:
     """The signal of a checkpoint, by its config and the name of its file or folder."""
     allowed = [name for name, recipe in RECIPES.items() if fits(recipe, c)]
-    text = f"{path.parent.name}/{path.stem}".lower().replace("normal", "normals").replace("-global", "_global")
-    named = [name for name in allowed if name in text or (name == "edges" and "canny" in text)]
+    text = f"{path.parent.name}/{path.stem}".lower()
+    words = {"edges": ["canny"], "sam_edges": ["sam", "edge"], "normals": ["normal"], "mask": ["instance"]}
+    fits_name = lambda name: all(w in text for w in (words[name] if name in words else name.split("_")))  # noqa: E731
+    named = [name for name in allowed if fits_name(name)]
     if len(allowed) == 1 or named:
         return max(named or allowed, key=len)
     raise ValueError(f"{path}: which signal is this the tokenizer of? Say --signal, one of {', '.join(allowed)}")
