@@ -1,6 +1,5 @@
 """Palettes and metadata: round trips, tolerance to junk, strictness to users, and the original's ids."""
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -28,7 +27,7 @@ def image(index: int) -> np.ndarray:
 
 
 EXAMPLES = [{"rgb": image(i), "metadata": image_metadata(image(i))} for i in range(8)]
-EXAMPLES[0]["color_palette"] = np.array([[1, 2, 3]], np.uint8)
+EXAMPLES[0]["palette"] = np.array([[1, 2, 3]], np.uint8)
 PALETTE: Recipe = PaletteRecipe()
 METADATA: Recipe = MetadataRecipe(fields=(*FIELDS, Bins("cloud_cover", 0, 1, 50)))
 TOKENIZERS = {"palette": PALETTE.fit(EXAMPLES, seed=3), "metadata": METADATA.fit(EXAMPLES, seed=3)}
@@ -158,7 +157,9 @@ def test_a_palette_is_that_of_the_example_or_else_of_its_image():
     np.testing.assert_array_equal(PALETTE.signal_of(EXAMPLES[0]), [[1, 2, 3]])
     np.testing.assert_array_equal(PALETTE.signal_of(EXAMPLES[1]), extract_palette(EXAMPLES[1]["rgb"], 5))
     stored = encode(EXAMPLES[:2], TOKENIZERS)  # as the data pipeline does
-    assert [sorted(record) for record in stored] == [["metadata", "palette"], ["metadata"]]
+    assert [sorted(record) for record in stored] == [["metadata", "palette"]] * 2
+    (bare,) = encode([{"caption": "neither"}], TOKENIZERS)
+    assert bare == {}
 
 
 def test_image_metadata_of_known_images():
@@ -233,13 +234,13 @@ def test_wrong_recipes_and_images_are_named(tmp_path):
 def test_palettes_are_read_and_written(tmp_path):
     tokenizer, palette = TOKENIZERS["palette"], np.array([[255, 0, 0], [0, 128, 255]], np.uint8)
     tokenizer.write(palette, tmp_path, image=None)
-    assert {p.name for p in tmp_path.iterdir()} == {"color_palette.json", "color_palette.png"}
-    for value in (str(tmp_path / "color_palette.json"), "[[255, 0, 0], [0, 128, 255]]", "#ff0000, #0080ff"):
+    assert {p.name for p in tmp_path.iterdir()} == {"palette.json", "palette.png"}
+    for value in (str(tmp_path / "palette.json"), "[[255, 0, 0], [0, 128, 255]]", "#ff0000, #0080ff"):
         read = tokenizer.read(value)
         assert read.dtype == np.uint8
         np.testing.assert_array_equal(read, palette)
     with pytest.warns(UserWarning, match="resized and cropped"):
-        assert len(tokenizer.read(str(tmp_path / "color_palette.png"))) <= 5
+        assert len(tokenizer.read(str(tmp_path / "palette.png"))) <= 5
     Image.fromarray(np.repeat(palette, 2048, axis=0).reshape(64, 64, 3)).save(tmp_path / "image.png")
     assert sorted(tokenizer.read(str(tmp_path / "image.png")).tolist()) == sorted(palette.tolist())
     assert tokenizer.draw(palette, image=None).shape == (64, 128, 3)
@@ -290,7 +291,7 @@ def test_ids_are_the_originals(wordpiece, tmp_path):
     ):
         assert metadata.encode([signal])[0].tolist() == expected(text)
     assert metadata.modality == fourm.modality("metadata")
-    assert palette.modality == dataclasses.replace(fourm.modality("color_palette"), signal="color_palette")
+    assert palette.modality == fourm.modality("color_palette")
     save_tokenizer(palette, tmp_path / "a")
     save_tokenizer(load_tokenizer(tmp_path / "a"), tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
