@@ -9,15 +9,20 @@ import jax
 import optax
 from flax import nnx
 
-from m4 import checkpoints, data, losses, sharding
+from m4 import checkpoints, losses, sharding
 from m4.config import from_cli, save_or_check
+from m4.data import Stream
 from m4.evals.suite import evaluate
 from m4.metrics import Metrics
 from m4.model import Model
+from m4.pretokenize import Team, prepare
+from m4.tokens import normalized
 
 
 def train_step(graph, optimizer, c, params, state, batch, step):
     key = jax.random.fold_in(jax.random.key(c.seed), step)
+
+    batch = normalized(batch, c.modalities)
 
     def loss_fn(params):
         model = nnx.merge(graph, params)
@@ -25,7 +30,13 @@ def train_step(graph, optimizer, c, params, state, batch, step):
 
     (loss, detail), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     updates, state = optimizer.update(grads, state, params)
-    scalars = {"loss": loss, "grad_norm": optax.tree.norm(grads), **{f"loss/{k}": v for k, v in detail["loss"].items()}}
+    scalars = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "slots/inputs": batch.inputs.valid.mean(),
+        "slots/targets": batch.targets.valid.mean(),
+        **{f"loss/{k}": v for k, v in detail["loss"].items()},
+    }
     return optax.apply_updates(params, updates), state, scalars
 
 
@@ -37,7 +48,8 @@ def main(c) -> None:
     save_or_check(c)
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
-    prepared = data.prepare(c.source, c.tokenizers, c.data_dir, seed=c.seed)
+    team = Team(index=jax.process_index(), count=jax.process_count())
+    prepared = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, team=team)
     for m in c.modalities:
         target = checkpoints.tokenizer_file(c.folder, m)
         target.parent.mkdir(exist_ok=True)
@@ -55,9 +67,10 @@ def main(c) -> None:
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters on {mesh.size} device(s)", flush=True)
 
     # The example stream, and the last checkpoint if there is one.
-    stream = data.batches(
-        prepared.tokens, "train", c.masking, c.modalities, batch_size=c.batch_size, seed=c.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+    stream = Stream(
+        prepared.shards("train"), c.datasets, c.masking, c.modalities, batch_size=c.batch_size, seed=c.seed,
+        process_index=team.index, process_count=team.count, num_workers=c.num_workers,
+        place=functools.partial(sharding.shard_batch, mesh=mesh),
     )  # fmt: skip
     saved = checkpoints.Checkpoints(c.folder / "checkpoints")
     first_step = saved.latest
@@ -73,7 +86,7 @@ def main(c) -> None:
     tokens_per_step = c.batch_size * (c.masking.num_inputs + c.masking.num_targets)
     metrics = Metrics(c.folder, first_step=first_step, num_steps=c.num_steps, tokens_per_step=tokens_per_step)
     for step in range(first_step + 1, c.num_steps + 1):
-        params, state, scalars = step_fn(params, state, sharding.shard_batch(next(stream), mesh), step)
+        params, state, scalars = step_fn(params, state, next(stream), step)
         if step % c.log_every == 0 or step == c.num_steps:
             metrics.write(step, jax.device_get(scalars))
         if step % c.save_every == 0 or step == c.num_steps or stop:

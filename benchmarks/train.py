@@ -22,12 +22,14 @@ import jax
 import measure
 import numpy as np
 import optax
+from examples import random_example
 from flax import nnx
 
 from m4 import fourm, losses
 from m4.masking import Masking, Strategy
-from m4.modality import Features, Grid, Modalities
+from m4.modality import Modalities
 from m4.model import Model, ModelConfig
+from m4.tokens import normalized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,21 +49,6 @@ SETTINGS = {
 }
 
 
-def random_example(modalities: Modalities, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Tokens of random content and realistic number: captions of 16 words, 4 boxes."""
-    lengths = {"caption": 16, "det": 20}
-    example = {}
-    for m in modalities:
-        if isinstance(m, Features):
-            example[m.name] = rng.integers(0, 256, (m.max_tokens, m.size)).astype(np.uint8)
-        elif isinstance(m, Grid):
-            example[m.name] = rng.integers(0, m.vocab_size, m.max_tokens)
-        else:
-            words = rng.integers(m.first_sentinel + m.num_sentinels, m.vocab_size, lengths[m.name])
-            example[m.name] = np.append(words, m.end_id)
-    return example
-
-
 def batches(setting: Setting, modalities: Modalities, count: int):
     targets = {m.name: 0.5 for m in modalities if m.is_target}
     strategies = tuple(
@@ -70,8 +57,9 @@ def batches(setting: Setting, modalities: Modalities, count: int):
     masking = Masking(num_inputs=setting.num_tokens, num_targets=setting.num_tokens, strategies=strategies)
     rng = np.random.default_rng(0)
     for _ in range(count):
-        rows = [masking(random_example(modalities, rng), modalities, rng) for _ in range(setting.batch_size)]
-        yield jax.device_put(jax.tree.map(lambda *x: np.stack(x), *rows))
+        examples = [random_example(modalities, rng) for _ in range(setting.batch_size)]
+        keys = np.stack([np.zeros(len(examples)), np.arange(len(examples))], axis=1).astype(np.uint64)
+        yield jax.device_put(masking(examples, modalities, keys))
 
 
 def main() -> None:
@@ -89,6 +77,8 @@ def main() -> None:
     state = jax.jit(optimizer.init)(params)
 
     def step(params, state, batch):
+        batch = normalized(batch, modalities)
+
         def loss_fn(params):
             model = nnx.merge(graph, params)
             return losses.cross_entropy(model, model(batch), batch.targets)[0]

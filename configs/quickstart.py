@@ -8,6 +8,7 @@ painting many colours whatever the caption (see "shuffled" in the README).
 """
 
 from m4.config import Config
+from m4.data import Dataset
 from m4.datasets.scenes import Scenes
 from m4.evals.attributes import CaptionAttributes, ForegroundOverlap, ObjectColours
 from m4.evals.boxes import BoxAccuracy
@@ -41,7 +42,7 @@ strategies = (
 
 config = Config(
     name="quickstart",
-    source=Scenes(variant="simple", num_train=20_000),
+    datasets=(Dataset(source=Scenes(variant="simple", num_train=20_000)),),
     tokenizers=(
         PixelPatchesRecipe(),
         ImageRecipe(encoder=PatchEncoder(num_blocks=0), quantizer=LearnedVectorQuantizer(num_codes=512), num_steps=500),

@@ -1,4 +1,4 @@
-"""`python -m m4 VERB`: pretokenize, generate, evaluate, convert."""
+"""`python -m m4 VERB`: pretokenize, data, generate, evaluate, convert."""
 
 from __future__ import annotations
 
@@ -11,14 +11,59 @@ from m4.components import closest
 
 
 def pretokenize(argv: list[str]) -> None:
-    """CONFIG.py [--field value ...]: raw data, tokenizers and token shards of a config, without training."""
-    from m4.config import from_cli
-    from m4.data import prepare
+    """CONFIG.py [--field value ...]: raw data, tokenizers and token shards of a config, without training.
 
-    config = from_cli(pretokenize.__doc__, argv)
+    A killed job goes on at the shard where it was. On several hosts that see the same files, run the same command on
+    each with its own --host; further --field value pairs override fields of the config.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m m4 pretokenize",
+        description=pretokenize.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="a Python file that defines `config`")
+    parser.add_argument("--splits", nargs="+", default=["train"], help="default: train")
+    parser.add_argument("--processes", type=int, default=1, help="of this host, each with the tokenizers in memory")
+    parser.add_argument("--host", default="0/1", metavar="I/N", help="this is host I (from 0) of N")
+    args, overrides = parser.parse_known_args(argv)
+    from m4.config import from_cli
+    from m4.pretokenize import Team, prepare
+
+    index, slash, count = args.host.partition("/")
+    if not (slash and index.isdigit() and count.isdigit()):
+        raise ValueError(f"--host takes I/N, such as 0/4, got {args.host!r}")
+    team = Team(index=int(index), count=int(count), workers=args.processes)
+    config = from_cli(pretokenize.__doc__, [args.config, *overrides])
     config.check()
-    prepared = prepare(config.source, config.tokenizers, config.data_dir, seed=config.seed)
-    print(f"token shards: {prepared.tokens}")
+    prepared = prepare(
+        config.datasets, config.tokenizers, config.data_dir, seed=config.seed, splits=args.splits, team=team
+    )
+    for dataset, folder in zip(config.datasets, prepared.tokens, strict=True):
+        print(f"token shards of {dataset.label}: {folder}")
+
+
+def data(argv: list[str]) -> None:
+    """CONFIG.py [--field value ...]: what a config will read, measured: counts, lengths, shares, samples, speed.
+
+    Prepares the data first (as training would), then reads and masks examples of the training stream. Writes
+    OUT/samples.png (rows = samples, columns = modalities: the example, what goes in, what must come out) and
+    OUT/data.json.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m m4 data", description=data.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a Python file that defines `config`")
+    parser.add_argument("--num-examples", type=int, default=4096, help="of the stream that are measured")
+    parser.add_argument("--out", type=Path, default=None, help="default: <the run's folder>/data")
+    args, overrides = parser.parse_known_args(argv)
+    if args.num_examples < 1:
+        raise ValueError(f"--num-examples {args.num_examples} must be at least 1")
+    from m4 import overview
+    from m4.config import from_cli
+
+    config = from_cli(data.__doc__, [args.config, *overrides])
+    config.check()
+    overview.show(config, args.out or config.folder / "data", num_examples=args.num_examples)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -139,7 +184,7 @@ def _sample_names(values: list[str], num_samples: int) -> list[str]:
     return [f"{s}_{k}" if num_samples > 1 else s for s in stems for k in range(num_samples)]
 
 
-VERBS = {f.__name__: f for f in (pretokenize, generate, evaluate, convert)}
+VERBS = {f.__name__: f for f in (pretokenize, data, generate, evaluate, convert)}
 
 
 def main(argv: list[str]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import safetensors
 import safetensors.numpy
 
@@ -106,6 +107,14 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     config, arrays = tokenizer.state()
     metadata = {"m4": json.dumps({"component": name, "config": config, "card": tokenizer.card}, sort_keys=True)}
     write_atomically(path, safetensors.numpy.save(arrays, metadata))
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """12 hex digits of what a tokenizer computes: its class, config and arrays, without its card, which has timings."""
+    config, arrays = tokenizer.state()
+    digest = hashlib.sha256(json.dumps([_name_of(type(tokenizer)), config], sort_keys=True).encode())
+    digest.update(safetensors.numpy.save({key: np.ascontiguousarray(array) for key, array in arrays.items()}))
+    return digest.hexdigest()[:12]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

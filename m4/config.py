@@ -12,8 +12,9 @@ from typing import Any
 import tyro
 
 from m4.components import closest, from_json, to_json
+from m4.data import Dataset
 from m4.losses import Weighting
-from m4.masking import Masking
+from m4.masking import Masking, check_strategies
 from m4.modality import Modalities
 from m4.model import ModelConfig
 from m4.optim import OptimizerConfig
@@ -24,12 +25,13 @@ from m4.sharding import MeshConfig
 class Config:
     """One run. A config file exposes `config`; a variant is `dataclasses.replace(config, ...)`.
 
-    source: raw data (m4.data.Source); tokenizers: recipes, in the model's modality order (m4.modality.Recipe);
-    evaluations: directions to score (m4.evals.suite.Direction). batch_size is the global number of examples a step.
+    datasets: what is read, by weight (the first is also what evaluations score); tokenizers: recipes, in the model's
+    modality order (m4.modality.Recipe); evaluations: directions to score (m4.evals.suite.Direction). batch_size is the
+    global number of examples a step; num_workers processes on each host read and mask them (0: threads).
     """
 
     name: str
-    source: Any
+    datasets: tuple[Dataset, ...]
     tokenizers: tuple[Any, ...]
     masking: Masking
     model: ModelConfig = ModelConfig()
@@ -39,6 +41,7 @@ class Config:
     evaluations: tuple[Any, ...] = ()
     num_eval_samples: int = 512
     batch_size: int = 64
+    num_workers: int = 0
     num_steps: int = 1000
     seed: int = 0
     log_every: int = 20
@@ -59,11 +62,27 @@ class Config:
         for field in ("batch_size", "num_steps", "log_every", "save_every", "num_eval_samples"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be at least 0")
         self.masking.check(self.modalities)
+        labels = [d.label for d in self.datasets]
+        if not labels or len(set(labels)) < len(labels):
+            raise ValueError(f"a run needs data sets of different names, and has {labels}; set Dataset(name=...)")
+        for dataset in self.datasets:
+            check_strategies(dataset.strategies or self.masking.strategies, self.modalities)
 
 
 # What may differ between a run's config.json and the config that it is resumed with.
-FREE_TO_CHANGE = ("log_every", "save_every", "workdir", "data_dir", "mesh", "evaluations", "num_eval_samples")
+FREE_TO_CHANGE = (
+    "log_every",
+    "save_every",
+    "workdir",
+    "data_dir",
+    "mesh",
+    "evaluations",
+    "num_eval_samples",
+    "num_workers",
+)
 
 
 def load_config(path: str, attribute: str = "config") -> Any:

@@ -1,217 +1,250 @@
-"""Raw examples -> token shards -> a resumable stream of masked batches.
+"""Token shards -> one endless, exactly resumable stream of masked batches.
 
-    source --tokenizers--> TOKENS/{split}-00000-of-00010.array_record + manifest.json --grain--> MaskedBatch
+    shards of data set 0  --shuffle, repeat--.
+    shards of data set 1  --shuffle, repeat--+--mix--> example 0, 1, 2, ... --this process's share--> mask --> device
 
-A record holds one example: the stored array of every modality that it has, as safetensors. Each preparation stage is
-kept under a hash of what it depends on, and is skipped when its output is there.
+The stream is a fixed list of examples, numbered from 0, in which every data set is reshuffled as a whole each epoch and
+the data sets keep their exact shares. A position in it is one integer. Batch t of N examples holds examples t N to
+t N + N - 1, of which process p of P takes every P-th: with any number of processes, workers or another batch size a run
+goes on at the same example. An example's mask depends on the seed and its number alone.
 """
 
 from __future__ import annotations
 
-import contextlib
+import bisect
 import dataclasses
-import hashlib
+import functools
+import itertools
 import json
 import os
-import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 import safetensors.numpy
-from array_record.python.array_record_module import ArrayRecordWriter
-from tqdm import tqdm
 
-from m4.components import closest, fingerprint, load_tokenizer, save_tokenizer, to_json, write_atomically
-from m4.masking import Masking
-from m4.modality import Features, Modalities, Modality, Recipe, Tokenizer
+from m4.components import closest
+from m4.masking import Masking, Strategy
+from m4.modality import Modalities
 from m4.tokens import MaskedBatch
+from m4.workers import leave_with_parent
 
-EXAMPLES_PER_SHARD = 2048
-EXAMPLES_PER_CALL = 256  # what a tokenizer gets at once
+PREFETCH = 2  # batches that wait for the training step, on the device if the stream places them there
 
 
 class Source(Protocol):
-    """Aligned raw examples: a frozen dataclass, so that its fields identify its data."""
+    """Aligned raw examples: a frozen dataclass, so that its fields identify its data.
+
+    A source over files that may be edited has `signature(data_dir) -> str` too, which changes when they do.
+    """
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
         """Renders, downloads or checks what is needed; returns at once when it is there."""
 
     def split(self, name: str, data_dir: str | os.PathLike) -> Seq[dict[str, Any]]:
-        """Raw examples of "train", "validation", "test" or another split that the source has."""
+        """Raw examples of "train", "validation", "test" or another split that the source has.
+
+        A ValueError that names the file is raised where a bad example is read, not before.
+        """
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What training needs of the preparation: tokenizers by modality name, and a folder of token shards."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """One part of what a run reads: raw examples (`source`), or a folder of token shards made before (`tokens`).
 
-    tokenizers: dict[str, Tokenizer]
-    tokenizer_files: dict[str, Path]
-    tokens: Path
+    weight: share of this data set in the stream, relative to the others'. strategies: its own mixture of masking
+    strategies (default: those of the config's masking). crops: aligned random crops, m4.datasets.crops.Crops.
+    skip_bad: the greatest share of examples that pre-tokenization may skip because they cannot be read (0: none).
+    name: default the source's class, or the folder.
+    """
 
+    source: Any = None
+    tokens: str = ""
+    weight: float = 1.0
+    strategies: tuple[Strategy, ...] = ()
+    crops: Any = None
+    skip_bad: float = 0.0
+    name: str = ""
 
-def prepare(
-    source: Source,
-    recipes: Seq[Recipe],
-    data_dir: str | os.PathLike,
-    *,
-    seed: int,
-    splits: Seq[str] = ("train",),
-) -> Prepared:
-    """All that comes before training, each stage skipped when it is done: raw data, tokenizers, token shards."""
-    data_dir = Path(data_dir)
-    Modalities([r.modality for r in recipes])  # names the doubles before any work
-    source.prepare(data_dir)
-    tokenizers, files = {}, {}
-    for recipe in recipes:
-        name = recipe.modality.name
-        key = fingerprint([to_json(recipe), to_json(source), seed])
-        files[name] = data_dir / "tokenizers" / f"{name}-{key}.safetensors"
-        if not files[name].exists():
-            print(f"fitting tokenizer {name}", flush=True)
-            tokenizer = recipe.fit(source.split("train", data_dir), seed=seed)
-            save_tokenizer(tokenizer, files[name])
-        tokenizers[name] = load_tokenizer(files[name])
-        if tokenizers[name].modality != recipe.modality:
-            raise ValueError(f"{files[name]} holds {tokenizers[name].modality}, the config says {recipe.modality}")
-    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in files.items()}
-    tokens = data_dir / "tokens" / fingerprint([hashes, to_json(source)])
-    for split in splits:
-        pretokenize(source.split(split, data_dir), tokenizers, tokens, split, tokenizer_hashes=hashes)
-    return Prepared(tokenizers, files, tokens)
+    def __post_init__(self):
+        if (self.source is None) == (not self.tokens):
+            raise ValueError(f"a data set needs a source or tokens, one of them: source={self.source}, {self.tokens=}")
+        if not self.weight > 0:
+            raise ValueError(f"data set {self.label}: weight={self.weight} must be positive; leave it out instead")
+        if not 0 <= self.skip_bad < 1:
+            raise ValueError(f"data set {self.label}: skip_bad={self.skip_bad} must be at least 0 and less than 1")
+        if self.tokens and self.crops:
+            raise ValueError(f"data set {self.label}: token shards cannot be cropped; pretokenize again with crops")
 
-
-def pretokenize(
-    examples: Seq[dict[str, Any]],
-    tokenizers: Mapping[str, Tokenizer],
-    folder: Path,
-    split: str,
-    *,
-    tokenizer_hashes: Mapping[str, str],
-) -> None:
-    """Writes the token shards of one split; shards that are there stay, so that a killed job goes on where it was."""
-    manifest_file = folder / f"{split}.json"
-    if manifest_file.exists():
-        return
-    if not len(examples):
-        raise ValueError(f"split {split!r} has no examples")
-    folder.mkdir(parents=True, exist_ok=True)
-    num_shards = -(-len(examples) // EXAMPLES_PER_SHARD)
-    names = [f"{split}-{i:05d}-of-{num_shards:05d}.array_record" for i in range(num_shards)]
-    with tqdm(total=len(examples), desc=f"tokens: {split}", unit="example", file=sys.stdout, mininterval=1) as bar:
-        for i, name in enumerate(names):
-            indices = range(i * EXAMPLES_PER_SHARD, min((i + 1) * EXAMPLES_PER_SHARD, len(examples)))
-            if not (folder / name).exists():
-                temporary = folder / f".{name}.{os.getpid()}.tmp"
-                writer = ArrayRecordWriter(str(temporary), "group_size:1")
-                with contextlib.closing(writer):
-                    for first in range(indices.start, indices.stop, EXAMPLES_PER_CALL):
-                        batch = [examples[j] for j in range(first, min(first + EXAMPLES_PER_CALL, indices.stop))]
-                        for record in encode(batch, tokenizers):
-                            writer.write(safetensors.numpy.save(record))
-                        bar.update(len(batch))
-                os.replace(temporary, folder / name)
-            else:
-                bar.update(len(indices))
-    manifest = {
-        "num_examples": len(examples),
-        "shards": {name: (folder / name).stat().st_size for name in names},
-        "tokenizers": dict(tokenizer_hashes),
-    }
-    write_atomically(manifest_file, json.dumps(manifest, indent=1).encode())
-
-
-def encode(examples: Seq[dict[str, Any]], tokenizers: Mapping[str, Tokenizer]) -> list[dict[str, np.ndarray]]:
-    """Raw examples -> stored arrays by modality; a modality whose signal an example lacks is left out of its record."""
-    records: list[dict[str, np.ndarray]] = [{} for _ in examples]
-    for name, tokenizer in tokenizers.items():
-        signals = [tokenizer.signal_of(example) for example in examples]
-        present = [i for i, signal in enumerate(signals) if signal is not None]
-        for i, stored in zip(present, tokenizer.encode([signals[i] for i in present]), strict=True):
-            records[i][name] = compact(stored, tokenizer.modality)
-    return records
-
-
-def compact(stored: np.ndarray, modality: Modality) -> np.ndarray:
-    """Token ids in the smallest unsigned type that holds the vocabulary; features as they are."""
-    if isinstance(modality, Features):
-        return np.ascontiguousarray(stored)
-    if len(stored) and not 0 <= stored.min() <= stored.max() < modality.vocab_size:
-        raise ValueError(f"{modality.name}: ids {stored.min()}..{stored.max()} outside [0, {modality.vocab_size})")
-    return np.ascontiguousarray(stored, np.min_scalar_type(modality.vocab_size - 1))
+    @property
+    def label(self) -> str:
+        return self.name or (Path(self.tokens).name if self.tokens else type(self.source).__name__.lower())
 
 
 class TokenShards:
-    """Random access to the stored arrays of one split."""
+    """Random access to the stored arrays of one split; sent to a worker process as its folder's name."""
 
     def __init__(self, folder: Path, split: str):
-        manifest = folder / f"{split}.json"
+        self.folder, self.split = Path(folder), split
+        manifest = self.folder / f"{split}.json"
         if not manifest.exists():
-            finished = sorted(p.stem for p in folder.glob("*.json"))
+            finished = sorted(p.stem for p in self.folder.glob("*.json"))
             raise ValueError(f"{folder} has no finished split {split!r}; {closest(split, finished)}")
-        content = json.loads(manifest.read_text())
-        self.paths = [folder / name for name in content["shards"]]
-        for path, size in zip(self.paths, content["shards"].values(), strict=True):
+        self.manifest = json.loads(manifest.read_text())
+        self.shards = self.manifest["shards"]
+        self.paths = [self.folder / name for name in self.shards]
+        self.first = [0, *itertools.accumulate(shard["num_examples"] for shard in self.shards.values())]
+        for path, shard in zip(self.paths, self.shards.values(), strict=True):
             if not path.exists():
                 raise ValueError(f"token shard {path} is missing; delete {manifest} to write it again")
-            if path.stat().st_size != size:
+            if path.stat().st_size != shard["bytes"]:
                 raise ValueError(
-                    f"token shard {path} has {path.stat().st_size} bytes instead of {size}; "
+                    f"token shard {path} has {path.stat().st_size} bytes instead of {shard['bytes']}; "
                     f"delete it and {manifest} to write it again"
                 )
-        self.records = grain.sources.ArrayRecordDataSource([str(p) for p in self.paths])
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k != "_records"}
+
+    @functools.cached_property
+    def _records(self):
+        return grain.sources.ArrayRecordDataSource([str(p) for p in self.paths])
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)} ({self.split} of {self.folder})")
+        try:
+            return safetensors.numpy.load(self._records[index])
+        except Exception as error:
+            shard = bisect.bisect_right(self.first, index) - 1
+            where = f"record {index - self.first[shard]} of token shard {self.paths[shard]}"
+            raise ValueError(f"{where} cannot be read ({error}); delete it and {self.split}.json beside it") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+    """Records that know which data set they are of."""
+
+    records: Seq[dict[str, np.ndarray]]
+    dataset: int
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        try:
-            return safetensors.numpy.load(self.records[index])
-        except Exception as error:
-            shard = self.paths[int(index) // EXAMPLES_PER_SHARD]
-            raise ValueError(f"record {int(index) % EXAMPLES_PER_SHARD} of {shard} cannot be read: {error}") from error
+    def __getitem__(self, index: int) -> tuple[int, dict[str, np.ndarray]]:
+        return self.dataset, self.records[index]
+
+
+def examples(shards: Seq[Seq[dict[str, np.ndarray]]], weights: Seq[float], *, seed: int) -> grain.MapDataset:
+    """The whole stream before it is masked: (number in the stream, (data set, stored arrays)), endless."""
+    parts = [
+        grain.MapDataset.source(_Numbered(part, k)).seed(seed * len(shards) + k).shuffle().repeat()
+        for k, part in enumerate(shards)
+    ]
+    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, np.asarray(weights) / np.sum(weights))
+    return mixed.map_with_index(_pair)
+
+
+def _pair(index, example):
+    return index, example
 
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """The masking of one example under a generator of its own: (seed, position in the stream) decides everything."""
+    """Examples of the stream -> MaskedBatch."""
 
     masking: Masking
+    strategies: tuple[tuple[Strategy, ...], ...]  # of each data set
     modalities: Modalities
+    seed: int
 
-    def __call__(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> MaskedBatch:
-        return self.masking(example, self.modalities, rng)
+    def __call__(self, batch: Seq[tuple[int, tuple[int, dict[str, np.ndarray]]]]) -> MaskedBatch:
+        keys = np.array([(self.seed, index) for index, _ in batch], np.uint64)
+        strategies = [self.strategies[dataset] for _, (dataset, _) in batch]
+        return self.masking([example for _, (_, example) in batch], self.modalities, keys, strategies)
 
 
-def batches(
-    tokens: Path,
-    split: str,
-    masking: Masking,
-    modalities: Modalities,
-    *,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Any:
-    """An endless, reshuffled, exactly resumable iterator of numpy MaskedBatch (this process's share of each batch).
+class Stream:
+    """This process's share of every batch of `batch_size` examples, endless. Call `close` when done.
 
-    Its state is one integer (`get_state`, `set_state`), good for any number of processes. Call `close` when done.
+    num_workers: processes that read and mask; 0: threads of this process. place: what becomes of a batch while others
+    train, such as its transfer to the device.
     """
-    masking.check(modalities)
-    shards = TokenShards(tokens, split)
-    if len(shards) < batch_size:
-        raise ValueError(f"split {split!r} has {len(shards)} examples, fewer than one batch of {batch_size}")
-    stream = grain.MapDataset.source(shards).seed(seed).shuffle().repeat().random_map(Mask(masking, modalities))
-    options = grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count, drop_remainder=True)
-    return iter(
-        grain.experimental.ElasticIterator(
-            stream,
-            batch_size,
-            options,
-            read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size),
-        )
-    )
+
+    def __init__(
+        self,
+        shards: Seq[TokenShards],
+        datasets: Seq[Dataset],
+        masking: Masking,
+        modalities: Modalities,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_workers: int = 0,
+        place: Callable[[MaskedBatch], Any] = lambda batch: batch,
+    ):
+        if sum(map(len, shards)) < batch_size:
+            raise ValueError(f"{sum(map(len, shards))} examples are fewer than one batch of {batch_size}")
+        if batch_size % process_count:
+            raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {process_count}")
+        self.batch_size, self.share = batch_size, (process_index, process_count)
+        self.num_workers, self.place = num_workers, place
+        self.mask = Mask(masking, tuple(d.strategies or masking.strategies for d in datasets), modalities, seed)
+        self.examples = examples(shards, [d.weight for d in datasets], seed=seed)
+        self.next_example = 0
+        self._batches, self._thread, self._pending = None, None, deque()
+
+    def _start(self) -> None:
+        index, count = self.share
+        mine = self.examples[self.next_example + index :: count]
+        batches = mine.batch(self.batch_size // count, drop_remainder=True, batch_fn=list).map(self.mask)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
+        batches = batches.to_iter_dataset(options)
+        if self.num_workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain reads flags in its workers, and this program has none
+            workers = grain.MultiprocessingOptions(num_workers=self.num_workers)
+            batches = batches.mp_prefetch(workers, worker_init_fn=leave_with_parent)
+        self._batches = iter(batches)
+        self._thread = ThreadPoolExecutor(1)
+        self._pending = deque(self._thread.submit(self._make) for _ in range(PREFETCH))
+
+    def _make(self) -> Any:
+        return self.place(next(self._batches))
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Any:
+        if self._thread is None:
+            self._start()
+        first: Future = self._pending.popleft()
+        batch = first.result()
+        self._pending.append(self._thread.submit(self._make))
+        self.next_example += self.batch_size
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_example": self.next_example}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.close()
+        self.next_example = state["next_example"]
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._batches.close()
+            self._batches, self._thread, self._pending = None, None, deque()

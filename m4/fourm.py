@@ -32,17 +32,18 @@ def _vector(name: str, signal: str) -> Grid:
     return Grid(name=name, signal=signal, vocab_size=8192, shape=(16,), learned_positions=True)
 
 
-def _words(name: str, signal: str, max_length: int) -> Sequence:
+def _words(name: str, signal: str, max_length: int, **fields) -> Sequence:
     """Ids of the original's WordPiece file: [EOS] = 3, sentinels from [S_1] = 5 to [S_199] = 203."""
     ids = {"vocab_size": 30_000, "first_sentinel": 5, "num_sentinels": 199, "end_id": 3}
-    return Sequence(name=name, signal=signal, max_length=max_length, **ids)
+    return Sequence(name=name, signal=signal, max_length=max_length, **ids, **fields)
 
 
 def _pixels(name: str, signal: str, side: int) -> Features:
     """16 x 16 patches, channels last, normalised by ImageNet's mean and deviation."""
     shape = (side, side)
     return Features(
-        name=name, signal=signal, shape=shape, size=768, scale=255.0, mean=IMAGENET_MEAN, std=IMAGENET_STD
+        name=name, signal=signal, shape=shape, size=768, scale=255.0, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        dtype="uint8",
     )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ MODALITIES: dict[str, Modality] = {
         _grid("tok_clip@224", "clip", 8192, 14),
         # 4M-21
         Features(name="t5_caption", signal="t5_caption", shape=(77,), size=4096, bias=True),
-        _words("metadata", "metadata", 40),
+        _words("metadata", "metadata", 40, chunk_ids=(1204, 2204)),  # a field, v1=*, and its value
         _words("human_poses", "poses", 275),
         _words("color_palette", "palette", 23),
         _words("sam_instance", "instances", 290),

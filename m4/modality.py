@@ -47,7 +47,8 @@ class Sequence:
 
     Masked spans are replaced by the sentinels first_sentinel, first_sentinel + 1, ... (T5, Raffel et al. 2020,
     section 3.1.4; 4M, Mizrahi et al. 2023, section 2.2). Targets may be two tokens longer than the sequence: they
-    open and close with a sentinel.
+    open and close with a sentinel. A chunk is masked whole: it begins at a token within `chunk_ids` (first, last + 1),
+    or at [EOS]; (0, 0): every token is a chunk.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Sequence:
     end_id: int
     is_input: bool = True
     is_target: bool = True
+    chunk_ids: tuple[int, int] = (0, 0)
 
     learned_positions = False
 
@@ -71,7 +73,7 @@ class Sequence:
 class Features:
     """prod(shape) continuous vectors of `size` numbers, input only.
 
-    Shards store them as the tokenizer gave them (uint8 for pixels); the model reads (stored / scale - mean) / std,
+    Shards store them as `dtype` (uint8 for pixels); the model reads (stored / scale - mean) / std,
     where mean and std repeat along the last axis (channels vary fastest in a patch). A sequence of vectors (T5) has a
     `shape` of one axis, its greatest length. `bias`: whether the map to the model's width has one.
     """
@@ -84,6 +86,7 @@ class Features:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     bias: bool = False
+    dtype: str = "float32"
 
     vocab_size = 0
     is_input = True
@@ -94,8 +97,8 @@ class Features:
     def max_tokens(self) -> int:
         return math.prod(self.shape)
 
-    def normalize(self, stored: np.ndarray) -> np.ndarray:
-        """[..., size] of any number type -> float32 [..., size]."""
+    def normalize(self, stored: Any) -> Any:
+        """[..., size] of any number type -> float32 [..., size], of numpy or (under jit) of JAX."""
         repeats = self.size // len(self.mean)
         scale = np.tile(np.asarray(self.std, np.float32) * np.float32(self.scale), repeats)
         shift = np.tile(np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32), repeats)

@@ -35,6 +35,7 @@ import pytest  # noqa: E402
 from m4.masking import Masking, Strategy  # noqa: E402
 from m4.modality import Features, Grid, Modalities, Sequence  # noqa: E402
 from m4.model import ModelConfig  # noqa: E402
+from m4.tokens import normalized  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,16 @@ def modalities():
     """One of each kind, small."""
     return Modalities(
         [
-            Features(name="rgb_pixels", signal="rgb", shape=(3, 4), size=6, scale=255.0, mean=(0.5,), std=(0.25,)),
+            Features(
+                name="rgb_pixels",
+                signal="rgb",
+                shape=(3, 4),
+                size=6,
+                scale=255.0,
+                mean=(0.5,),
+                std=(0.25,),
+                dtype="uint8",
+            ),
             Grid(name="rgb_tokens", signal="rgb", vocab_size=11, shape=(3, 4)),
             Grid(name="depth_tokens", signal="depth", vocab_size=7, shape=(3, 4)),
             Sequence(
@@ -88,16 +98,22 @@ def make_example(modalities):
     return make
 
 
+def mask_keys(count: int, seed: int = 0) -> np.ndarray:
+    """What decides the masks of `count` examples of a stream."""
+    return np.stack([np.full(count, seed), np.arange(count)], axis=1).astype(np.uint64)
+
+
 @pytest.fixture(scope="session")
 def make_batch(modalities, masking, make_example):
     def make(size: int, seed: int = 0):
-        rows = [masking(make_example(i), modalities, np.random.default_rng([seed, i])) for i in range(size)]
-        return jax.tree.map(lambda *x: np.stack(x), *rows)
+        examples = [make_example(i) for i in range(size)]
+        return jax.tree.map(np.asarray, normalized(masking(examples, modalities, mask_keys(size, seed)), modalities))
 
     return make
 
 
 ROOT = Path(__file__).parent.parent
+PARITY = Path(os.environ.get("M4_PARITY", ROOT.parent / "shared" / "parity"))
 
 
 def command(*args: str) -> list[str]:

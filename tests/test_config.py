@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from m4.components import component_class, from_json, to_json
 from m4.config import from_cli, load_config
+from m4.data import Dataset
 from m4.modality import Features, Grid, Modalities
 
 
@@ -37,12 +38,12 @@ def test_unknown_field_and_component_are_named(quickstart):
 
 def test_command_line_overrides_fields(quickstart):
     path = str(ROOT / "configs/quickstart.py")
-    changed = from_cli("", [path, "--num-steps", "7", "--model.width", "48", "--source.num-train", "99"])
+    changed = from_cli("", [path, "--num-steps", "7", "--model.width", "48", "--datasets.0.source.num-train", "99"])
     assert changed == dataclasses.replace(
         quickstart,
         num_steps=7,
         model=dataclasses.replace(quickstart.model, width=48),
-        source=dataclasses.replace(quickstart.source, num_train=99),
+        datasets=(Dataset(source=dataclasses.replace(quickstart.datasets[0].source, num_train=99)),),
     )
 
 
@@ -68,16 +69,18 @@ def test_a_new_modality_adds_rows_at_the_end(modalities):
 
 
 LAYERS = [
-    ["components", "modality", "tokens"],
+    ["components", "modality", "tokens", "workers"],
     ["masking", "nn"],
     ["model"],
     ["losses", "fourm", "model_file"],
     ["convert"],
     ["data", "optim", "sharding"],
+    ["pretokenize"],
     ["checkpoints", "metrics"],
     ["sampling"],
     ["datasets", "evals"],
     ["config"],
+    ["overview"],
     ["__main__"],
 ]
 

@@ -88,7 +88,7 @@ def test_killed_and_continued_equals_uninterrupted(whole_run, data_dir, tmp_path
         (["--model.width", "30"], "multiple of num_heads"),
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
         (["--mesh.fsdp", "3"], "does not use"),
-        (["--source.variant", "simpel"], "simple"),
+        (["--datasets.0.source.variant", "simpel"], "simple"),
     ],
 )
 def test_bad_config_is_named_before_compute(args, message, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 
 from m4.config import Config, load_config
+from m4.data import Dataset
 from m4.datasets.scenes import Scenes
 from m4.model import ModelConfig
 from m4_tokenizers.boxes import BoxRecipe
@@ -23,7 +24,7 @@ small = {
 config = dataclasses.replace(
     quickstart,
     name="tiny",
-    source=Scenes(num_train=200, num_validation=16, num_test=24, num_heldout=8),
+    datasets=(Dataset(source=Scenes(num_train=200, num_validation=16, num_test=24, num_heldout=8)),),
     tokenizers=(PixelPatchesRecipe(), ImageRecipe(**small), DepthRecipe(**small), TextRecipe(), BoxRecipe()),
     model=ModelConfig(width=32, num_heads=2, encoder_depth=1, decoder_depth=1, hidden=32),
     batch_size=16,

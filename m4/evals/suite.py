@@ -65,9 +65,12 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
         print(table(results), flush=True)
         return results
     started = time.monotonic()
-    config.source.prepare(config.data_dir)
-    examples = _head(config.source.split("test", config.data_dir), config.num_eval_samples, "test examples")
-    train = _head(config.source.split("train", config.data_dir), NUM_BASELINE, "training examples (baselines)")
+    source = config.datasets[0].source
+    if source is None:
+        raise ValueError(f"evaluation needs raw examples, and {config.datasets[0].label} has token shards only")
+    source.prepare(config.data_dir)
+    examples = _head(source.split("test", config.data_dir), config.num_eval_samples, "test examples")
+    train = _head(source.split("train", config.data_dir), NUM_BASELINE, "training examples (baselines)")
     sampler = Sampler(run.model, run.tokenizers)
     results, predictions = {}, {}
     for direction in config.evaluations:

@@ -9,6 +9,7 @@ text tokenizer, fitted on the labels, so that each of them is one token and any 
 
 import colorsys
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -85,7 +86,7 @@ class BoxRecipe:
         else:
             text = self.text.fit_texts(labels, split_words=False, seed=seed)
         tokenizer = BoxTokenizer(recipe=self, text=text, card={})
-        encoded = [tokenizer.encode_unbounded(signal) for signal in signals]
+        encoded = tokenizer.encode_unbounded(signals)
         lengths = [len(ids) for ids in encoded]
         decoded = tokenizer.decode(encoded)
         errors = [np.abs(d["bbox"] - s["bbox"]).ravel() for s, d in zip(signals, decoded, strict=True)]
@@ -122,22 +123,27 @@ class BoxTokenizer:
         """Bins -> where they lie in [0, 1]."""
         return bins / (self.num_bins - 1) if self.recipe.wordpiece else (bins + 0.5) / self.num_bins
 
-    def encode_unbounded(self, signal: Boxes) -> np.ndarray:
-        corners = np.asarray(signal["bbox"], np.float32).reshape(-1, NUM_COORDINATES)
-        if len(corners) != len(signal["label"]):
-            raise ValueError(f"{len(corners)} boxes came with {len(signal['label'])} labels")
-        if not ((corners >= 0) & (corners <= 1)).all():
-            raise ValueError(f"box coordinates must lie in [0, 1], but span {corners.min()} to {corners.max()}")
-        if "" in signal["label"]:
-            raise ValueError("a box needs a label: the empty string has no tokens")
-        bins = self._bins(corners[:, AS_TOKENS])
-        ids = self.layout.first_coordinate + np.arange(NUM_COORDINATES) * self.num_bins + bins
-        labels = self.text.encode_unbounded(signal["label"])
-        pieces = [np.concatenate([box, label[:-1]]) for box, label in zip(ids, labels, strict=True)]
-        return np.concatenate([*pieces, [EOS]]).astype(np.int32)
+    def encode_unbounded(self, signals: Seq[Boxes]) -> list[np.ndarray]:
+        """Ids closed by [EOS], however many."""
+        corners = [np.asarray(signal["bbox"], np.float32).reshape(-1, NUM_COORDINATES) for signal in signals]
+        for boxes, signal in zip(corners, signals, strict=True):
+            if len(boxes) != len(signal["label"]):
+                raise ValueError(f"{len(boxes)} boxes came with {len(signal['label'])} labels")
+            if not ((boxes >= 0) & (boxes <= 1)).all():
+                raise ValueError(f"box coordinates must lie in [0, 1], but span {boxes.min()} to {boxes.max()}")
+            if "" in signal["label"]:
+                raise ValueError("a box needs a label: the empty string has no tokens")
+        bins = self._bins(np.concatenate([np.zeros((0, NUM_COORDINATES), np.float32), *corners])[:, AS_TOKENS])
+        boxes = self.layout.first_coordinate + np.arange(NUM_COORDINATES) * self.num_bins + bins
+        labels = self.text.encode_unbounded([label for signal in signals for label in signal["label"]])
+        pieces = iter([[*box, *label[:-1]] for box, label in zip(boxes.tolist(), map(list, labels), strict=True)])
+        return [
+            np.array([i for piece in itertools.islice(pieces, len(signal["label"])) for i in piece] + [EOS], np.int32)
+            for signal in signals
+        ]
 
     def encode(self, signals: Seq[Boxes]) -> list[np.ndarray]:
-        encoded = [self.encode_unbounded(signal) for signal in signals]
+        encoded = self.encode_unbounded(signals)
         for signal, ids in zip(signals, encoded, strict=True):
             if len(ids) > self.modality.max_length:
                 raise ValueError(

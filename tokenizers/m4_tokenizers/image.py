@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
+from m4.datasets.files import to_rgb
 from m4.modality import Features
 from m4_tokenizers.networks import to_patches, to_pixels
 from m4_tokenizers.perceptual import perceptual_quality
@@ -27,13 +28,9 @@ def read_image(path: str | Path, size: int) -> Pixels:
     """Any image file, upright, on white, resized on its short side and cropped in the middle."""
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip to 8
-                image = Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGBA")
+            image = Image.fromarray(to_rgb(file))
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.size != (size, size):
         warnings.warn(f"{path}: {image.width} x {image.height} resized and cropped to {size} x {size}", stacklevel=2)
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
@@ -161,6 +158,7 @@ class PixelPatchesRecipe:
             scale=255.0,
             mean=self.mean,
             std=self.std,
+            dtype="uint8",
         )
 
     def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "PixelPatches":

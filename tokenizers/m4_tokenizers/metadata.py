@@ -26,6 +26,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageStat
 
 from m4.components import closest
+from m4.modality import Sequence
 from m4_tokenizers.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture, json_text
 
 Metadata = dict[str, int | float]  # {field: number}
@@ -165,6 +166,12 @@ class MetadataRecipe(CoordinateRecipe):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated or not names:
             raise ValueError(f"fields {repeated} are given twice; names must differ" if names else "no fields given")
+
+    @property
+    def modality(self) -> Sequence:
+        """A field and its value are one chunk: masked both or not at all."""
+        first = self.layout.first_coordinate + FIELD * self.layout.num_bins
+        return dataclasses.replace(super().modality, chunk_ids=(first, first + self.layout.num_bins))
 
     @property
     def num_bins(self) -> int:

@@ -98,7 +98,7 @@ def fit_pieces(texts: Seq[str], *, num_pieces: int, split_words: bool) -> tuple[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextRecipe:
-    """Text of at most `max_length` tokens, the closing [EOS] included."""
+    """Text of at most `max_length` tokens, the closing [EOS] included; longer ones are refused, or cut."""
 
     signal: str = "caption"
     name: str = "caption"
@@ -107,6 +107,7 @@ class TextRecipe:
     num_bins: int = 64
     num_sentinels: int = 16
     num_examples: int = 4000
+    cut_long: bool = False
 
     def __post_init__(self):
         smallest = self.layout.first_text + len(ALPHABET)
@@ -149,6 +150,7 @@ class TextRecipe:
             bytes_and_pieces=len(pieces),
             mean_tokens=round(float(np.mean(lengths)), 2),
             longest=int(max(lengths)),
+            share_cut=round(float(np.mean([n > self.max_length for n in lengths])), 4) if self.cut_long else 0.0,
             num_examples=len(texts),
             fit_seed=seed,
             fit_seconds=round(time.perf_counter() - start, 2),
@@ -177,16 +179,20 @@ class TextTokenizer:
 
     def encode_unbounded(self, signals: Seq[str]) -> list[np.ndarray]:
         """Ids closed by [EOS], however long."""
-        encodings = self._model.encode_batch(list(signals), add_special_tokens=False)
-        return [np.array([self._first_id + i for i in encoding.ids] + [EOS], np.int32) for encoding in encodings]
+        encodings = self._model.encode_batch_fast(list(signals), add_special_tokens=False)
+        end = EOS - self._first_id
+        return [np.array([*encoding.ids, end], np.int32) + np.int32(self._first_id) for encoding in encodings]
 
     def encode(self, signals: Seq[str]) -> list[np.ndarray]:
-        encoded = self.encode_unbounded(signals)
+        """int32 [n] each; what is too long is an error, or is cut (and then has no [EOS]) if the recipe says so."""
+        encoded, longest = self.encode_unbounded(signals), self.modality.max_length
+        if self.recipe.cut_long:
+            return [ids[:longest] for ids in encoded]
         for text, ids in zip(signals, encoded, strict=True):
-            if len(ids) > self.modality.max_length:
+            if len(ids) > longest:
                 raise ValueError(
-                    f"{self.modality.name} of {len(ids)} tokens is longer than the allowed "
-                    f"{self.modality.max_length}: {text[:60]!r}"
+                    f"{self.modality.name} of {len(ids)} tokens is longer than the allowed {longest}: {text[:60]!r} "
+                    f"(cut_long=True in its recipe cuts such texts)"
                 )
         return encoded
 
@@ -250,6 +256,7 @@ class WordPieceRecipe:
     signal: str = "caption"
     name: str = "caption"
     max_length: int = 256
+    cut_long: bool = False
 
     layout = Layout(num_sentinels=200, num_bins=1000, num_declarations=0)
     vocab_size = 30_000

@@ -1,0 +1,203 @@
+"""What a config will read, measured on its own stream: counts, lengths, shares after masking, samples, speed."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import time
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from m4.components import write_atomically
+from m4.config import Config
+from m4.data import Mask, Stream, examples
+from m4.modality import Features, Grid, Modality, Sequence, Tokenizer
+from m4.pretokenize import prepare
+from m4.tokens import MaskedBatch
+
+BATCH = 256
+NUM_SAMPLES, TILE = 8, 128
+UNSEEN = (200, 200, 200)
+
+
+def show(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
+    """Prints measures of the first `num_examples` examples of the stream; writes OUT/data.json and OUT/samples.png."""
+    prepared = prepare(config.datasets, config.tokenizers, config.data_dir, seed=config.seed)
+    shards = prepared.shards("train")
+    stream = examples(shards, [d.weight for d in config.datasets], seed=config.seed)
+    strategies = tuple(d.strategies or config.masking.strategies for d in config.datasets)
+    mask = Mask(config.masking, strategies, config.modalities, config.seed)
+    counts = _Counts(config)
+    for start in tqdm(range(0, num_examples, BATCH), desc="masking", unit="batch", mininterval=1):
+        batch = [stream[i] for i in range(start, min(start + BATCH, num_examples))]
+        masked = mask(batch)
+        counts.add(batch, masked)
+        if start == 0:
+            picture = sheet(batch[:NUM_SAMPLES], masked, config, prepared.tokenizers)
+    result = {
+        "num_examples": num_examples,
+        "datasets": {
+            d.label: {
+                "weight": d.weight / sum(x.weight for x in config.datasets),
+                "share": counts.of_dataset[k] / num_examples,
+                "num_examples": len(shards[k]),
+                "bytes": sum(shard["bytes"] for shard in shards[k].shards.values()),
+                "skipped": shards[k].manifest["skipped"]["num_examples"],
+                "modalities": {
+                    n: facts for n, facts in shards[k].manifest["modalities"].items() if facts["num_examples"]
+                },
+            }
+            for k, d in enumerate(config.datasets)
+        },
+        "modalities": counts.modalities(),
+        "slots": counts.slots(),
+        "samples_per_s": round(_speed(config, shards), 1),
+    }
+    _print(result, config)
+    out.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    write_atomically(out / "samples.png", buffer.getvalue())
+    write_atomically(out / "data.json", json.dumps(result, indent=1).encode())
+    print(f"{out}/samples.png, {out}/data.json")
+    return result
+
+
+class _Counts:
+    """Sums over examples of the stream."""
+
+    def __init__(self, config: Config):
+        self.config, self.names = config, config.modalities.names
+        self.of_dataset = np.zeros(len(config.datasets), int)
+        self.present = np.zeros((len(config.datasets), len(self.names)), int)
+        self.lengths: dict[str, list[int]] = {name: [] for name in self.names}
+        self.inputs, self.targets = (np.zeros(len(self.names), int) for _ in range(2))
+        self.num_examples = 0
+
+    def add(self, batch, masked: MaskedBatch) -> None:
+        self.num_examples += len(batch)
+        for _, (dataset, example) in batch:
+            self.of_dataset[dataset] += 1
+            for j, name in enumerate(self.names):
+                if name in example:
+                    self.present[dataset, j] += 1
+                    self.lengths[name].append(len(example[name]))
+        for total, part in ((self.inputs, masked.inputs), (self.targets, masked.targets)):
+            total += np.bincount(part.modality[part.valid], minlength=len(self.names))
+
+    def modalities(self) -> dict[str, dict[str, Any]]:
+        rows = {}
+        for j, name in enumerate(self.names):
+            lengths = self.lengths[name]
+            rows[name] = {
+                "examples_with_it": len(lengths) / self.num_examples,
+                "mean_tokens": round(float(np.mean(lengths)), 2) if lengths else 0.0,
+                "longest": max(lengths, default=0),
+                "input_share": self.inputs[j] / max(self.inputs.sum(), 1),
+                "target_share": self.targets[j] / max(self.targets.sum(), 1),
+            }
+        return rows
+
+    def slots(self) -> dict[str, float]:
+        """Shares of the batch's slots that hold a token; the others are padding, which is computed in vain."""
+        masking = self.config.masking
+        return {
+            "inputs_filled": self.inputs.sum() / self.num_examples / masking.num_inputs,
+            "targets_filled": self.targets.sum() / self.num_examples / masking.num_targets,
+        }
+
+
+def _speed(config: Config, shards: Seq[Any]) -> float:
+    """Examples a second, read, mixed, masked and batched: median of batches after the first, which start workers."""
+    stream = Stream(
+        shards, config.datasets, config.masking, config.modalities, batch_size=config.batch_size, seed=config.seed,
+        num_workers=config.num_workers,
+    )  # fmt: skip
+    count = max(20, 2000 // config.batch_size)
+    for _ in range(5):
+        next(stream)
+    start = time.perf_counter()
+    for _ in range(count):
+        next(stream)
+    seconds = time.perf_counter() - start
+    stream.close()
+    return count * config.batch_size / seconds
+
+
+def _print(result: dict[str, Any], config: Config) -> None:
+    print(f"\nmeasured on {result['num_examples']:,} examples of the training stream\n")
+    print(f"{'data set':<16}{'weight':>8}{'share':>8}{'examples':>12}{'MiB':>9}{'skipped':>9}  modalities (examples)")
+    for name, d in result["datasets"].items():
+        modalities = ", ".join(f"{n} {m['num_examples']:,}" for n, m in d["modalities"].items())
+        figures = f"{d['weight']:>8.3f}{d['share']:>8.3f}{d['num_examples']:>12,}{d['bytes'] / 2**20:>9.1f}"
+        print(f"{name:<16}{figures}{d['skipped']:>9,}  {modalities}")
+    print(f"\n{'modality':<16}{'present':>8}{'tokens':>8}{'longest':>9}{'inputs':>8}{'targets':>9}{'codes used':>22}")
+    for name, m in result["modalities"].items():
+        facts = [d["modalities"][name] for d in result["datasets"].values() if name in d["modalities"]]
+        vocab = max((f["vocab_size"] for f in facts), default=0)
+        used = f"{max(f['codes_used'] for f in facts):,} of {vocab:,}" if vocab else "-"
+        figures = f"{m['examples_with_it']:>8.3f}{m['mean_tokens']:>8.1f}{m['longest']:>9}"
+        print(f"{name:<16}{figures}{m['input_share']:>8.3f}{m['target_share']:>9.3f}{used:>22}")
+    slots = result["slots"]
+    masking = config.masking
+    print(
+        f"\nslots with a token: {slots['inputs_filled']:.1%} of {masking.num_inputs} inputs, "
+        f"{slots['targets_filled']:.1%} of {masking.num_targets} targets; "
+        f"{result['samples_per_s']:,.0f} examples/s with num_workers={config.num_workers}, "
+        f"batch_size={config.batch_size}"
+    )
+
+
+def sheet(batch, masked: MaskedBatch, config: Config, tokenizers: dict[str, Tokenizer]) -> np.ndarray:
+    """uint8 picture: a row for each example; a column for each modality: all of it above, then input and target."""
+    modalities = config.modalities
+    header, gap, left = 16, 4, 70
+    width, height = TILE + gap, TILE + TILE // 2 + 2 * gap
+    canvas = Image.new("RGB", (left + len(modalities) * width + gap, header + len(batch) * height), "white")
+    pen = ImageDraw.Draw(canvas)
+    for (r, (_, (dataset, example))), (j, m) in itertools.product(enumerate(batch), enumerate(modalities)):
+        x, y = left + gap + j * width, header + r * height
+        pen.text((x, 3), m.name[:20], fill="black")
+        pen.text((3, y), config.datasets[dataset].label[:10], fill="black")
+        if m.name not in example:
+            pen.text((x + 4, y + 4), "missing", fill="grey")
+            continue
+        tile = Image.fromarray(_draw(m, example[m.name], tokenizers[m.name]))
+        tile.thumbnail((TILE, TILE))
+        side = min(TILE / tile.width, TILE / tile.height)
+        tile = tile.resize((round(tile.width * side), round(tile.height * side)), Image.Resampling.NEAREST)
+        canvas.paste(tile, (x, y))
+        for part, offset in ((masked.inputs, 0), (masked.targets, TILE // 2 + gap // 2)):
+            picked = part.position[r][part.valid[r] & (part.modality[r] == j)]
+            small = Image.fromarray(_picked(m, picked, part is masked.inputs)).resize(
+                (TILE // 2 - gap, TILE // 2 - gap), Image.Resampling.NEAREST
+            )
+            canvas.paste(small, (x + offset, y + TILE + gap))
+    return np.asarray(canvas)
+
+
+def _draw(m: Modality, stored: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    if isinstance(m, Features) and not hasattr(tokenizer, "decode"):
+        return np.full((TILE, TILE, 3), 255, np.uint8)
+    return tokenizer.draw(
+        tokenizer.decode([stored.astype(np.int32) if not isinstance(m, Features) else stored])[0], image=None
+    )
+
+
+def _picked(m: Modality, positions: np.ndarray, is_input: bool) -> np.ndarray:
+    """uint8 [h w 3]: picked places are blue (inputs) or orange (targets); a sequence fills rows from the left."""
+    shape = m.shape if isinstance(m, Grid | Features) and len(m.shape) == 2 else None
+    if shape is None:
+        side = int(np.ceil(np.sqrt(max(m.max_tokens, positions.max(initial=0) + 1))))
+        shape = (side, side)
+    picture = np.full((int(np.prod(shape)), 3), UNSEEN, np.uint8)
+    picture[positions] = (40, 90, 200) if is_input else (230, 120, 20)
+    if isinstance(m, Sequence):
+        picture[m.max_tokens :] = 255
+    return picture.reshape(*shape, 3)

@@ -1,0 +1,372 @@
+"""Token shards: aligned, whole or absent, the same whoever wrote them, of the run's own tokenizers or refused."""
+
+import dataclasses
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import ROOT, environment
+from PIL import Image
+
+from m4 import pretokenize
+from m4.data import Dataset, Stream, TokenShards
+from m4.datasets.crops import Crops
+from m4.datasets.folders import Folders
+from m4.datasets.tars import Tars
+from m4.datasets.texts import Texts
+from m4.masking import Masking, Strategy
+from m4.modality import Grid, Modalities
+from m4.pretokenize import Team, prepare
+from m4_tokenizers.boxes import BoxRecipe
+from m4_tokenizers.image import PixelPatchesRecipe
+from m4_tokenizers.palette import PaletteRecipe
+from m4_tokenizers.text import TextRecipe
+
+NUM = 40
+RECIPES = (
+    PixelPatchesRecipe(image_size=16),
+    TextRecipe(max_length=48),
+    BoxRecipe(),
+    PaletteRecipe(num_colors=2),
+)
+WORDS = ("red", "green", "blue", "large", "small", "cube", "sphere")
+
+
+def write_example(root: Path, i: int) -> None:
+    """rgb, caption and boxes of example i; every third lacks boxes. Its picture says which it is: pixel 0 is i."""
+    rng = np.random.default_rng(i)
+    for name in ("rgb", "caption", "boxes"):
+        (root / name / "part").mkdir(parents=True, exist_ok=True)
+    pixels = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    pixels[0, 0] = i
+    Image.fromarray(pixels).save(root / f"rgb/part/{i:03d}.png")
+    (root / f"caption/part/{i:03d}.txt").write_text(f"{' '.join(rng.choice(WORDS, 3))} {i}")
+    if i % 3:
+        box = [*np.sort(rng.random(2)), *np.sort(rng.random(2))]
+        boxes = [{"bbox": [box[0], box[2], box[1], box[3]], "label": str(rng.choice(WORDS))}]
+        (root / f"boxes/part/{i:03d}.json").write_text(json.dumps(boxes))
+
+
+@pytest.fixture
+def root(tmp_path):
+    for i in range(NUM):
+        write_example(tmp_path / "raw", i)
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def dataset(root):
+    return Dataset(source=Folders(root=str(root), allow_missing=True, validation_share=0.0, test_share=0.0))
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(pretokenize, "EXAMPLES_PER_SHARD", 16)
+
+
+def records(folder, split="train"):
+    shards = TokenShards(folder, split)
+    return [shards[i] for i in range(len(shards))]
+
+
+def number_of(record) -> int:
+    """Which example a record is of, by its picture."""
+    return int(record["rgb_pixels"][0, 0])
+
+
+def as_bytes(records):
+    return [safetensors.numpy.save(r) for r in records]
+
+
+def check_alignment(folder, tokenizers, *, missing=()):
+    """Every record's caption and boxes are those of its picture."""
+    found = records(folder)
+    assert [number_of(r) for r in found] == [i for i in range(NUM) if i not in missing]
+    for r in found:
+        i = number_of(r)
+        assert tokenizers["caption"].decode([r["caption"]])[0].endswith(f" {i}")
+        assert ("boxes" in r) == (i % 3 > 0)
+
+
+def test_records_are_aligned_and_the_manifest_tells_what_they_hold(dataset, tmp_path):
+    prepared = prepare([dataset], RECIPES, tmp_path / "data", seed=0)
+    (folder,) = prepared.tokens
+    check_alignment(folder, prepared.tokenizers)
+    manifest = json.loads((folder / "train.json").read_text())
+    assert manifest["num_examples"] == NUM and manifest["skipped"] == {"num_examples": 0, "first": []}
+    assert [s["num_examples"] for s in manifest["shards"].values()] == [16, 16, 8]
+    captions = [r["caption"] for r in records(folder)]
+    assert manifest["modalities"]["caption"] == {
+        "num_examples": NUM,
+        "num_tokens": sum(map(len, captions)),
+        "codes_used": len(np.unique(np.concatenate(captions))),
+        "vocab_size": 768,
+    }
+    assert manifest["modalities"]["boxes"]["num_examples"] == sum(i % 3 > 0 for i in range(NUM))
+    assert captions[0].dtype == np.uint16 and manifest["tokenizers"].keys() == prepared.tokenizers.keys()
+
+
+def test_a_folder_and_a_tar_of_it_give_the_same_stream(root, dataset, tmp_path, modalities):
+    """Bit-identical records in the same order, hence the same batches; the tars are only read, never unpacked."""
+    for name in ("rgb", "caption", "boxes"):
+        (tmp_path / "tars" / name).mkdir(parents=True)
+        for shard in range(2):
+            with tarfile.open(tmp_path / "tars" / name / f"shard-{shard:05d}.tar", "w") as tar:
+                files = sorted((root / name).rglob("*.*"))
+                for file in [f for f in files if int(f.stem) % 2 == shard]:
+                    tar.add(file, file.relative_to(root / name))
+    source = Tars(root=str(tmp_path / "tars"), allow_missing=True, validation_share=0.0, test_share=0.0)
+    streams, stored = [], []
+    for data in (dataset, Dataset(source=source)):
+        prepared = prepare([data], RECIPES, tmp_path / f"data_{data.label}", seed=0)
+        stored.append(as_bytes(records(prepared.tokens[0])))
+        masking = Masking(
+            num_inputs=8,
+            num_targets=8,
+            strategies=(Strategy(inputs={"rgb_pixels": 1.0, "caption": 1.0}, targets={"boxes": 1.0, "caption": 1.0}),),
+        )
+        stream = Stream(
+            prepared.shards("train"), [data], masking, Modalities([r.modality for r in RECIPES]), batch_size=8, seed=1
+        )
+        streams.append([np.asarray(x) for _ in range(9) for b in [next(stream)] for x in (*b.inputs, *b.targets)])
+        stream.close()
+    assert stored[0] == stored[1]
+    for a, b in zip(*streams, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _prepare(dataset, data_dir, team, seen):
+    pretokenize.EXAMPLES_PER_SHARD = 16
+    prepare([dataset], RECIPES, data_dir, seed=0, team=team)
+    seen.put(team.index)
+
+
+def test_whoever_writes_the_shards_they_are_the_same(dataset, tmp_path):
+    """One process, two workers of one process, and two hosts at the same time."""
+    alone = prepare([dataset], RECIPES, tmp_path / "alone", seed=0).tokens[0]
+    workers = prepare([dataset], RECIPES, tmp_path / "workers", seed=0, team=Team(workers=2)).tokens[0]
+    context = multiprocessing.get_context("spawn")
+    seen = context.Queue()
+    hosts = [
+        context.Process(target=_prepare, args=(dataset, tmp_path / "hosts", Team(index=i, count=2), seen))
+        for i in (1, 0)
+    ]
+    for host in hosts:
+        host.start()
+    for host in hosts:
+        host.join(100)
+        assert host.exitcode == 0
+    (together,) = (tmp_path / "hosts" / "tokens").iterdir()
+    assert as_bytes(records(alone)) == as_bytes(records(workers)) == as_bytes(records(together))
+    manifests = [json.loads((folder / "train.json").read_text()) for folder in (alone, workers, together)]
+    assert manifests[0] == manifests[1] == manifests[2]
+
+
+def test_a_killed_job_goes_on_where_it_was(dataset, tmp_path, monkeypatch):
+    """Finished shards are kept as they are, half-written ones are never seen, and the result is the same."""
+    prepared = prepare([dataset], RECIPES, tmp_path / "data", seed=0)
+    (folder,) = prepared.tokens
+    expected, files = as_bytes(records(folder)), sorted(folder.glob("*.array_record"))
+    times = [f.stat().st_mtime_ns for f in files]
+    files[1].unlink()
+    (folder / "train.json").unlink()
+    (folder / f".{files[1].name}.77.tmp").write_bytes(b"half")
+    with pytest.raises(ValueError, match="no finished split"):
+        TokenShards(folder, "train")
+    encoded, encode = [], pretokenize.encode
+    monkeypatch.setattr(pretokenize, "encode", lambda e, t: encoded.append(len(e)) or encode(e, t))
+    prepare([dataset], RECIPES, tmp_path / "data", seed=0)
+    assert sum(encoded) == 16 and as_bytes(records(folder)) == expected
+    assert [f.stat().st_mtime_ns for f in (files[0], files[2])] == [times[0], times[2]]
+
+
+def damage(root, i: int, how: str) -> Path:
+    """Makes one file of example i bad; returns it."""
+    png, text, boxes = (
+        root / f"rgb/part/{i:03d}.png",
+        root / f"caption/part/{i:03d}.txt",
+        root / f"boxes/part/{i:03d}.json",
+    )
+    if how == "truncated":
+        png.write_bytes(png.read_bytes()[:-200])
+        return png
+    if how == "zero bytes":
+        png.write_bytes(b"")
+        return png
+    if how == "bomb":
+        Image.new("1", (10_001, 10_000)).save(png)
+        return png
+    if how == "not UTF-8":
+        text.write_bytes(b"caf\xe9")
+        return text
+    if how == "too long":
+        text.write_text("word " * 100)
+        return text
+    if how == "boxes outside":
+        boxes.write_text(json.dumps([{"bbox": [0.1, 0.2, 1.5, 0.4], "label": "cube"}]))
+        return boxes
+    if how == "boxes inverted":
+        boxes.write_text(json.dumps([{"bbox": [0.9, 0.2, 0.1, 0.4], "label": "cube"}]))
+        return boxes
+    if how == "double":
+        Image.new("RGB", (16, 16)).save(png.with_suffix(".jpg"))
+        return png
+    raise AssertionError(how)
+
+
+HOW = ["truncated", "zero bytes", "bomb", "not UTF-8", "too long", "boxes outside", "boxes inverted", "double"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_bad_example_is_named_or_skipped_and_nothing_shifts(root, dataset, tmp_path, how):
+    """An error with the file's name; with skip_bad one example less, counted and named, the others as they were."""
+    data_dir = tmp_path / "data"
+    tokenizers = prepare([dataset], RECIPES, data_dir, seed=0).tokenizer_files  # fitted before anything is bad
+    bad = damage(root, 17, how)
+    arguments = {"data_dir": data_dir, "seed": 0}
+    stem = bad.stem
+    with pytest.raises(ValueError, match=f"example 17 of folders train: .*{stem}.*skip_bad") as error:
+        pretokenize.pretokenize(dataset, tokenizers, tmp_path / "strict", "train", **arguments)
+    assert "\n" not in str(error.value) and not (tmp_path / "strict" / "train.json").exists()
+    lenient = dataclasses.replace(dataset, skip_bad=0.03)
+    pretokenize.pretokenize(lenient, tokenizers, tmp_path / "lenient", "train", **arguments)
+    check_alignment(
+        tmp_path / "lenient", {n: pretokenize.load_tokenizer(f) for n, f in tokenizers.items()}, missing={17}
+    )
+    skipped = json.loads((tmp_path / "lenient" / "train.json").read_text())["skipped"]
+    assert skipped["num_examples"] == 1 and stem in skipped["first"][0]
+
+
+def test_too_many_bad_examples_are_an_error_even_if_some_may_be_skipped(root, dataset, tmp_path):
+    tokenizers = prepare([dataset], RECIPES, tmp_path / "data", seed=0).tokenizer_files
+    for i in (5, 20, 35):  # of three shards
+        damage(root, i, "zero bytes")
+    lenient = dataclasses.replace(dataset, skip_bad=0.05)
+    message = "3 bad examples of 40, more than skip_bad=0.05 allows"
+    with pytest.raises(ValueError, match=message):
+        pretokenize.pretokenize(lenient, tokenizers, tmp_path / "t", "train", data_dir=tmp_path / "data")
+    assert not (tmp_path / "t" / "train.json").exists()
+
+
+def test_edited_data_get_new_shards(root, dataset, tmp_path):
+    """The same path with another content is never served from old shards."""
+    first = prepare([dataset], RECIPES, tmp_path / "data", seed=0).tokens[0]
+    assert prepare([dataset], RECIPES, tmp_path / "data", seed=0).tokens[0] == first
+    (root / "caption/part/003.txt").write_text("another text 3")
+    second = prepare([dataset], RECIPES, tmp_path / "data", seed=0)
+    assert second.tokens[0] != first
+    assert second.tokenizers["caption"].decode([records(second.tokens[0])[3]["caption"]]) == ["another text 3"]
+
+
+def test_token_shards_serve_without_their_raw_data(root, dataset, tmp_path):
+    """A folder of shards, moved elsewhere, brings its tokenizers along."""
+    prepared = prepare([dataset], RECIPES, tmp_path / "data", seed=0)
+    expected = as_bytes(records(prepared.tokens[0]))
+    shutil.move(prepared.tokens[0], tmp_path / "moved")
+    shutil.rmtree(root), shutil.rmtree(tmp_path / "data")
+    again = prepare([Dataset(tokens=str(tmp_path / "moved"))], RECIPES, tmp_path / "data2", seed=0)
+    assert as_bytes(records(again.tokens[0])) == expected
+    assert again.tokenizers["caption"].decode([records(again.tokens[0])[2]["caption"]])[0].endswith(" 2")
+    with pytest.raises(ValueError, match=r"caption.*the config says"):
+        other = (RECIPES[0], TextRecipe(max_length=47), *RECIPES[2:])
+        prepare([Dataset(tokens=str(tmp_path / "moved"))], other, tmp_path / "data2", seed=0)
+
+
+def test_shards_of_another_tokenizer_are_refused(root, dataset, tmp_path):
+    """Which modality, and both hashes."""
+    first = prepare([dataset], RECIPES, tmp_path / "a", seed=0).tokens[0]
+    (root / "caption/part/001.txt").write_text("purple words nobody else has 1")
+    second = prepare([dataset], RECIPES, tmp_path / "b", seed=0).tokens[0]
+    with pytest.raises(
+        ValueError, match=r"token shards in .* made with another tokenizer of caption \(\w+\).*run's \(\w+\)"
+    ):
+        prepare([Dataset(tokens=str(first)), Dataset(tokens=str(second))], RECIPES, tmp_path / "c", seed=0)
+
+
+def test_a_mixture_is_tokenized_by_one_set_of_tokenizers(root, dataset, tmp_path):
+    """Text beside pictures: the text tokenizer learns the words of both, and text lacks everything else."""
+    (tmp_path / "words.txt").write_text("".join(f"zebras graze {i}\n" for i in range(30)))
+    words = Dataset(source=Texts(files=(str(tmp_path / "words.txt"),), validation_share=0.0, test_share=0.0))
+    prepared = prepare([dataset, words], RECIPES, tmp_path / "data", seed=0)
+    caption = prepared.tokenizers["caption"]
+    assert all(len(caption.encode([word])[0]) == 2 for word in ("zebras", " graze", " cube"))
+    assert all(set(r) == {"caption"} for r in records(prepared.tokens[1]))
+    assert sorted(caption.decode([r["caption"] for r in records(prepared.tokens[1])])) == sorted(
+        f"zebras graze {i}" for i in range(30)
+    )
+    with pytest.raises(ValueError, match="no data set has the signal 'boxes' of modality 'boxes'"):
+        prepare([words], RECIPES[1:3], tmp_path / "data", seed=0)
+
+
+def test_crops_are_stored_and_aligned(root, tmp_path):
+    """Three crops of each picture, each with its place; boxes and captions go along."""
+    source = Folders(root=str(root), allow_missing=True, validation_share=0.0, test_share=0.0)
+    dataset = Dataset(source=source, crops=Crops(num=3, scale=(0.5, 1.0), size=16))
+    prepared = prepare([dataset], RECIPES, tmp_path / "data", seed=0)
+    found = records(prepared.tokens[0])
+    assert len(found) == 3 * NUM and len({tuple(r["crop"]) for r in found}) > 2 * NUM
+    for k, r in enumerate(found):
+        i, (ymin, xmin, ymax, xmax, flipped) = k // 3, r["crop"]
+        assert prepared.tokenizers["caption"].decode([r["caption"]])[0].endswith(f" {i}")
+        assert 0 <= ymin < ymax <= 1 and 0 <= xmin < xmax <= 1 and flipped in (0, 1)
+        expected = source.split("train", tmp_path)[i]["rgb"]
+        top, left, side = (round(16 * x) for x in (ymin, xmin, ymax - ymin))
+        crop = Image.fromarray(expected[top : top + side, left : left + side])
+        crop = np.asarray(crop.resize((16, 16), Image.Resampling.BICUBIC))[:, :: -1 if flipped else 1]
+        np.testing.assert_array_equal(prepared.tokenizers["rgb_pixels"].decode([r["rgb_pixels"]])[0], crop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """A recipe of what is tokenized already; only its modality matters."""
+
+    modality: Grid = Grid(name="tok_x", signal="x", vocab_size=9, shape=(2, 2))
+
+    def fit(self, source, *, seed):
+        raise AssertionError("is not called")
+
+
+def test_ids_under_a_modalitys_own_name_are_taken_as_they_are(tmp_path, root):
+    """Checked like any: range, number, axes."""
+    tokenizers = {"tok_x": Ids()}
+    ids = np.array([8, 0, 3, 3], np.int64)
+    (record,) = pretokenize.encode([{"tok_x": ids, "file": "a.npy"}], tokenizers)
+    assert record["tok_x"].dtype == np.uint8 and record["tok_x"].tolist() == ids.tolist()
+    for wrong, message in (
+        (np.array([9, 0, 0, 0]), r"a.npy: tok_x: ids 0..9 outside \[0, 9\)"),
+        (np.zeros(5, int), "a.npy: tok_x: 5 ids, the grid has 4"),
+        (np.zeros((2, 2), int), "1-D array of integers"),
+        (np.zeros(4), "1-D array of integers"),
+        ("8 0 3 3", "not str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretokenize.encode([{"tok_x": wrong, "file": "a.npy"}], tokenizers)
+
+
+def test_ids_outside_the_vocabulary_are_refused(modalities):
+    with pytest.raises(ValueError, match=r"depth_tokens: ids 0..7 outside \[0, 7\)"):
+        pretokenize.compact(np.arange(8), modalities.named("depth_tokens"))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--host", "2/2"], "process 2 of 2"),
+        (["--host", "one"], "--host takes I/N, such as 0/4, got 'one'"),
+        (["--processes", "0"], "0 workers"),
+        (["--datasets.0.weight", "0"], "weight=0.0 must be positive"),
+        (["--splits", "trian", "--data-dir", "{tmp}"], "split"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, tmp_path):
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    command = [sys.executable, "-m", "m4", "pretokenize", "tests/tiny_config.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and message in done.stderr + done.stdout, done.stderr
