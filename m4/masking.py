@@ -26,7 +26,7 @@ from collections.abc import Sequence as Seq
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer, UInt64
+from jaxtyping import Bool, Float, Int, Integer, UInt, UInt64
 
 from m4.modality import Features, Grid, Modalities, Sequence, closest
 from m4.tokens import MaskedBatch, Targets, Tokens
@@ -237,6 +237,9 @@ def _split(alphas: Float[np.ndarray, "B M"], total: Int[np.ndarray, " B"], draws
         (named,), (rows,) = pattern.nonzero(), np.nonzero(pattern_of == p)
         if not len(named):
             continue
+        if len(named) == 1:
+            budget[rows, named[0]], shares[rows, named[0]] = total[rows], 1
+            continue
         same = (pattern[named] == pattern[named[0]]).all()  # numpy draws faster with a single number
         concentrations, size = pattern[named[0]] if same else pattern[named], (len(named),) * 2
         gamma = np.stack([draws.at(i, SPLIT, part).standard_gamma(concentrations, size) for i in rows.tolist()])
@@ -400,7 +403,7 @@ class _Grids:
 
     example: Int[np.ndarray, " R"]
     modality: Int[np.ndarray, " R"]
-    order: Int[np.ndarray, "R L"]  # positions: inputs come first, targets next
+    order: UInt[np.ndarray, "R L"]  # positions: inputs come first, targets next
     num_inputs: Int[np.ndarray, " R"]
     num_targets: Int[np.ndarray, " R"]
     ids: Integer[np.ndarray, " N"]  # of all rows, one after the other
@@ -418,23 +421,28 @@ class _Grids:
         dtype, words = (np.uint32, longest // 2) if bits <= 10 else (np.uint64, longest)
         counts = np.bincount(example, minlength=len(examples)).tolist()
         raw = [draws.at(i, POSITIONS).bit_generator.random_raw(n * words) for i, n in enumerate(counts) if n]
-        noise = np.concatenate([np.zeros(0, np.uint64), *raw]).view(dtype).reshape(len(example), longest)
-        low = dtype((1 << bits) - 1)
-        columns = np.arange(longest, dtype=dtype)
-        noise = np.where(columns < length[:, None], (noise >> dtype(1)) & ~low, ~low) | columns
-        order = (np.sort(noise, axis=1) & low).astype(int)
+        order = np.concatenate([np.zeros(0, np.uint64), *raw]).view(dtype).reshape(len(example), longest)
+        low, columns = dtype((1 << bits) - 1), np.arange(longest, dtype=dtype)
+        order >>= dtype(1)
+        order &= ~low
+        order |= columns
+        if (length < longest).any():
+            order[columns >= length[:, None]] = ~dtype(0)
+        order.sort(axis=1)
+        order &= low
         is_grid = np.array([isinstance(m, Grid) for m in modalities])[modality]
         names = modalities.names
         pairs = zip(example[is_grid].tolist(), modality[is_grid].tolist(), strict=True)
-        ids = np.concatenate([np.zeros(0, np.uint8), *(examples[i][names[j]] for i, j in pairs)])
-        first_id = np.where(is_grid, np.cumsum(length * is_grid) - length, -1)
+        ids = np.concatenate([np.zeros(1, np.uint8), *(examples[i][names[j]] for i, j in pairs)])
+        first_id = np.where(is_grid, 1 + np.cumsum(length * is_grid) - length, -1)
         return cls(example, modality, order, inputs[example, modality], targets[example, modality], ids, first_id)
 
     def _picked(self, start: np.ndarray, count: np.ndarray):
-        column = np.arange(self.order.shape[1])
-        row, place = np.nonzero((column >= start[:, None]) & (column < (start + count)[:, None]))
-        position, first = self.order[row, place], self.first_id[row]
-        ids = np.where(first < 0, place, self.ids[np.maximum(first, 0) + position]) if len(self.ids) else place
+        row = np.repeat(np.arange(len(count)), count)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count - start, count)
+        position = self.order[row, place].astype(int)
+        first = self.first_id[row]
+        ids = np.where(first < 0, place, self.ids[np.where(first < 0, 0, first + position)])
         return self.example[row], ids, self.modality[row], position
 
     def inputs(self):
@@ -447,26 +455,37 @@ class _Grids:
         return example, ids, np.full(len(ids), -1), modality, position
 
     def features(self, examples, modalities: Modalities, num_inputs: int) -> dict[str, np.ndarray]:
-        """The picked vectors as they are stored, [B K F] with K = the most that can be picked."""
+        """The picked vectors as they are stored, [B K F] with K = the most that can be picked, zeros behind them."""
         features = {}
         for j, m in enumerate(modalities):
             if isinstance(m, Features):
-                out = np.zeros((len(examples), min(m.max_tokens, num_inputs), m.size), m.dtype)
-                for row in np.flatnonzero((self.modality == j) & (self.num_inputs > 0)).tolist():
-                    i, count = self.example[row], self.num_inputs[row]
-                    np.take(examples[i][m.name], self.order[row, :count], axis=0, out=out[i, :count], mode="clip")
+                out = np.empty((len(examples), min(m.max_tokens, num_inputs), m.size), m.dtype)
+                counts = np.zeros(len(examples), int)
+                rows = np.flatnonzero(self.modality == j)
+                counts[self.example[rows]] = self.num_inputs[rows]
+                for row, i in zip(rows.tolist(), self.example[rows].tolist(), strict=True):
+                    count = counts[i]
+                    examples[i][m.name].take(self.order[row, :count], axis=0, out=out[i, :count], mode="clip")
+                for i, count in enumerate(counts.tolist()):
+                    out[i, count:] = 0
                 features[m.name] = out
         return features
 
 
 def _pack(num_examples: int, length: int, parts) -> tuple[np.ndarray, ...]:
-    """Columns of picked tokens -> int32 [B length] each, then `shot` (0) and `valid`; a token's slot has no meaning."""
-    example, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(example.astype(np.uint16) if num_examples < 2**16 else example, kind="stable")
-    count = np.bincount(example, minlength=num_examples)
-    assert count.max(initial=0) <= length, f"{count.max()} tokens do not fit into {length} slots"
-    valid = np.arange(length) < count[:, None]
-    packed = [np.zeros((num_examples, length), np.int32) for _ in columns]
-    for out, column in zip(packed, columns, strict=True):
-        out[valid] = column[order]
-    return *packed, np.zeros((num_examples, length), np.int32), valid
+    """Columns of picked tokens -> int32 [B length] each, then `shot` (0) and `valid`.
+
+    Each part is sorted by example; in an example's slots, the tokens of the first part come first.
+    """
+    packed = [np.zeros((num_examples, length), np.int32) for _ in parts[0][1:]]
+    filled = np.zeros(num_examples, int)
+    for example, *columns in parts:
+        count = np.bincount(example, minlength=num_examples)
+        assert (filled + count).max(initial=0) <= length, f"{(filled + count).max()} tokens, {length} slots"
+        slot = (
+            np.arange(len(example)) + (np.arange(num_examples) * length + filled - (np.cumsum(count) - count))[example]
+        )
+        for out, column in zip(packed, columns, strict=True):
+            out.reshape(-1)[slot] = column
+        filled += count
+    return *packed, np.zeros((num_examples, length), np.int32), np.arange(length) < filled[:, None]

@@ -135,8 +135,10 @@ class BoxTokenizer:
                 raise ValueError("a box needs a label: the empty string has no tokens")
         bins = self._bins(np.concatenate([np.zeros((0, NUM_COORDINATES), np.float32), *corners])[:, AS_TOKENS])
         boxes = self.layout.first_coordinate + np.arange(NUM_COORDINATES) * self.num_bins + bins
-        labels = self.text.encode_unbounded([label for signal in signals for label in signal["label"]])
-        pieces = iter([[*box, *label[:-1]] for box, label in zip(boxes.tolist(), map(list, labels), strict=True)])
+        labels = [label for signal in signals for label in signal["label"]]
+        different = list(dict.fromkeys(labels))
+        ids = {k: v[:-1].tolist() for k, v in zip(different, self.text.encode_unbounded(different), strict=True)}
+        pieces = iter([[*box, *ids[label]] for box, label in zip(boxes.tolist(), labels, strict=True)])
         return [
             np.array([i for piece in itertools.islice(pieces, len(signal["label"])) for i in piece] + [EOS], np.int32)
             for signal in signals
