@@ -40,7 +40,8 @@ PREFETCH = 2  # batches that wait for the training step, on the device if the st
 class Source(Protocol):
     """Aligned raw examples: a frozen dataclass, so that its fields identify its data.
 
-    A source over files that may be edited has `signature(data_dir) -> str` too, which changes when they do.
+    A source over files that may be edited has `signature(data_dir) -> str` too, which changes when they do; it is asked
+    first, and raises a ValueError for files that are not there.
     """
 
     def prepare(self, data_dir: str | os.PathLike) -> None:

@@ -39,7 +39,7 @@ def show(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
         masked = mask(batch)
         counts.add(batch, masked)
         if start == 0:
-            picture = sheet(batch[:NUM_SAMPLES], masked, config, prepared.tokenizers)
+            picture = sheet(batch, masked, config, prepared.tokenizers)
     result = {
         "num_examples": num_examples,
         "datasets": {
@@ -155,15 +155,19 @@ def _print(result: dict[str, Any], config: Config) -> None:
 
 
 def sheet(batch, masked: MaskedBatch, config: Config, tokenizers: dict[str, Tokenizer]) -> np.ndarray:
-    """uint8 picture: a row for each example; a column for each modality: all of it above, then input and target."""
+    """uint8 picture: rows = examples of every data set; columns = modalities: all of it above, then input and target."""
     modalities = config.modalities
-    header, gap, left = 16, 4, 70
+    of_dataset = [[i for i, (_, (k, _)) in enumerate(batch) if k == d] for d in range(len(config.datasets))]
+    shown = [i for i in itertools.chain(*itertools.zip_longest(*of_dataset)) if i is not None][:NUM_SAMPLES]
+    header, gap, left = 32, 4, 70
     width, height = TILE + gap, TILE + TILE // 2 + 2 * gap
-    canvas = Image.new("RGB", (left + len(modalities) * width + gap, header + len(batch) * height), "white")
+    canvas = Image.new("RGB", (left + len(modalities) * width + gap, header + len(shown) * height), "white")
     pen = ImageDraw.Draw(canvas)
-    for (r, (_, (dataset, example))), (j, m) in itertools.product(enumerate(batch), enumerate(modalities)):
-        x, y = left + gap + j * width, header + r * height
-        pen.text((x, 3), m.name[:20], fill="black")
+    pen.text((3, 3), "below each example: what goes in (blue), what must come out (orange)", fill="black")
+    for (row, i), (j, m) in itertools.product(enumerate(shown), enumerate(modalities)):
+        dataset, example = batch[i][1]
+        x, y = left + gap + j * width, header + row * height
+        pen.text((x, 18), m.name[:20], fill="black")
         pen.text((3, y), config.datasets[dataset].label[:10], fill="black")
         if m.name not in example:
             pen.text((x + 4, y + 4), "missing", fill="grey")
@@ -174,7 +178,7 @@ def sheet(batch, masked: MaskedBatch, config: Config, tokenizers: dict[str, Toke
         tile = tile.resize((round(tile.width * side), round(tile.height * side)), Image.Resampling.NEAREST)
         canvas.paste(tile, (x, y))
         for part, offset in ((masked.inputs, 0), (masked.targets, TILE // 2 + gap // 2)):
-            picked = part.position[r][part.valid[r] & (part.modality[r] == j)]
+            picked = part.position[i][part.valid[i] & (part.modality[i] == j)]
             small = Image.fromarray(_picked(m, picked, part is masked.inputs)).resize(
                 (TILE // 2 - gap, TILE // 2 - gap), Image.Resampling.NEAREST
             )

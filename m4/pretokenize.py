@@ -79,11 +79,15 @@ def prepare(
     """Raw data, tokenizers and token shards of a run. ValueError names shards whose tokenizers are not the run's."""
     data_dir = Path(data_dir)
     Modalities([r.modality for r in recipes])  # names the doubles before any work
+    signatures = {}
+    for dataset in datasets:  # says what is wrong before any work
+        for split in splits if dataset.tokens else ():
+            TokenShards(Path(dataset.tokens), split)
+        if hasattr(dataset.source, "signature"):
+            signatures[dataset.label] = dataset.source.signature(data_dir)
     for dataset in datasets:
         if dataset.source is not None:
             dataset.source.prepare(data_dir)
-        for split in splits if dataset.tokens else ():
-            TokenShards(Path(dataset.tokens), split)  # says what is wrong before any work
     files = {r.modality.name: _tokenizer_file(r, datasets, data_dir, seed, team) for r in recipes}
     tokenizers = {name: load_tokenizer(path) for name, path in files.items()}
     for recipe in recipes:
@@ -96,9 +100,14 @@ def prepare(
         if dataset.tokens:
             folder = Path(dataset.tokens)
         else:
-            source, signature = dataset.source, getattr(dataset.source, "signature", None)
-            key = [hashes, to_json(source), to_json(dataset.crops), dataset.skip_bad, seed if dataset.crops else 0]
-            key = fingerprint([*key, signature(data_dir) if signature else ""])
+            key = [
+                hashes,
+                to_json(dataset.source),
+                to_json(dataset.crops),
+                dataset.skip_bad,
+                seed * bool(dataset.crops),
+            ]
+            key = fingerprint([*key, signatures[dataset.label] if dataset.label in signatures else ""])
             folder = data_dir / "tokens" / f"{dataset.label}-{key}"
             for split in splits:
                 pretokenize(dataset, files, folder, split, data_dir=data_dir, seed=seed, team=team)

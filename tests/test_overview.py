@@ -75,4 +75,4 @@ def test_a_run_on_the_mixture(options, tmp_path):
 def test_bad_arguments_are_named_before_any_work(arguments, message, tmp_path):
     done = run("-m", "m4", "data", "tests/tiny_mixture.py", "--data-dir", str(tmp_path / "d"), *arguments)
     assert done.returncode != 0 and message in done.stderr, done.stderr
-    assert not list(tmp_path.glob("d/tokens/*"))
+    assert not (tmp_path / "d").exists()
