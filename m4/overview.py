@@ -155,7 +155,7 @@ def _print(result: dict[str, Any], config: Config) -> None:
 
 
 def sheet(batch, masked: MaskedBatch, config: Config, tokenizers: dict[str, Tokenizer]) -> np.ndarray:
-    """uint8 picture: rows = examples of every data set; columns = modalities: all of it above, then input and target."""
+    """uint8 picture: rows = examples of all data sets; columns = modalities: the whole above, then input and target."""
     modalities = config.modalities
     of_dataset = [[i for i, (_, (k, _)) in enumerate(batch) if k == d] for d in range(len(config.datasets))]
     shown = [i for i in itertools.chain(*itertools.zip_longest(*of_dataset)) if i is not None][:NUM_SAMPLES]
