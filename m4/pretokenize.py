@@ -88,6 +88,9 @@ def prepare(
     for dataset in datasets:
         if dataset.source is not None:
             dataset.source.prepare(data_dir)
+            for split in splits:
+                if not len(dataset.source.split(split, data_dir)):
+                    raise ValueError(f"split {split!r} of data set {dataset.label} has no examples")
     files = {r.modality.name: _tokenizer_file(r, datasets, data_dir, seed, team) for r in recipes}
     tokenizers = {name: load_tokenizer(path) for name, path in files.items()}
     for recipe in recipes:
@@ -161,19 +164,23 @@ class Having(Seq):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for i in range(index, index + len(self)):
-            with contextlib.suppress(*([ValueError] if self.skip_bad else [])):
-                example = self.examples[i % len(self)]
-                if self._reads(example):
-                    return example
+            if (example := self._usable(i % len(self))) is not None:
+                return example
         raise ValueError(f"no example has what the tokenizer of {self.recipe.modality.name} reads")
 
-    def _reads(self, example: dict[str, Any]) -> bool:
-        if hasattr(self.recipe, "signal_of"):  # computed from other signals
-            return self.recipe.signal_of(example) is not None
-        return self.recipe.modality.signal in example
+    def _usable(self, index: int) -> dict[str, Any] | None:
+        try:
+            example = self.examples[index]
+        except ValueError:
+            if self.skip_bad:
+                return None
+            raise
+        if hasattr(self.recipe, "signal_of"):  # which may be computed from other signals
+            return example if self.recipe.signal_of(example) is not None else None
+        return example if self.recipe.modality.signal in example else None
 
     def reads_some(self) -> bool:
-        return any(self._reads(self.examples[i]) for i in range(min(16, len(self))))
+        return any(self._usable(i) is not None for i in range(min(64, len(self))))
 
 
 def raw_examples(dataset: Dataset, split: str, data_dir: Path, seed: int) -> Seq[dict[str, Any]]:
@@ -213,8 +220,6 @@ def pretokenize(
     if manifest_file.exists():
         return
     job = _Job(dataset, dict(tokenizer_files), folder, split, data_dir, seed, EXAMPLES_PER_SHARD)
-    if not job.num_examples:
-        raise ValueError(f"split {split!r} of data set {dataset.label} has no examples")
     (folder / "tokenizers").mkdir(parents=True, exist_ok=True)
     for name, file in tokenizer_files.items():
         copy = folder / "tokenizers" / f"{name}.safetensors"

@@ -27,6 +27,7 @@ from m4.pretokenize import Team, prepare
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.palette import PaletteRecipe
+from m4_tokenizers.stored import IdsRecipe, TokenizerFile
 from m4_tokenizers.text import TextRecipe
 
 NUM = 40
@@ -244,6 +245,16 @@ def test_a_bad_example_is_named_or_skipped_and_nothing_shifts(root, dataset, tmp
     assert skipped["num_examples"] == 1 and stem in skipped["first"][0]
 
 
+def test_tokenizers_are_fitted_around_bad_examples_if_some_may_be_skipped(root, dataset, tmp_path):
+    """The first example, too; else its file is named."""
+    bad = damage(root, 0, "truncated")
+    with pytest.raises(ValueError, match=bad.name):
+        prepare([dataset], RECIPES, tmp_path / "strict", seed=0)
+    lenient = dataclasses.replace(dataset, skip_bad=0.03)
+    prepared = prepare([lenient], RECIPES, tmp_path / "lenient", seed=0)
+    check_alignment(prepared.tokens[0], prepared.tokenizers, missing={0})
+
+
 def test_too_many_bad_examples_are_an_error_even_if_some_may_be_skipped(root, dataset, tmp_path):
     tokenizers = prepare([dataset], RECIPES, tmp_path / "data", seed=0).tokenizer_files
     for i in (5, 20, 35):  # of three shards
@@ -323,31 +334,62 @@ def test_crops_are_stored_and_aligned(root, tmp_path):
         np.testing.assert_array_equal(prepared.tokenizers["rgb_pixels"].decode([r["rgb_pixels"]])[0], crop)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ids:
-    """A recipe of what is tokenized already; only its modality matters."""
+TOKENS = Grid(name="tok_x@224", signal="x", vocab_size=9, shape=(2, 2))
 
-    modality: Grid = Grid(name="tok_x", signal="x", vocab_size=9, shape=(2, 2))
 
-    def fit(self, source, *, seed):
-        raise AssertionError("is not called")
+def test_tars_of_the_originals_layout_train_without_their_tokenizers(tmp_path):
+    """Ids with four crops of each sample beside captions; the tokenizer of the ids need not be there."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 9, (10, 4, 4)).astype(np.int16)
+    for name in ("tok_x@224", "caption"):
+        (tmp_path / "tars" / name).mkdir(parents=True)
+        with tarfile.open(tmp_path / "tars" / name / "shard-00000.tar", "w") as tar:
+            for i in range(10):
+                file = tmp_path / "file"
+                if name == "caption":
+                    file.write_text(f"number {i}")
+                else:
+                    np.save(file.with_suffix(".npy"), ids[i])
+                    file = file.with_suffix(".npy")
+                tar.add(file, f"{i:05d}{'.txt' if name == 'caption' else '.npy'}")
+    source = Tars(root=str(tmp_path / "tars"), num_crops=4, validation_share=0.0, test_share=0.0)
+    recipes = (IdsRecipe(modality=TOKENS), TextRecipe())
+    prepared = prepare([Dataset(source=source)], recipes, tmp_path / "data", seed=0)
+    found = records(prepared.tokens[0])
+    assert len(found) == 40
+    for k, record in enumerate(found):
+        assert record["tok_x@224"].tolist() == ids[k // 4, k % 4].tolist()
+        assert prepared.tokenizers["caption"].decode([record["caption"]]) == [f"number {k // 4}"]
+    loaded = pretokenize.load_tokenizer(prepared.tokenizer_files["tok_x@224"])
+    assert loaded.modality == TOKENS and loaded.draw(loaded.decode([ids[0, 0]])[0], image=None).shape == (128, 128, 3)
+
+
+def test_a_tokenizer_may_come_from_a_file(dataset, tmp_path):
+    """Its modality too; the shards are those of the run that fitted it."""
+    first = prepare([dataset], RECIPES, tmp_path / "a", seed=0)
+    recipes = tuple(TokenizerFile(path=str(first.tokenizer_files[r.modality.name])) for r in RECIPES)
+    assert [r.modality for r in recipes] == [r.modality for r in RECIPES]
+    second = prepare([dataset], recipes, tmp_path / "b", seed=0)
+    assert as_bytes(records(first.tokens[0])) == as_bytes(records(second.tokens[0]))
+    with pytest.raises(ValueError, match="nothing.safetensors is not a tokenizer file"):
+        Modalities([TokenizerFile(path=str(tmp_path / "nothing.safetensors")).modality])
 
 
 def test_ids_under_a_modalitys_own_name_are_taken_as_they_are(tmp_path, root):
     """Checked like any: range, number, axes."""
-    tokenizers = {"tok_x": Ids()}
+    tokenizers = {"tok_x@224": IdsRecipe(modality=TOKENS).fit([], seed=0)}
     ids = np.array([8, 0, 3, 3], np.int64)
-    (record,) = pretokenize.encode([{"tok_x": ids, "file": "a.npy"}], tokenizers)
-    assert record["tok_x"].dtype == np.uint8 and record["tok_x"].tolist() == ids.tolist()
+    (record,) = pretokenize.encode([{"tok_x@224": ids, "file": "a.npy"}], tokenizers)
+    assert record["tok_x@224"].dtype == np.uint8 and record["tok_x@224"].tolist() == ids.tolist()
     for wrong, message in (
-        (np.array([9, 0, 0, 0]), r"a.npy: tok_x: ids 0..9 outside \[0, 9\)"),
-        (np.zeros(5, int), "a.npy: tok_x: 5 ids, the grid has 4"),
+        (np.array([9, 0, 0, 0]), r"a.npy: tok_x@224: ids 0..9 outside \[0, 9\)"),
+        (np.zeros(5, int), "a.npy: tok_x@224: 5 ids, the grid has 4"),
         (np.zeros((2, 2), int), "1-D array of integers"),
         (np.zeros(4), "1-D array of integers"),
         ("8 0 3 3", "not str"),
     ):
         with pytest.raises(ValueError, match=message):
-            pretokenize.encode([{"tok_x": wrong, "file": "a.npy"}], tokenizers)
+            pretokenize.encode([{"tok_x@224": wrong, "file": "a.npy"}], tokenizers)
 
 
 def test_ids_outside_the_vocabulary_are_refused(modalities):

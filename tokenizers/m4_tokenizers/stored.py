@@ -1,0 +1,98 @@
+"""Modalities whose tokenizer is not trained here: one from a file, and ids that were made elsewhere.
+
+TokenizerFile(path="tokenizers/rgb.safetensors")                       a converted or earlier tokenizer
+IdsRecipe(modality=Grid(name="tok_clip@224", signal="clip", ...))      ids under the modality's own name
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from m4.components import from_json, load_tokenizer, to_json
+from m4.modality import Grid, Modality, Sequence, Tokenizer
+
+TILE = 128  # pixels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerFile:
+    """The tokenizer in a file, as it is. ValueError if there is none."""
+
+    path: str
+
+    @property
+    def modality(self) -> Modality:
+        return load_tokenizer(Path(self.path)).modality
+
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None:
+        """Anything: nothing is fitted."""
+        return example
+
+    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> Tokenizer:
+        return load_tokenizer(Path(self.path))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IdsRecipe:
+    """Ids without their tokenizer: examples hold them under the modality's name. What is generated stays ids."""
+
+    modality: Grid | Sequence
+
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None:
+        return example[self.modality.name] if self.modality.name in example else None
+
+    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "Ids":
+        card = {"component": "ids", "signal": self.modality.signal, "vocab_size": self.modality.vocab_size}
+        return Ids(modality=self.modality, card=card)
+
+
+class Ids:
+    """Ids in, ids out: int32 [n]."""
+
+    def __init__(self, *, modality: Grid | Sequence, card: dict[str, Any]):
+        self.modality, self.card = modality, card
+
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None:
+        """None: ids under the modality's name are taken before anybody asks for a signal."""
+
+    def encode(self, signals: Seq[np.ndarray]) -> list[np.ndarray]:
+        """ValueError unless each is a 1-D array of integers."""
+        for signal in signals:
+            if np.ndim(signal) != 1 or np.asarray(signal).dtype.kind not in "iu":
+                raise ValueError(f"{self.modality.name} has no tokenizer here, only 1-D arrays of integers (its ids)")
+        return [np.asarray(signal, np.int32) for signal in signals]
+
+    def decode(self, ids: Seq[np.ndarray]) -> list[np.ndarray]:
+        return [np.asarray(row, np.int32) for row in ids]
+
+    def read(self, value: str) -> np.ndarray:
+        """Ids from a .npy file."""
+        try:
+            return np.load(value, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{value} is not a readable .npy file of ids: {error}") from error
+
+    def write(self, signal: np.ndarray, folder: Path, *, image: np.ndarray | None) -> None:
+        np.save(Path(folder) / f"{self.modality.name}.npy", signal)
+        Image.fromarray(self.draw(signal, image=image)).save(Path(folder) / f"{self.modality.name}.png")
+
+    def draw(self, signal: np.ndarray, *, image: np.ndarray | None) -> UInt8[np.ndarray, "H W 3"]:
+        """One colour for each id, drawn at random but always the same."""
+        shape = self.modality.shape if isinstance(self.modality, Grid) else (1, len(signal))
+        rows, columns = shape if len(shape) == 2 else (1, len(signal))
+        colours = np.random.default_rng(0).integers(40, 256, (self.modality.vocab_size, 3)).astype(np.uint8)
+        scale = max(1, TILE // max(rows, columns))
+        return colours[signal].reshape(rows, columns, 3).repeat(scale, axis=0).repeat(scale, axis=1)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return {"modality": to_json(self.modality)}, {}
+
+    @classmethod
+    def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> "Ids":
+        return cls(modality=from_json(config["modality"]), card=card)
