@@ -62,8 +62,9 @@ class Config:
         for field in ("batch_size", "num_steps", "log_every", "save_every", "num_eval_samples"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must be at least 0")
+        for field in ("num_workers", "seed"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 0")
         self.masking.check(self.modalities)
         labels = [d.label for d in self.datasets]
         if not labels or len(set(labels)) < len(labels):

@@ -4,9 +4,10 @@
     shards of data set 1  --shuffle, repeat--+--mix--> example 0, 1, 2, ... --this process's share--> mask --> device
 
 The stream is a fixed list of examples, numbered from 0, in which every data set is reshuffled as a whole each epoch and
-the data sets keep their exact shares. A position in it is one integer. Batch t of N examples holds examples t N to
-t N + N - 1, of which process p of P takes every P-th: with any number of processes, workers or another batch size a run
-goes on at the same example. An example's mask depends on the seed and its number alone.
+the data sets keep their shares (evenly spread, and within 1% of the weights). A position in it is one integer. Batch t
+of N examples holds examples t N to t N + N - 1, of which process p of P takes every P-th: with any number of processes,
+workers or another batch size a run goes on at the same example. An example's mask depends on the seed and its number
+alone.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ import grain
 import numpy as np
 import safetensors.numpy
 
-from m4.components import closest
+from m4.components import closest, fingerprint
 from m4.masking import Masking, Strategy
 from m4.modality import Modalities
 from m4.tokens import MaskedBatch
 from m4.workers import leave_with_parent
 
+VERSION = 2  # of token shards: raised whenever the same data and tokenizers give others
 PREFETCH = 2  # batches that wait for the training step, on the device if the stream places them there
 
 
@@ -97,6 +99,8 @@ class TokenShards:
             finished = sorted(p.stem for p in self.folder.glob("*.json"))
             raise ValueError(f"{folder} has no finished split {split!r}; {closest(split, finished)}")
         self.manifest = json.loads(manifest.read_text())
+        if self.manifest.get("version") != VERSION:
+            raise ValueError(f"{manifest} was written by another version of m4; tokenize the data again")
         self.shards = self.manifest["shards"]
         self.paths = [self.folder / name for name in self.shards]
         self.first = [0, *itertools.accumulate(shard["num_examples"] for shard in self.shards.values())]
@@ -108,6 +112,11 @@ class TokenShards:
                     f"token shard {path} has {path.stat().st_size} bytes instead of {shard['bytes']}; "
                     f"delete it and {manifest} to write it again"
                 )
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What decides which example is where."""
+        return {k: self.manifest[k] for k in ("num_examples", "tokenizers", "sets")}
 
     def __getstate__(self):
         return {k: v for k, v in vars(self).items() if k != "_records"}
@@ -173,6 +182,18 @@ class Mask:
         return self.masking([example for _, (_, example) in batch], self.modalities, keys, strategies)
 
 
+def check_served(shards: TokenShards, dataset: Dataset, masking: Masking, modalities: Modalities) -> None:
+    """ValueError if some examples have a set of modalities of which no masking strategy can make use."""
+    for group in shards.manifest["sets"]:
+        names = [name for name in modalities.names if name in group["modalities"]]
+        if not any(s.fits(names) for s in dataset.strategies or masking.strategies):
+            raise ValueError(
+                f"no masking strategy of data set {dataset.label} fits its {group['num_examples']:,} examples that "
+                f"have only {', '.join(names) or 'modalities that this run lacks'} ({shards.split}); add one, such as "
+                "Strategy(inputs=..., targets=...) of those"
+            )
+
+
 class Stream:
     """This process's share of every batch of `batch_size` examples, endless. Call `close` when done.
 
@@ -200,6 +221,9 @@ class Stream:
             raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {process_count}")
         self.batch_size, self.share = batch_size, (process_index, process_count)
         self.num_workers, self.place = num_workers, place
+        for part, dataset in zip(shards, datasets, strict=True):
+            check_served(part, dataset, masking, modalities)
+        self.identity = fingerprint([seed, *([p.contents, d.weight] for p, d in zip(shards, datasets, strict=True))])
         self.mask = Mask(masking, tuple(d.strategies or masking.strategies for d in datasets), modalities, seed)
         self.examples = examples(shards, [d.weight for d in datasets], seed=seed)
         self.next_example = 0
@@ -232,15 +256,25 @@ class Stream:
         if self._thread is None:
             self._start()
         first: Future = self._pending.popleft()
-        batch = first.result()
+        try:
+            batch = first.result()
+        except BaseException:
+            self.close()  # what was read ahead is lost; the next call begins at this batch again
+            raise
         self._pending.append(self._thread.submit(self._make))
         self.next_example += self.batch_size
         return batch
 
-    def get_state(self) -> dict[str, int]:
-        return {"next_example": self.next_example}
+    def get_state(self) -> dict[str, Any]:
+        return {"next_example": self.next_example, "identity": self.identity}
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there. ValueError if it is a place in another stream."""
+        if state["identity"] != self.identity:
+            raise ValueError(
+                "the saved position is one in another stream of examples: the data sets, their weights, tokenizers, "
+                "numbers of examples or the seed differ from those that it was saved with"
+            )
         self.close()
         self.next_example = state["next_example"]
 

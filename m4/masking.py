@@ -10,7 +10,8 @@ input slots, then the target slots, over the modalities; grids give uniformly ra
       target   S1 b c S2 e f S3         the decoder reads all but the last token and predicts all but the first
 
 What a modality cannot use of its share (it has fewer tokens, or they are already inputs) goes to the others that the
-strategy allows, so that slots stay empty only when nothing is left to put into them.
+strategy allows, so that slots stay empty only when nothing is left to put into them. Where all that may be predicted
+would go in, an eighth of the grids stays out.
 
 A whole batch is masked at once, but an example's mask depends on its own key (seed, index) alone: it is the same in
 any batch, in any process.
@@ -58,6 +59,11 @@ class Strategy:
         if not 0 <= low <= high <= 1:
             raise ValueError(f"input_share={self.input_share} must be two rising numbers within [0, 1]")
 
+    def fits(self, names: Seq[str]) -> bool:
+        """Whether an example of these modalities has something to read (if the strategy reads) and to predict."""
+        has = {*names}
+        return (not self.inputs or bool(has & {*self.inputs})) and bool(has & {*self.targets})
+
     def keep_of(self, name: str) -> Keep:
         if isinstance(self.keep, str):
             return self.keep
@@ -95,6 +101,8 @@ class Masking:
         `strategies`: the mixture of each example, where data sets have their own. ValueError for an array that does
         not fit its modality, and for an example of which no strategy can predict anything.
         """
+        if not len(examples):
+            raise ValueError("there is no example to mask")
         draws = _Draws(keys)
         lengths = _lengths(examples, modalities)
         table = _Table.of([self.strategies] * len(examples) if strategies is None else strategies, modalities)
@@ -104,11 +112,11 @@ class Masking:
         # Inputs: budgets, then the spans of sequences, whose masked tokens may leave slots for grids.
         low, high = table.input_share[chosen].T
         num_inputs = np.round(self.num_inputs * (low + uniform[:, 1] * (high - low))).astype(int)
+        is_sequence = np.array([isinstance(m, Sequence) for m in modalities])
         inputs, share = _split(table.inputs[chosen] * (lengths > 0), num_inputs, draws, 0)
         inputs = np.minimum(inputs, lengths)
         if self.budgets == "filled":
             inputs = _fill(inputs, share, lengths, num_inputs, uniform[:, 2])
-        is_sequence = np.array([isinstance(m, Sequence) for m in modalities])
         spans = _Spans.of(examples, modalities, lengths, inputs, table.keep[chosen], uniform[:, 4:], draws)
         used = np.where(is_sequence, 0, inputs)
         used[spans.example, spans.modality] = np.where(inputs[spans.example, spans.modality] > 0, spans.num_inputs, 0)
@@ -118,6 +126,11 @@ class Masking:
         # Targets: what is left of grids, and the masked spans of sequences.
         capacity = np.where(is_sequence, 0, lengths - inputs)
         capacity[spans.example, spans.modality] = spans.num_targets
+        if self.budgets == "filled":
+            predictable = ~is_sequence & (table.targets[chosen] > 0)
+            nothing = ~(capacity * (table.targets[chosen] > 0)).any(1, keepdims=True)
+            held_back = -(-lengths // 8) * (nothing & predictable)
+            inputs, capacity = inputs - held_back, capacity + held_back
         num_targets = np.full(len(examples), self.num_targets)
         targets, share = _split(table.targets[chosen] * (lengths > 0), num_targets, draws, 1)
         if self.budgets == "filled":
@@ -414,7 +427,8 @@ class _Grids:
         others = np.array([not isinstance(m, Sequence) for m in modalities])
         example, modality = np.nonzero((inputs + targets) * others)
         length = lengths[example, modality]
-        longest = int(length.max(initial=2))
+        # Of the model, not of the batch, for an example's mask not to depend on what else is in its batch.
+        longest = max([2, *(m.max_tokens for m in modalities if not isinstance(m, Sequence))])
         longest += longest % 2
         # Sorting random numbers whose low bits are the position shuffles positions, far faster than argsort.
         bits = int(longest - 1).bit_length()

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m4.components import closest, from_json, to_json
+from m4.components import closest, from_json, replacing, to_json
 from m4.modality import Modalities
 from m4.model import Model
 
@@ -120,18 +120,12 @@ def make_header(shapes: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[s
 
 def write(path: Path, header: str, tensors: Iterable[Iterable[np.ndarray]]) -> None:
     """Header and data (each tensor in the header's order, in any number of pieces), under the name only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(len(header.encode()).to_bytes(8, "little") + header.encode())
-            for pieces in tensors:
-                for piece in pieces:
-                    # As bytes: numpy's buffer protocol does not know bfloat16.
-                    f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as f:
+        f.write(len(header.encode()).to_bytes(8, "little") + header.encode())
+        for pieces in tensors:
+            for piece in pieces:
+                # As bytes: numpy's buffer protocol does not know bfloat16.
+                f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
 
 def parameters(state: Any) -> dict[str, Any]:

@@ -50,12 +50,14 @@ def show(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
                 "bytes": sum(shard["bytes"] for shard in shards[k].shards.values()),
                 "skipped": shards[k].manifest["skipped"]["num_examples"],
                 "modalities": {
-                    n: facts for n, facts in shards[k].manifest["modalities"].items() if facts["num_examples"]
+                    name: facts | counts.of(k, name)
+                    for name, facts in shards[k].manifest["modalities"].items()
+                    if facts["num_examples"] and name in config.modalities.names
                 },
             }
             for k, d in enumerate(config.datasets)
         },
-        "modalities": counts.modalities(),
+        "modalities": {name: counts.of(slice(None), name) for name in config.modalities.names},
         "slots": counts.slots(),
         "samples_per_s": round(_speed(config, shards), 1),
     }
@@ -70,46 +72,47 @@ def show(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
 
 
 class _Counts:
-    """Sums over examples of the stream."""
+    """Sums over examples of the stream: D data sets, M modalities."""
 
     def __init__(self, config: Config):
         self.config, self.names = config, config.modalities.names
         self.of_dataset = np.zeros(len(config.datasets), int)
-        self.present = np.zeros((len(config.datasets), len(self.names)), int)
-        self.lengths: dict[str, list[int]] = {name: [] for name in self.names}
-        self.inputs, self.targets = (np.zeros(len(self.names), int) for _ in range(2))
-        self.num_examples = 0
+        shape = len(config.datasets), len(self.names)
+        self.present, self.tokens, self.longest, self.inputs, self.targets = (np.zeros(shape, int) for _ in range(5))
+        self.without_targets = 0
 
     def add(self, batch, masked: MaskedBatch) -> None:
-        self.num_examples += len(batch)
-        for _, (dataset, example) in batch:
-            self.of_dataset[dataset] += 1
-            for j, name in enumerate(self.names):
-                if name in example:
-                    self.present[dataset, j] += 1
-                    self.lengths[name].append(len(example[name]))
+        dataset = np.array([k for _, (k, _) in batch])
+        lengths = np.array([[len(e[n]) if n in e else 0 for n in self.names] for _, (_, e) in batch])
+        self.of_dataset += np.bincount(dataset, minlength=len(self.of_dataset))
+        np.add.at(self.present, dataset, lengths > 0)
+        np.add.at(self.tokens, dataset, lengths)
+        np.maximum.at(self.longest, dataset, lengths)
         for total, part in ((self.inputs, masked.inputs), (self.targets, masked.targets)):
-            total += np.bincount(part.modality[part.valid], minlength=len(self.names))
+            row, slot = np.nonzero(part.valid)
+            np.add.at(total, (dataset[row], part.modality[row, slot]), 1)
+        self.without_targets += int((~masked.targets.valid.any(1)).sum())
 
-    def modalities(self) -> dict[str, dict[str, Any]]:
-        rows = {}
-        for j, name in enumerate(self.names):
-            lengths = self.lengths[name]
-            rows[name] = {
-                "examples_with_it": len(lengths) / self.num_examples,
-                "mean_tokens": round(float(np.mean(lengths)), 2) if lengths else 0.0,
-                "longest": max(lengths, default=0),
-                "input_share": self.inputs[j] / max(self.inputs.sum(), 1),
-                "target_share": self.targets[j] / max(self.targets.sum(), 1),
-            }
-        return rows
+    def of(self, dataset: int | slice, name: str) -> dict[str, Any]:
+        """Of one modality in the stream's examples of one data set, or of all."""
+        j = self.names.index(name)
+        present, num_examples = self.present[dataset, j].sum(), self.of_dataset[dataset].sum()
+        return {
+            "examples_with_it": present / max(num_examples, 1),
+            "mean_tokens": round(self.tokens[dataset, j].sum() / max(present, 1), 2),
+            "longest": int(self.longest[dataset, j].max()),
+            "input_share": self.inputs[dataset, j].sum() / max(self.inputs[dataset].sum(), 1),
+            "target_share": self.targets[dataset, j].sum() / max(self.targets[dataset].sum(), 1),
+        }
 
     def slots(self) -> dict[str, float]:
-        """Shares of the batch's slots that hold a token; the others are padding, which is computed in vain."""
-        masking = self.config.masking
+        """Shares of the batch's slots that hold a token (the others are padding, which is computed in vain), and of
+        the examples that leave nothing to predict."""
+        masking, num_examples = self.config.masking, self.of_dataset.sum()
         return {
-            "inputs_filled": self.inputs.sum() / self.num_examples / masking.num_inputs,
-            "targets_filled": self.targets.sum() / self.num_examples / masking.num_targets,
+            "inputs_filled": self.inputs.sum() / num_examples / masking.num_inputs,
+            "targets_filled": self.targets.sum() / num_examples / masking.num_targets,
+            "examples_without_targets": self.without_targets / num_examples,
         }
 
 
@@ -132,23 +135,27 @@ def _speed(config: Config, shards: Seq[Any]) -> float:
 
 def _print(result: dict[str, Any], config: Config) -> None:
     print(f"\nmeasured on {result['num_examples']:,} examples of the training stream\n")
-    print(f"{'data set':<16}{'weight':>8}{'share':>8}{'examples':>12}{'MiB':>9}{'skipped':>9}  modalities (examples)")
+    print(f"{'data set':<16}{'weight':>8}{'share':>8}{'examples':>12}{'MiB':>9}{'skipped':>9}")
     for name, d in result["datasets"].items():
-        modalities = ", ".join(f"{n} {m['num_examples']:,}" for n, m in d["modalities"].items())
         figures = f"{d['weight']:>8.3f}{d['share']:>8.3f}{d['num_examples']:>12,}{d['bytes'] / 2**20:>9.1f}"
-        print(f"{name:<16}{figures}{d['skipped']:>9,}  {modalities}")
-    print(f"\n{'modality':<16}{'present':>8}{'tokens':>8}{'longest':>9}{'inputs':>8}{'targets':>9}{'codes used':>22}")
-    for name, m in result["modalities"].items():
-        facts = [d["modalities"][name] for d in result["datasets"].values() if name in d["modalities"]]
-        vocab = max((f["vocab_size"] for f in facts), default=0)
-        used = f"{max(f['codes_used'] for f in facts):,} of {vocab:,}" if vocab else "-"
-        figures = f"{m['examples_with_it']:>8.3f}{m['mean_tokens']:>8.1f}{m['longest']:>9}"
-        print(f"{name:<16}{figures}{m['input_share']:>8.3f}{m['target_share']:>9.3f}{used:>22}")
+        print(f"{name:<16}{figures}{d['skipped']:>9,}")
+    print(f"\n{'modality':<32}{'present':>8}{'tokens':>8}{'longest':>9}{'inputs':>8}{'targets':>9}{'codes used':>22}")
+    several = len(result["datasets"]) > 1
+    for name, of_all in result["modalities"].items():
+        parts = {label: d["modalities"][name] for label, d in result["datasets"].items() if name in d["modalities"]}
+        for label, m in {"": of_all, **(parts if several else {})}.items():
+            facts = parts[label] if label else next(iter(parts.values()), {}) if not several else {}
+            vocab = facts["vocab_size"] if facts else 0
+            used = f"{facts['codes_used']:,} of {vocab:,}" if vocab else ""
+            figures = f"{m['examples_with_it']:>8.3f}{m['mean_tokens']:>8.1f}{m['longest']:>9}"
+            title = f"  of {label}" if label else name
+            print(f"{title:<32}{figures}{m['input_share']:>8.3f}{m['target_share']:>9.3f}{used:>22}")
     slots = result["slots"]
     masking = config.masking
     print(
         f"\nslots with a token: {slots['inputs_filled']:.1%} of {masking.num_inputs} inputs, "
         f"{slots['targets_filled']:.1%} of {masking.num_targets} targets; "
+        f"{slots['examples_without_targets']:.1%} of the examples leave nothing to predict; "
         f"{result['samples_per_s']:,.0f} examples/s with num_workers={config.num_workers}, "
         f"batch_size={config.batch_size}"
     )

@@ -17,7 +17,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,11 +31,20 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from m4 import workers
-from m4.components import fingerprint, load_tokenizer, save_tokenizer, to_json, tokenizer_hash, write_atomically
-from m4.data import Dataset, TokenShards
-from m4.modality import Features, Grid, Modalities, Modality, Recipe, Tokenizer
+from m4.components import (
+    fingerprint,
+    load_tokenizer,
+    replacing,
+    save_tokenizer,
+    to_json,
+    tokenizer_hash,
+    write_atomically,
+)
+from m4.data import VERSION, Dataset, TokenShards
+from m4.modality import Features, Grid, Modalities, Modality, Recipe, Sequence, Tokenizer
 
 EXAMPLES_PER_SHARD = 2048
+NUM_PROBES = 256  # places where a data set is searched for a signal
 EXAMPLES_PER_CALL = 256  # what a tokenizer gets at once
 NUM_NAMED = 100  # skipped examples that the manifest names
 
@@ -83,41 +93,74 @@ def prepare(
     for dataset in datasets:  # says what is wrong before any work
         for split in splits if dataset.tokens else ():
             TokenShards(Path(dataset.tokens), split)
-        if hasattr(dataset.source, "signature"):
-            signatures[dataset.label] = dataset.source.signature(data_dir)
-    for dataset in datasets:
-        if dataset.source is not None:
-            dataset.source.prepare(data_dir)
+        has_signature = hasattr(dataset.source, "signature")
+        signatures[dataset.label] = dataset.source.signature(data_dir) if has_signature else ""
+    with _Others(data_dir, team) as others:
+        for dataset in datasets:
+            if dataset.source is not None:
+                dataset.source.prepare(data_dir)
+                for split in splits:
+                    if not len(dataset.source.split(split, data_dir)):
+                        raise ValueError(f"split {split!r} of data set {dataset.label} has no examples")
+        files = {r.modality.name: _tokenizer_file(r, datasets, signatures, data_dir, seed, others) for r in recipes}
+        tokenizers = {name: load_tokenizer(path) for name, path in files.items()}
+        for recipe in recipes:
+            name = recipe.modality.name
+            if tokenizers[name].modality != recipe.modality:
+                raise ValueError(f"{files[name]} holds {tokenizers[name].modality}, the config says {recipe.modality}")
+        hashes = {name: tokenizer_hash(tokenizer) for name, tokenizer in tokenizers.items()}
+        folders = []
+        for dataset in datasets:
+            if dataset.tokens:
+                folder = Path(dataset.tokens)
+            else:
+                source = [to_json(dataset.source), signatures[dataset.label], dataset.skip_bad]
+                crops = [to_json(dataset.crops), seed * bool(dataset.crops)]
+                key = fingerprint([VERSION, hashes, source, crops])
+                folder = data_dir / "tokens" / f"{dataset.label}-{key}"
+                for split in splits:
+                    pretokenize(dataset, files, folder, split, data_dir=data_dir, seed=seed, others=others)
             for split in splits:
-                if not len(dataset.source.split(split, data_dir)):
-                    raise ValueError(f"split {split!r} of data set {dataset.label} has no examples")
-    files = {r.modality.name: _tokenizer_file(r, datasets, data_dir, seed, team) for r in recipes}
-    tokenizers = {name: load_tokenizer(path) for name, path in files.items()}
-    for recipe in recipes:
-        name = recipe.modality.name
-        if tokenizers[name].modality != recipe.modality:
-            raise ValueError(f"{files[name]} holds {tokenizers[name].modality}, the config says {recipe.modality}")
-    hashes = {name: tokenizer_hash(tokenizer) for name, tokenizer in tokenizers.items()}
-    folders = []
-    for dataset in datasets:
-        if dataset.tokens:
-            folder = Path(dataset.tokens)
-        else:
-            key = [
-                hashes,
-                to_json(dataset.source),
-                to_json(dataset.crops),
-                dataset.skip_bad,
-                seed * bool(dataset.crops),
-            ]
-            key = fingerprint([*key, signatures[dataset.label] if dataset.label in signatures else ""])
-            folder = data_dir / "tokens" / f"{dataset.label}-{key}"
-            for split in splits:
-                pretokenize(dataset, files, folder, split, data_dir=data_dir, seed=seed, team=team)
-        for split in splits:
-            _check_tokenizers(folder, split, hashes)
-        folders.append(folder)
+                _check_tokenizers(folder, split, hashes)
+            folders.append(folder)
     return Prepared(tokenizers, files, tuple(folders))
+
+
+class _Others:
+    """The team's other processes: waits for what they write, and raises if one of them failed meanwhile."""
+
+    def __init__(self, data_dir: Path, team: Team):
+        self.data_dir, self.team = data_dir, team
+
+    def _note(self, index: int) -> Path:
+        return self.data_dir / f".process-{index}-of-{self.team.count}"
+
+    def __enter__(self) -> _Others:
+        if self.team.count > 1:
+            write_atomically(self._note(self.team.index), b"")
+            self.began = self._note(self.team.index).stat().st_mtime
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.team.count > 1:
+            if error is None:
+                self._note(self.team.index).unlink(missing_ok=True)
+            else:
+                write_atomically(self._note(self.team.index), f"{kind.__name__}: {error}".encode())
+
+    def wait(self, done: Callable[[], bool], what: str) -> None:
+        """Until `done()`; says each minute what it waits for. ValueError if another process failed since the start."""
+        start, said = time.monotonic(), 0
+        while not done():
+            for index in {*range(self.team.count)} - {self.team.index}:
+                with contextlib.suppress(FileNotFoundError):
+                    note = self._note(index)
+                    if note.stat().st_mtime >= self.began and (message := note.read_text()):
+                        raise ValueError(f"process {index} of {self.team.count} failed with {message}")
+            if time.monotonic() - start >= 60 * said:
+                print(f"process {self.team.index} of {self.team.count} waits for {what}", flush=True)
+                said += 1
+            time.sleep(0.5)
 
 
 def _check_tokenizers(folder: Path, split: str, hashes: Mapping[str, str]) -> None:
@@ -129,28 +172,23 @@ def _check_tokenizers(folder: Path, split: str, hashes: Mapping[str, str]) -> No
             )
 
 
-def _tokenizer_file(recipe: Recipe, datasets: Seq[Dataset], data_dir: Path, seed: int, team: Team) -> Path:
+def _tokenizer_file(
+    recipe: Recipe, datasets: Seq[Dataset], signatures: Mapping[str, str], data_dir: Path, seed: int, others: _Others
+) -> Path:
     """The tokenizer that finished shards were made with; else the recipe's, fitted by process 0 unless it is there."""
     name = recipe.modality.name
     for dataset in datasets:
         if dataset.tokens and (file := Path(dataset.tokens) / "tokenizers" / f"{name}.safetensors").exists():
             return file
-    sources = [[to_json(d.source), to_json(d.crops), d.weight] for d in datasets if d.source is not None]
+    sources = [
+        [to_json(d.source), signatures[d.label], to_json(d.crops), d.weight] for d in datasets if d.source is not None
+    ]
     file = data_dir / "tokenizers" / f"{name}-{fingerprint([to_json(recipe), sources, seed])}.safetensors"
-    if not file.exists() and team.index == 0:
+    if not file.exists() and others.team.index == 0:
         print(f"fitting tokenizer {name}", flush=True)
         save_tokenizer(recipe.fit(_fitting_examples(recipe, datasets, data_dir, seed), seed=seed), file)
-    _wait(file.exists, f"process 0 to fit tokenizer {name} ({file})")
+    others.wait(file.exists, f"process 0 to fit tokenizer {name} ({file})")
     return file
-
-
-def _wait(done, what: str) -> None:
-    said = False
-    while not done():
-        if not said:
-            print(f"waiting for {what}", flush=True)
-        said = True
-        time.sleep(0.5)
 
 
 class Having(Seq):
@@ -171,16 +209,19 @@ class Having(Seq):
     def _usable(self, index: int) -> dict[str, Any] | None:
         try:
             example = self.examples[index]
-        except ValueError:
+            modality = self.recipe.modality
+            if hasattr(self.recipe, "signal_of"):  # which may be computed from other signals
+                return example if self.recipe.signal_of(example) is not None else None
+            return example if modality.signal in example and not _is_tokenized(example, modality) else None
+        except Exception as error:
             if self.skip_bad:
                 return None
-            raise
-        if hasattr(self.recipe, "signal_of"):  # which may be computed from other signals
-            return example if self.recipe.signal_of(example) is not None else None
-        return example if self.recipe.modality.signal in example else None
+            raise _named(error, f"example {index}") from error
 
     def reads_some(self) -> bool:
-        return any(self._usable(i) is not None for i in range(min(64, len(self))))
+        """Whether any of some examples, spread over all, has it."""
+        places = np.unique(np.linspace(0, len(self) - 1, NUM_PROBES).astype(int))
+        return any(self._usable(i) is not None for i in places.tolist())
 
 
 def raw_examples(dataset: Dataset, split: str, data_dir: Path, seed: int) -> Seq[dict[str, Any]]:
@@ -199,10 +240,14 @@ def _fitting_examples(recipe: Recipe, datasets: Seq[Dataset], data_dir: Path, se
                 parts.append(part)
                 weights.append(dataset.weight)
     if not parts:
-        raise ValueError(f"no data set has the signal {recipe.modality.signal!r} of modality {recipe.modality.name!r}")
+        raise ValueError(
+            f"no data set has the signal {recipe.modality.signal!r} of modality {recipe.modality.name!r} (ids without "
+            "their tokenizer need m4_tokenizers.stored.IdsRecipe, with it TokenizerFile)"
+        )
     if len(parts) == 1:
         return parts[0]
-    return grain.MapDataset.mix([grain.MapDataset.source(part) for part in parts], np.array(weights) / sum(weights))
+    endless = [grain.MapDataset.source(part).repeat() for part in parts]
+    return grain.MapDataset.mix(endless, np.array(weights) / sum(weights))[: sum(map(len, parts))]
 
 
 def pretokenize(
@@ -213,9 +258,11 @@ def pretokenize(
     *,
     data_dir: Path,
     seed: int = 0,
-    team: Team = Team(),
+    others: _Others | None = None,
 ) -> None:
     """Writes this process's token shards of one split, then waits until all are there and the manifest is written."""
+    others = others or _Others(data_dir, Team())
+    team = others.team
     manifest_file = folder / f"{split}.json"
     if manifest_file.exists():
         return
@@ -238,7 +285,7 @@ def pretokenize(
         else:
             for i in missing:
                 job.write(i, bar)
-    _wait(
+    others.wait(
         lambda: manifest_file.exists() or all(job.written(i) for i in range(len(job.names))),
         f"the other processes to write their shards of {folder}",
     )
@@ -294,26 +341,15 @@ class _Job:
 
     def write(self, shard: int, bar: tqdm) -> None:
         """One shard; beside it, hidden, which ids it holds and what was skipped, for the manifest."""
-        path = self.folder / self.names[shard]
-        temporary = self.folder / f".{path.name}.{os.getpid()}.tmp"
-        used = {n: np.zeros(t.modality.vocab_size, bool) for n, t in self.tokenizers.items()}
-        counts = {n: [0, 0] for n in self.tokenizers}  # examples, tokens
-        num_examples, skipped = 0, []
-        with contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1")) as writer:
-            for batch in self._read(self.indices(shard)):
-                for record in self._encode(batch, skipped):
-                    writer.write(safetensors.numpy.save(record))
-                    num_examples += 1
-                    for name in record.keys() & used.keys():
-                        counts[name][0] += 1
-                        counts[name][1] += len(record[name])
-                        if not isinstance(self.tokenizers[name].modality, Features):
-                            used[name][record[name]] = True
-                bar.update(len(batch))
-        facts = {"num_examples": num_examples, "counts": counts, "skipped": skipped}
-        used = {name: np.packbits(bits) for name, bits in used.items()}
-        write_atomically(self._facts_file(shard), safetensors.numpy.save(used, {"facts": json.dumps(facts)}))
-        os.replace(temporary, path)
+        facts = _Facts(self.tokenizers)
+        with replacing(self.folder / self.names[shard]) as temporary:
+            with contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1")) as writer:
+                for batch in self._read(self.indices(shard)):
+                    for record in self._encode(batch, facts):
+                        writer.write(safetensors.numpy.save(record))
+                        facts.add(record)
+                    bar.update(len(batch))
+            write_atomically(self._facts_file(shard), facts.saved())
 
     def _read(self, indices: range) -> Iterator[list[tuple[int, Any]]]:
         """Batches of (index, example or the error that it gave); the next is read while one is encoded."""
@@ -321,7 +357,7 @@ class _Job:
         def read(index: int):
             try:
                 return index, self.examples[index]
-            except ValueError as error:
+            except Exception as error:
                 return index, error
 
         with ThreadPoolExecutor(4) as pool:
@@ -333,24 +369,28 @@ class _Job:
                 ahead = [pool.submit(read, i) for i in following]
                 yield [future.result() for future in now]
 
-    def _encode(self, batch: list[tuple[int, Any]], skipped: list[str]) -> Iterator[dict[str, np.ndarray]]:
+    def _encode(self, batch: list[tuple[int, Any]], facts: _Facts) -> Iterator[dict[str, np.ndarray]]:
         """Records of the good examples; the first bad one is an error, or is skipped if the data set says so."""
-        good = [(i, e) for i, e in batch if not isinstance(e, ValueError)]
-        errors = [(i, e) for i, e in batch if isinstance(e, ValueError)]
+        good = [(i, e) for i, e in batch if not isinstance(e, Exception)]
+        errors = [(i, e) for i, e in batch if isinstance(e, Exception)]
         try:
             records = encode([e for _, e in good], self.tokenizers)
-        except ValueError:  # find the bad ones
-            records = []
+        except Exception:  # find the bad ones
+            records, whole = [], []
             for i, example in good:
                 try:
                     records += encode([example], self.tokenizers)
-                except ValueError as error:
+                    whole.append((i, example))
+                except Exception as error:
                     errors.append((i, error))
+            good = whole
         for index, error in sorted(errors, key=lambda pair: pair[0]):
-            message = f"example {index} of {self.dataset.label} {self.split}: {error}"
-            skipped.append(message)
-            if len(skipped) > self.dataset.skip_bad * self.num_examples:
-                raise ValueError(f"{message}{self._limit(len(skipped))}") from error
+            error = _named(error, f"example {index} of {self.dataset.label} {self.split}")
+            facts.skipped.append(str(error))
+            if len(facts.skipped) > self.dataset.skip_bad * self.num_examples:
+                raise ValueError(f"{error}{self._limit(len(facts.skipped))}") from error
+        for _, example in good:
+            facts.add_given(example)
         yield from records
 
     def _limit(self, count: int) -> str:
@@ -360,46 +400,99 @@ class _Job:
 
     def finish(self, manifest_file: Path) -> None:
         """Writes the manifest from what is known of the shards, which all are there."""
-        shards, skipped, totals, used = {}, [], {}, {}
+        total, shards = _Facts(self.tokenizers), {}
         for i, name in enumerate(self.names):
-            with safetensors.safe_open(self._facts_file(i), framework="numpy") as file:
-                facts = json.loads(file.metadata()["facts"])
-                for modality in file.keys():  # noqa: SIM118
-                    bits = np.unpackbits(file.get_tensor(modality))
-                    used[modality] = used[modality] | bits if modality in used else bits
-            shards[name] = {"num_examples": facts["num_examples"], "bytes": (self.folder / name).stat().st_size}
-            skipped += facts["skipped"]
-            for modality, counts in facts["counts"].items():
-                totals[modality] = [a + b for a, b in zip(totals.get(modality, [0, 0]), counts, strict=True)]
-        if len(skipped) > self.dataset.skip_bad * self.num_examples:
-            raise ValueError(f"{skipped[0]}{self._limit(len(skipped))}")
-        if skipped:
-            print(
-                f"{len(skipped)} bad examples of {self.num_examples} were skipped, the first: {skipped[0]}", flush=True
-            )
+            facts = _Facts.of(self._facts_file(i), self.tokenizers)
+            total += facts
+            shards[name] = {"num_examples": facts.num_examples, "bytes": (self.folder / name).stat().st_size}
+        if len(total.skipped) > self.dataset.skip_bad * self.num_examples:
+            raise ValueError(f"{total.skipped[0]}{self._limit(len(total.skipped))}")
+        label = f"{self.dataset.label} {self.split}"
+        if total.skipped:
+            count = f"{len(total.skipped)} bad examples of {self.num_examples}"
+            print(f"{label}: {count} were skipped, the first: {total.skipped[0]}", flush=True)
+        for name, count in total.given.items():
+            if count:
+                print(f"{label}: {count} examples have ids of {name}, which were taken as they are", flush=True)
         manifest = {
-            "num_examples": sum(shard["num_examples"] for shard in shards.values()),
+            "version": VERSION,
+            "num_examples": total.num_examples,
             "shards": shards,
             "tokenizers": {name: tokenizer_hash(tokenizer) for name, tokenizer in self.tokenizers.items()},
             "modalities": {
                 name: {
-                    "num_examples": count,
-                    "num_tokens": num_tokens,
-                    "codes_used": int(used[name].sum()),
+                    "num_examples": total.num_examples_with[name],
+                    "num_tokens": total.num_tokens[name],
+                    "given_as_ids": total.given[name],
+                    "codes_used": int(used.sum()),
                     "vocab_size": self.tokenizers[name].modality.vocab_size,
                 }
-                for name, (count, num_tokens) in totals.items()
+                for name, used in total.used.items()
             },
-            "skipped": {"num_examples": len(skipped), "first": skipped[:NUM_NAMED]},
+            "sets": [{"modalities": names.split("\n"), "num_examples": n} for names, n in sorted(total.sets.items())],
+            "skipped": {"num_examples": len(total.skipped), "first": total.skipped[:NUM_NAMED]},
         }
         write_atomically(manifest_file, json.dumps(manifest, indent=1).encode())
+        for pattern in (f".{self.split}-*.tmp", f"..{self.split}-*.tmp"):  # of killed processes
+            for left_over in self.folder.glob(pattern):
+                left_over.unlink(missing_ok=True)
+
+
+class _Facts:
+    """What is known of written records, to be added up over shards."""
+
+    def __init__(self, tokenizers: Mapping[str, Tokenizer]):
+        self.tokenizers = tokenizers
+        self.num_examples, self.skipped = 0, []
+        self.num_examples_with, self.num_tokens, self.given, self.sets = (Counter() for _ in range(4))
+        self.used = {name: np.zeros(t.modality.vocab_size, bool) for name, t in tokenizers.items()}
+
+    def add(self, record: Mapping[str, np.ndarray]) -> None:
+        names = [name for name in self.tokenizers if name in record]
+        self.num_examples += 1
+        self.sets["\n".join(names)] += 1
+        for name in names:
+            self.num_examples_with[name] += 1
+            self.num_tokens[name] += len(record[name])
+            if not isinstance(self.tokenizers[name].modality, Features):
+                self.used[name][record[name]] = True
+
+    def add_given(self, example: Mapping[str, Any]) -> None:
+        self.given.update(name for name, t in self.tokenizers.items() if _is_tokenized(example, t.modality))
+
+    def __iadd__(self, other: _Facts) -> _Facts:
+        self.num_examples += other.num_examples
+        self.skipped += other.skipped
+        for ours, theirs in zip(self._counters(), other._counters(), strict=True):
+            ours.update(theirs)
+        for name, used in other.used.items():
+            self.used[name] |= used
+        return self
+
+    def _counters(self) -> tuple[Counter, ...]:
+        return self.num_examples_with, self.num_tokens, self.given, self.sets
+
+    def saved(self) -> bytes:
+        facts = json.dumps([self.num_examples, self.skipped, *self._counters()])
+        return safetensors.numpy.save({n: np.packbits(used) for n, used in self.used.items()}, {"facts": facts})
+
+    @classmethod
+    def of(cls, file: Path, tokenizers: Mapping[str, Tokenizer]) -> _Facts:
+        self = cls(tokenizers)
+        with safetensors.safe_open(file, framework="numpy") as stored:
+            self.num_examples, self.skipped, *counters = json.loads(stored.metadata()["facts"])
+            for name, used in self.used.items():
+                used[:] = np.unpackbits(stored.get_tensor(name), count=len(used))
+        for ours, theirs in zip(self._counters(), counters, strict=True):
+            ours.update(theirs)
+        return self
 
 
 def encode(examples: Seq[dict[str, Any]], tokenizers: Mapping[str, Tokenizer]) -> list[dict[str, np.ndarray]]:
     """Raw examples -> stored arrays by modality. ValueErrors name the example's file.
 
     What an example has under a modality's own name, as a 1-D array of integers, is taken as its ids. A modality whose
-    signal an example lacks is left out of its record. The crop, if any, is stored too.
+    signal an example lacks is left out of its record, which must have one at least. The crop, if any, is stored too.
     """
     records: list[dict[str, np.ndarray]] = [{"crop": e["crop"]} if "crop" in e else {} for e in examples]
     for name, tokenizer in tokenizers.items():
@@ -407,7 +500,7 @@ def encode(examples: Seq[dict[str, Any]], tokenizers: Mapping[str, Tokenizer]) -
         for i, example in enumerate(examples):
             with _naming(example, name):
                 if _is_tokenized(example, tokenizer.modality):
-                    records[i][name] = compact(example[name], tokenizer.modality)
+                    records[i][name] = _given(example[name], tokenizer.modality)
                 elif (signal := tokenizer.signal_of(example)) is not None:
                     signals.append((i, signal))
         encoded = []
@@ -416,6 +509,10 @@ def encode(examples: Seq[dict[str, Any]], tokenizers: Mapping[str, Tokenizer]) -
         for (i, _), stored in zip(signals, encoded, strict=True):
             with _naming(examples[i], name):
                 records[i][name] = compact(stored, tokenizer.modality)
+    for example, record in zip(examples, records, strict=True):
+        with _naming(example, ""):
+            if not record.keys() - {"crop"}:
+                raise ValueError(f"has none of {', '.join(tokenizers)}, but: {', '.join(example) or 'nothing'}")
     return records
 
 
@@ -423,11 +520,15 @@ def encode(examples: Seq[dict[str, Any]], tokenizers: Mapping[str, Tokenizer]) -
 def _naming(example: Mapping[str, Any], modality: str):
     try:
         yield
-    except ValueError as error:
-        text = str(error)
+    except Exception as error:
         file = next((str(example[key]) for key in ("id", "file") if key in example), "")
-        file = file * (file not in text)
-        raise ValueError(": ".join(part for part in (file, modality * (modality not in text), text) if part)) from error
+        raise _named(error, file, modality) from error
+
+
+def _named(error: Exception, *names: str) -> ValueError:
+    """The error with what it is about, as far as it does not say so itself."""
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return ValueError(": ".join([*(name for name in names if name and name not in text), text]))
 
 
 def _is_tokenized(example: Mapping[str, Any], modality: Modality) -> bool:
@@ -440,6 +541,17 @@ def _is_tokenized(example: Mapping[str, Any], modality: Modality) -> bool:
         kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
         raise ValueError(f"{modality.name} must be a 1-D array of integers (token ids), not {kind}")
     return False
+
+
+def _given(ids: np.ndarray, modality: Modality) -> np.ndarray:
+    """Ids that were made elsewhere, compact. ValueError if they cannot be this modality's."""
+    if isinstance(modality, Sequence) and len(ids):
+        last_sentinel = modality.first_sentinel + modality.num_sentinels - 1
+        if ((ids >= modality.first_sentinel) & (ids <= last_sentinel)).any():
+            raise ValueError(f"{modality.name}: ids {modality.first_sentinel}..{last_sentinel} are masking's sentinels")
+        if ids[-1] != modality.end_id and len(ids) < modality.max_length:
+            raise ValueError(f"{modality.name}: ids end in {ids[-1]}, not in [EOS] ({modality.end_id})")
+    return compact(ids, modality)
 
 
 def compact(stored: np.ndarray, modality: Modality) -> np.ndarray:

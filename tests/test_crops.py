@@ -201,8 +201,10 @@ def test_what_cannot_be_cropped_is_named():
     for value in (np.zeros((4, 16), np.uint8), np.zeros(16, np.int64)):  # tokens of several crops, or of one
         with pytest.raises(ValueError, match="depth .* cannot be cropped"):
             Cropped([{"rgb": raw["rgb"], "depth": value}], Crops(scale=(0.5, 0.5)), 0)[0]
-    with pytest.raises(ValueError, match="no picture to crop, but: caption"):
-        Cropped([{"caption": "hm"}], Crops(), 0)[0]
+    with pytest.raises(ValueError, match=r"\(a/b.npy\) has no picture to crop, but: clip, file"):
+        Cropped([{"clip": np.zeros(512, np.float32), "file": "a/b.npy"}], Crops(), 0)[0]
+    words = {"caption": "text alone has nothing to crop", "file": "a/b.txt"}
+    assert Cropped([words], Crops(num=2), 0)[1] == words
     with pytest.raises(ValueError, match="example 0 is a crop already"):
         once = Cropped([{"rgb": raw["rgb"]}], Crops(), 0)
         Cropped(once, Crops(), 0)[0]

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import psutil
@@ -17,7 +19,7 @@ from conftest import environment
 
 from m4 import data
 from m4.components import fingerprint
-from m4.data import Dataset, Stream, TokenShards
+from m4.data import VERSION, Dataset, Stream, TokenShards
 from m4.masking import Strategy
 
 
@@ -33,7 +35,14 @@ def write_shards(folder, records, *, per_shard=16, split="train", hashes=None):
             writer.write(safetensors.numpy.save(record))
         writer.close()
         shards[path.name] = {"num_examples": len(part), "bytes": path.stat().st_size}
-    manifest = {"num_examples": len(records), "shards": shards, "tokenizers": hashes or {}}
+    sets = Counter(tuple(record) for record in records)
+    manifest = {
+        "version": VERSION,
+        "num_examples": len(records),
+        "shards": shards,
+        "tokenizers": hashes or {},
+        "sets": [{"modalities": list(names), "num_examples": count} for names, count in sets.items()],
+    }
     (folder / f"{split}.json").write_text(json.dumps(manifest))
     return folder
 
@@ -83,7 +92,7 @@ def test_the_stream_resumes_exactly(make_stream, num_workers):
     expected = take(one, 4)
     again = make_stream(num_workers=num_workers)
     again.set_state(position)
-    assert same(expected, take(again, 4)) and again.get_state() == {"next_example": 72}
+    assert same(expected, take(again, 4)) and again.get_state()["next_example"] == 72
     again.set_state(position)  # a stream that has run may be set back
     assert same(expected, take(again, 4))
     one.close(), again.close()
@@ -111,7 +120,7 @@ def test_another_number_of_processes_goes_on_with_the_same_examples(make_stream,
 
 def test_another_batch_size_goes_on_with_the_same_examples(make_stream):
     a, b = make_stream(batch_size=8), make_stream(batch_size=4)
-    b.set_state({"next_example": 8})
+    b.set_state({**a.get_state(), "next_example": 8})
     expected = take(a, 3)[1:]
     for x, (y, z) in zip(expected, [take(b, 2), take(b, 2)], strict=True):
         for p, q, r in zip(leaves([x]), leaves([y]), leaves([z]), strict=True):
@@ -221,6 +230,38 @@ def test_a_damaged_shard_stops_the_stream_with_its_name(folder, make_stream):
         with pytest.raises(Exception, match=f"token shard .*{shard.name} cannot be read"):
             take(stream, 8)
         stream.close()
+
+
+def test_a_position_in_another_stream_is_refused(tmp_path, make_stream, make_example, folder):
+    """Another seed, weight or data set; the same shards elsewhere are the same stream."""
+    stream = make_stream()
+    take(stream, 2)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    other = write_shards(tmp_path / "other", [make_example(i) for i in range(49)])
+    make_stream((moved,)).set_state(stream.get_state())
+    for changed in (make_stream(seed=4), make_stream((other,)), make_stream((folder, other))):
+        with pytest.raises(ValueError, match="the saved position is one in another stream"):
+            changed.set_state(stream.get_state())
+    stream.close()
+
+
+def test_an_error_of_a_batch_does_not_skip_it(make_stream):
+    """The position stays at the batch that failed, which is made again."""
+    room = [True, False, True, True, True, True, True, True]
+
+    def place(batch):
+        if not room.pop(0):
+            raise RuntimeError("no room")
+        return batch
+
+    whole, stream = make_stream(), make_stream(place=place)
+    expected = take(whole, 3)
+    found = take(stream, 1)
+    with pytest.raises(RuntimeError, match="no room"):
+        next(stream)
+    assert stream.get_state()["next_example"] == 8
+    assert same(expected, [*found, *take(stream, 2)])
+    whole.close(), stream.close()
 
 
 def test_bad_numbers_are_named_before_any_reading(folder, make_stream):

@@ -188,6 +188,35 @@ def test_a_mask_depends_on_its_own_key_alone(modalities, masking, make_example):
     assert any((x[0] != x[1]).any() for x in same.inputs + same.targets)
 
 
+@pytest.mark.parametrize("side", [9, 40])  # more than 1024 positions are shuffled by longer random numbers
+def test_a_mask_does_not_depend_on_the_sizes_of_others_in_its_batch(side):
+    """Grids of different sizes, missing from some examples: each is masked as if it were alone."""
+    shapes = {"small": (2, 2), "middle": (5, 3), "large": (side, side)}
+    modalities = Modalities([Grid(name=n, signal=n, vocab_size=9, shape=s) for n, s in shapes.items()])
+    every = {name: 1.0 for name in shapes}
+    masking = Masking(num_inputs=12, num_targets=12, strategies=(Strategy(inputs=every, targets=every),))
+    rng = np.random.default_rng(0)
+    has = [("small", "middle"), ("large",), ("small", "middle", "large"), ("middle",), ("small", "large")]
+    examples = [{n: rng.integers(0, 9, np.prod(shapes[n])).astype(np.uint8) for n in names} for names in has]
+    keys = mask_keys(len(examples))
+    together = masking(examples, modalities, keys)
+    for i in range(len(examples)):
+        alone = masking(examples[i : i + 1], modalities, keys[i : i + 1])
+        for x, y in zip((*together.inputs, *together.targets), (*alone.inputs, *alone.targets), strict=True):
+            np.testing.assert_array_equal(x[i], y[0])
+
+
+def test_something_is_left_to_predict():
+    """A short example whose every token would go in keeps an eighth of its grids out."""
+    grid = Grid(name="x", signal="x", vocab_size=9, shape=(8, 8))
+    other = dataclasses.replace(grid, name="y")
+    strategy = Strategy(inputs={"x": 1.0, "y": 1.0}, targets={"x": 1.0, "y": 1.0})
+    masking = Masking(num_inputs=64, num_targets=64, strategies=(strategy,))
+    ids = np.zeros(64, np.uint8)
+    batch = masking([{"x": ids}, {"x": ids, "y": ids}] * 8, Modalities([grid, other]), mask_keys(16))
+    assert batch.inputs.valid.sum(1).tolist() == [56, 64] * 8 and batch.targets.valid.sum(1).tolist() == [8, 64] * 8
+
+
 def test_budgets_follow_the_dirichlet(modalities, make_example):
     """Equal concentrations share slots equally on average; a large one takes all that it can hold."""
     names = ("rgb_tokens", "depth_tokens")

@@ -42,6 +42,11 @@ def test_measured_shares_are_the_weights(options, tmp_path):
         assert f"{name}" in done.stdout
     assert set(shown["datasets"]["texts"]["modalities"]) == {"caption"}
     modalities = shown["modalities"]
+    assert shown["datasets"]["texts"]["modalities"]["caption"]["input_share"] == pytest.approx(1)
+    for name, facts in shown["datasets"].items():
+        for kind in ("input_share", "target_share"):
+            assert sum(m[kind] for m in facts["modalities"].values()) == pytest.approx(1), name
+    assert shown["slots"]["examples_without_targets"] < 0.02
     for kind in ("input_share", "target_share"):
         assert sum(m[kind] for m in modalities.values()) == pytest.approx(1)
     assert modalities["rgb_pixels"]["target_share"] == 0

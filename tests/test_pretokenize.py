@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +109,17 @@ def test_records_are_aligned_and_the_manifest_tells_what_they_hold(dataset, tmp_
     assert manifest["modalities"]["caption"] == {
         "num_examples": NUM,
         "num_tokens": sum(map(len, captions)),
+        "given_as_ids": 0,
         "codes_used": len(np.unique(np.concatenate(captions))),
         "vocab_size": 768,
     }
     assert manifest["modalities"]["boxes"]["num_examples"] == sum(i % 3 > 0 for i in range(NUM))
+    names = ["rgb_pixels", "caption", "boxes", "color_palette"]
+    with_boxes = sum(i % 3 > 0 for i in range(NUM))
+    assert sorted(manifest["sets"], key=lambda s: len(s["modalities"])) == [
+        {"modalities": [n for n in names if n != "boxes"], "num_examples": NUM - with_boxes},
+        {"modalities": names, "num_examples": with_boxes},
+    ]
     assert captions[0].dtype == np.uint16 and manifest["tokenizers"].keys() == prepared.tokenizers.keys()
 
 
@@ -145,8 +154,12 @@ def test_a_folder_and_a_tar_of_it_give_the_same_stream(root, dataset, tmp_path, 
 
 def _prepare(dataset, data_dir, team, seen):
     pretokenize.EXAMPLES_PER_SHARD = 16
-    prepare([dataset], RECIPES, data_dir, seed=0, team=team)
-    seen.put(team.index)
+    try:
+        prepare([dataset], RECIPES, data_dir, seed=0, team=team)
+    except ValueError as error:
+        seen.put((team.index, str(error)))
+        return
+    seen.put((team.index, ""))
 
 
 def test_whoever_writes_the_shards_they_are_the_same(dataset, tmp_path):
@@ -170,6 +183,31 @@ def test_whoever_writes_the_shards_they_are_the_same(dataset, tmp_path):
     assert manifests[0] == manifests[1] == manifests[2]
 
 
+def test_a_failure_of_one_host_ends_the_others_too(root, dataset, tmp_path):
+    """Instead of a wait for what nobody writes; the same command goes on once the example is mended."""
+    damage(root, 17, "boxes outside")
+    context = multiprocessing.get_context("spawn")
+
+    def both():
+        seen = context.Queue()
+        arguments = [(dataset, tmp_path / "data", Team(index=i, count=2), seen) for i in (1, 0)]
+        hosts = [context.Process(target=_prepare, args=a) for a in arguments]
+        for host in hosts:
+            host.start()
+            time.sleep(1)
+        found = dict(seen.get(timeout=100) for _ in hosts)
+        for host in hosts:
+            host.join(100)
+        return found
+
+    found = both()
+    assert (
+        "017.json: box 0 lies outside" in found[0] and found[1] == f"process 0 of 2 failed with ValueError: {found[0]}"
+    )
+    write_example(root, 17)
+    assert both() == {0: "", 1: ""}
+
+
 def test_a_killed_job_goes_on_where_it_was(dataset, tmp_path, monkeypatch):
     """Finished shards are kept as they are, half-written ones are never seen, and the result is the same."""
     prepared = prepare([dataset], RECIPES, tmp_path / "data", seed=0)
@@ -184,6 +222,7 @@ def test_a_killed_job_goes_on_where_it_was(dataset, tmp_path, monkeypatch):
     encoded, encode = [], pretokenize.encode
     monkeypatch.setattr(pretokenize, "encode", lambda e, t: encoded.append(len(e)) or encode(e, t))
     prepare([dataset], RECIPES, tmp_path / "data", seed=0)
+    assert not list(folder.glob(".*.tmp"))
     assert sum(encoded) == 16 and as_bytes(records(folder)) == expected
     assert [f.stat().st_mtime_ns for f in (files[0], files[2])] == [times[0], times[2]]
 
@@ -312,8 +351,69 @@ def test_a_mixture_is_tokenized_by_one_set_of_tokenizers(root, dataset, tmp_path
     assert sorted(caption.decode([r["caption"] for r in records(prepared.tokens[1])])) == sorted(
         f"zebras graze {i}" for i in range(30)
     )
-    with pytest.raises(ValueError, match="no data set has the signal 'boxes' of modality 'boxes'"):
+    with pytest.raises(ValueError, match="no data set has the signal 'boxes' of modality 'boxes'.*stored.IdsRecipe"):
         prepare([words], RECIPES[1:3], tmp_path / "data", seed=0)
+
+
+def test_every_example_is_of_use_to_training(root, dataset, tmp_path):
+    """Sets of modalities that no strategy serves are named at the start; an example of none is a bad one."""
+    words = Strategy(inputs={"rgb_pixels": 1.0}, targets={"boxes": 1.0})
+    masking = Masking(num_inputs=8, num_targets=8, strategies=(words,))
+    prepared = prepare([dataset], RECIPES, tmp_path / "data", seed=0)
+    count = sum(i % 3 == 0 for i in range(NUM))
+    message = f"data set folders fits its {count} examples that have only rgb_pixels, caption, color_palette"
+    modalities = Modalities([r.modality for r in RECIPES])
+    with pytest.raises(ValueError, match=message):
+        Stream(prepared.shards("train"), [dataset], masking, modalities, batch_size=8, seed=0)
+    with pytest.raises(ValueError, match="example 0 of folders train: .*000: has none of boxes, but: caption"):
+        prepare([dataset], (BoxRecipe(),), tmp_path / "data", seed=0)
+    prepared = prepare([dataclasses.replace(dataset, skip_bad=0.4)], (BoxRecipe(),), tmp_path / "data", seed=0)
+    assert len(records(prepared.tokens[0])) == NUM - count
+
+
+def test_a_signal_is_found_wherever_it_is(tmp_path):
+    """In the last of many files, as a rare one; the mixture that a tokenizer is fitted on has all data sets whole."""
+    for name, count in (("few", 5), ("many", 2000)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(count)))
+    whole = {"validation_share": 0.0, "test_share": 0.0}
+    datasets = [Dataset(source=Texts(files=(str(tmp_path / f"{n}.txt"),), **whole), name=n) for n in ("few", "many")]
+    for dataset in datasets:
+        dataset.source.prepare(tmp_path)
+    found = pretokenize._fitting_examples(TextRecipe(), datasets, tmp_path, 0)
+    assert len(found) == 2005 and {"few 3", "many 900"} <= {found[i]["caption"] for i in range(2005)}
+
+    examples = [{"caption": "a"}] * 900 + [{"boxes": {"bbox": np.zeros((0, 4)), "label": []}}] * 100
+    assert pretokenize.Having(examples, BoxRecipe(), skip_bad=False).reads_some()
+
+
+def test_any_error_of_a_reader_or_tokenizer_names_its_example(tmp_path):
+    """Not only those that were foreseen."""
+
+    class Broken(Seq):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 1:
+                raise ZeroDivisionError("by nothing")
+            return {"caption": 7 if index == 2 else "words", "file": f"file {index}"}
+
+    class Source:
+        def prepare(self, data_dir):
+            pass
+
+        def split(self, name, data_dir):
+            return Broken()
+
+    tokenizer = tmp_path / "caption.safetensors"
+    pretokenize.save_tokenizer(TextRecipe().fit([{"caption": "words"}], seed=0), tokenizer)
+    dataset = Dataset(source=Source(), skip_bad=0.7, name="broken")
+    pretokenize.pretokenize(dataset, {"caption": tokenizer}, tmp_path / "t", "train", data_dir=tmp_path)
+    first, second = json.loads((tmp_path / "t" / "train.json").read_text())["skipped"]["first"]
+    assert first == "example 1 of broken train: ZeroDivisionError: by nothing"
+    assert second.startswith("example 2 of broken train: file 2: caption: ")
+    with pytest.raises(ValueError, match="example 1: ZeroDivisionError: by nothing"):
+        pretokenize.Having(Broken(), TextRecipe(), skip_bad=False)[1]
 
 
 def test_crops_are_stored_and_aligned(root, tmp_path):
@@ -390,6 +490,25 @@ def test_ids_under_a_modalitys_own_name_are_taken_as_they_are(tmp_path, root):
     ):
         with pytest.raises(ValueError, match=message):
             pretokenize.encode([{"tok_x@224": wrong, "file": "a.npy"}], tokenizers)
+
+
+def test_ids_of_a_sequence_from_elsewhere_end_and_hold_no_sentinel(capsys, tmp_path):
+    """Those that are taken are counted."""
+    tokenizer = TextRecipe(max_length=8).fit([{"caption": "words"}], seed=0)
+    m = tokenizer.modality
+    good = np.array([m.vocab_size - 1, m.end_id])
+    (record,) = pretokenize.encode([{"caption": good}], {"caption": tokenizer})
+    assert record["caption"].tolist() == good.tolist()
+    for wrong, message in (
+        (good[:1], r"caption: ids end in \d+, not in \[EOS\] \(\d+\)"),
+        (np.array([m.first_sentinel + 2, m.end_id]), "caption: ids .* are masking's sentinels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretokenize.encode([{"caption": wrong}], {"caption": tokenizer})
+    facts = pretokenize._Facts({"caption": tokenizer})
+    facts.add_given({"caption": good})
+    facts.add_given({"caption": "words"})
+    assert facts.given == {"caption": 1}
 
 
 def test_ids_outside_the_vocabulary_are_refused(modalities):

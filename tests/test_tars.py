@@ -231,19 +231,22 @@ def test_each_crop_takes_its_row_of_tokens(tmp_path):
         files[f"crop_settings/{id}.npy"] = npy(np.arange(15).reshape(3, 5) + i)
         files[f"caption/{id}.txt"] = id.encode()
         files[f"semseg/{id}.npy"] = npy(np.full((3, 4), i))  # a map is no tokens
-        files[f"clip/{id}.npy"] = npy(np.full((3, 4), i / 2))
     write_tars(tmp_path / "tars", files, num_shards=1)
     whole = {"validation_share": 0, "test_share": 0}
-    split = Tars(root=tmp_path / "tars", num_crops=3, **whole).split("train", tmp_path / "data")
+    cropped = {"num_crops": 3, "signals": ("tok_rgb", "crop_settings", "caption")}
+    split = Tars(root=tmp_path / "tars", **cropped, **whole).split("train", tmp_path / "data")
     assert len(split) == 6
     for k, example in enumerate(split):
         i, crop = divmod(k, 3)
         np.testing.assert_array_equal(example["tok_rgb"], tokens[i, crop])
         np.testing.assert_array_equal(example["crop_settings"], np.arange(5) + 5 * crop + i)
         assert example["caption"] == example["id"] == "ab"[i]
-        assert example["semseg"].shape == example["clip"].shape == (3, 4)
     as_stored = Tars(root=tmp_path / "tars", **whole).split("train", tmp_path / "data")
     np.testing.assert_array_equal(as_stored[1]["tok_rgb"], tokens[1])
+    assert as_stored[1]["semseg"].shape == (3, 4)
+    uncropped = Tars(root=tmp_path / "tars", num_crops=3, **whole).split("train", tmp_path / "data")
+    with pytest.raises(ValueError, match="semseg/.*a.npy: num_crops is 3, and this is neither tokens nor words"):
+        uncropped[0]
     wrong = Tars(root=tmp_path / "tars", num_crops=4, **whole).split("train", tmp_path / "data")
     with pytest.raises(ValueError, match=r"a.npy: tokens of \[3, 5\], but num_crops is 4; allowed: \[4, num_tokens\]"):
         wrong[0]

@@ -138,11 +138,14 @@ class Cropped:
             raise IndexError(f"crop {index} of {count}")
         place, number = divmod(int(index) % count, self.crops.num)
         example = self.examples[place]
+        file = f" ({example['file']})" if "file" in example else ""
         if "crop" in example:
-            raise ValueError(f"example {place} is a crop already")
+            raise ValueError(f"example {place}{file} is a crop already")
+        if all(map(_is_words, example.values())):  # text alone
+            return example
         extent = next((example[name].shape[:2] for name in PICTURES if _is_picture(name, example, None)), None)
         if extent is None:
-            raise ValueError(f"example {place} has no picture to crop, but: {', '.join(example)}")
+            raise ValueError(f"example {place}{file} has no picture to crop, but: {', '.join(example)}")
         crop = self.crops.draw(*extent, np.random.default_rng([self.seed, place, number]))
         cropped = {}
         for name, value in example.items():
@@ -155,8 +158,8 @@ class Cropped:
             else:
                 kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
                 raise ValueError(
-                    f"{name} ({kind}) of example {place} cannot be cropped: it is neither words, nor boxes, nor of "
-                    f"{extent[0]} x {extent[1]} pixels"
+                    f"{name} ({kind}) of example {place}{file} cannot be cropped: it is neither words, nor boxes, "
+                    f"nor of {extent[0]} x {extent[1]} pixels"
                 )
         return cropped | {"crop": np.array(crop, np.float32)}
 

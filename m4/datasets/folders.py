@@ -212,8 +212,10 @@ class AlignedSplit:
             raise ValueError(f"{stored.file}: cannot be read ({error})") from error
         value = decode(stored.signal, stored.file, data)
         num_crops = self.source.num_crops
-        if num_crops == 1 or not is_tokens(stored.signal, stored.file, value):
+        if num_crops == 1 or isinstance(value, str):
             return value
+        if not is_tokens(stored.signal, stored.file, value):
+            raise ValueError(f"{stored.file}: num_crops is {num_crops}, and this is neither tokens nor words")
         if value.ndim != 2 or len(value) != num_crops:
             given = f"tokens of {list(value.shape)}, but num_crops is {num_crops}"
             raise ValueError(f"{stored.file}: {given}; allowed: [{num_crops}, num_tokens]")

@@ -112,6 +112,10 @@ class Scenes:
         key = hashlib.sha256(json.dumps([VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()[:12]
         return Path(data_dir) / "scenes" / f"{self.variant}-{key}" / VERSION
 
+    def signature(self, data_dir: str | os.PathLike) -> str:
+        """The version of the code that renders."""
+        return VERSION
+
     def prepare(self, data_dir: str | os.PathLike) -> None:
         """Builds all splits unless they are there."""
         folder = self.folder(data_dir)

@@ -310,13 +310,13 @@ class Stamps:
         return Photos(size=self.size, seed=self.seed, **counts)
 
     def signature(self, data_dir: str | os.PathLike) -> str:
-        """12 hex digits over the name and size of every file that is read of the corpus."""
+        """12 hex digits over the version of this code, and name and size of every file that is read of the corpus."""
         files = [f for stamp in corpus(self.path) for f in (stamp.file, stamp.file.with_suffix(".txt"))]
-        return fingerprint([[f.relative_to(self.path).as_posix(), f.stat().st_size] for f in files])
+        return fingerprint([VERSION, *([f.relative_to(self.path).as_posix(), f.stat().st_size] for f in files)])
 
     def folder(self, data_dir: str | os.PathLike) -> Path:
         """Where these examples lie: another recipe, corpus or version of this code has another folder."""
-        key = fingerprint([VERSION, self.signature(data_dir), {**asdict(self), "path": ""}])
+        key = fingerprint([self.signature(data_dir), {**asdict(self), "path": ""}])
         return Path(data_dir) / "stamps" / f"{self.language}-{key}" / VERSION
 
     def prepare(self, data_dir: str | os.PathLike) -> None:

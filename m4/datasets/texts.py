@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m4.components import closest, fingerprint
+from m4.components import closest, fingerprint, replacing
 from m4.datasets.rendering import check
 
 VERSION = 1  # of the index: raise it whenever the same files give another
@@ -123,15 +123,9 @@ class Texts:
         index = self.index(data_dir)
         if index.exists():
             return
-        index.parent.mkdir(parents=True, exist_ok=True)
-        temporary = index.with_name(f".{index.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as out:
-                for row in self._rows():
-                    out.write(struct.pack("=5q", *row))
-            os.replace(temporary, index)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(index) as temporary, open(temporary, "wb") as out:
+            for row in self._rows():
+                out.write(struct.pack("=5q", *row))
 
     def _rows(self) -> Iterator[tuple[int, ...]]:
         for number, path in enumerate(self.paths()):

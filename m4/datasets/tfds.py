@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from m4.components import fingerprint
 from m4.datasets.files import to_rgb
 from m4.datasets.rendering import check
 
@@ -55,8 +56,7 @@ class Tfds:
     {"/m/0bt9lr": "dog"} in open_images_v4, {"18": "dog"} for the numbers that ref_coco has as labels.
 
     `splits` gives tfds's name or slice ("train[90%:]") of a split; those that it lacks are called the same in tfds.
-    `tfds_dir` is where tfds keeps its data, "" its default. Stages that come after do not notice when data are prepared
-    again in another version, unless `name` tells the version.
+    `tfds_dir` is where tfds keeps its data, "" its default.
     """
 
     name: str
@@ -74,6 +74,11 @@ class Tfds:
             raise ValueError(f"num_passes is {self.num_passes}, but must be at least 1")
         if not 0 < self.depth_unit < np.inf:
             raise ValueError(f"depth_unit is {self.depth_unit}, but must be above 0 and finite")
+
+    def signature(self, data_dir: str | os.PathLike) -> str:
+        """12 hex digits over the data set's name with config and version, and the sizes of its splits."""
+        info = builder(self.name, self.tfds_dir).info
+        return fingerprint([info.full_name, {n: [s.num_examples, s.num_bytes] for n, s in sorted(info.splits.items())}])
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
         """Checks the mapping and that tfds has prepared the data; the ValueError tells how to. Writes nothing."""
