@@ -194,7 +194,8 @@ def test_a_failure_of_one_host_ends_the_others_too(root, dataset, tmp_path):
         hosts = [context.Process(target=_prepare, args=a) for a in arguments]
         for host in hosts:
             host.start()
-            time.sleep(1)
+            while host is hosts[0] and not (tmp_path / "data" / ".process-1-of-2").exists():
+                time.sleep(0.1)
         found = dict(seen.get(timeout=100) for _ in hosts)
         for host in hosts:
             host.join(100)
