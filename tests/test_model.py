@@ -23,7 +23,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=["default", "released", pytest.param("gelu", marks=pytest.mark.slow)])
 def model(small_model, modalities, request):
     """Every parameter random, so that biases and tables from zero matter too."""
     model = Model(dataclasses.replace(small_model, **VARIANTS[request.param]), modalities, rngs=nnx.Rngs(0))

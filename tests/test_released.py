@@ -31,11 +31,14 @@ MANIFESTS = [
 ]  # fmt: skip
 
 
-def but_slow(names: list[str], slow: list[str]) -> list:
-    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+QUICK = {"vq_euclidean", "vq_semseg", "vq_poses_memcodes", "divae_unet", *OTHERS}
 
 
-@pytest.mark.parametrize("name", but_slow(VQVAES + DIVAES + OTHERS, ["divae_unet_rgb_clip", "vq_official_vit_s"]))
+def but_slow(names: list[str], quick: set[str]) -> list:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", but_slow(VQVAES + DIVAES + OTHERS, QUICK))
 def test_parity_of_every_array(name):
     """Ids equal; arrays within 3 times the rounding that the fixture's README measured."""
     folder = fixture(f"tokenizers/{name}")
@@ -52,7 +55,7 @@ def test_parity_of_every_array(name):
         np.testing.assert_allclose(out[key], expected[key], rtol=0, atol=allowed, err_msg=key)
 
 
-@pytest.mark.parametrize("name", but_slow(VQVAES + DIVAES, [*DIVAES[1:], "vq_official_vit_s", "vq_euclidean"]))
+@pytest.mark.parametrize("name", but_slow(VQVAES + DIVAES, QUICK - {"divae_unet"}))
 def test_there_and_back_with_equal_bytes(name, tmp_path):
     folder = fixture(f"tokenizers/{name}")
     spec, meta = (json.loads((folder / f"{f}.json").read_text()) for f in ("state_dict", "meta"))

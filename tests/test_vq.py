@@ -319,7 +319,7 @@ def test_losses():
 
 @pytest.mark.parametrize(
     "name",
-    ["cosine", "fsq", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lookup_free", "product", "euclidean"))],
+    ["fsq", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cosine", "lookup_free", "product", "euclidean"))],
 )
 def test_any_quantizer_trains_in_any_network(name):
     """At two resolutions in turn."""
@@ -403,6 +403,7 @@ def train_command(folder, name: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "m4_tokenizers", "train", str(folder / "config.py"), *out, *more]
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_exactly(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": 300}
