@@ -158,8 +158,10 @@ def test_a_palette_is_that_of_the_example_or_else_of_its_image():
     np.testing.assert_array_equal(PALETTE.signal_of(EXAMPLES[1]), extract_palette(EXAMPLES[1]["rgb"], 5))
     stored = encode(EXAMPLES[:2], TOKENIZERS)  # as the data pipeline does
     assert [sorted(record) for record in stored] == [["metadata", "palette"]] * 2
-    (bare,) = encode([{"caption": "neither"}], TOKENIZERS)
-    assert bare == {}
+    (bare,) = encode([{"palette": EXAMPLES[0]["palette"]}], TOKENIZERS)
+    assert bare.keys() == {"palette"}
+    with pytest.raises(ValueError, match="has none of palette, metadata, but: caption"):
+        encode([{"caption": "neither"}], TOKENIZERS)
 
 
 def test_image_metadata_of_known_images():
