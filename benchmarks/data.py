@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from examples import random_example
 
 from m4 import fourm
-from m4.data import Dataset, Stream, TokenShards
+from m4.data import VERSION, Dataset, Stream, TokenShards
 from m4.masking import Masking, Strategy
 from m4.modality import Features, Modalities
 from m4.pretokenize import compact
@@ -38,8 +38,14 @@ def write(folder: Path, modalities: Modalities, names: list[str], count: int) ->
         example = random_example(modalities, rng)
         writer.write(safetensors.numpy.save({n: compact(example[n], modalities.named(n)) for n in names}))
     writer.close()
-    shards = {path.name: {"num_examples": count, "bytes": path.stat().st_size}}
-    (folder / "train.json").write_text(json.dumps({"num_examples": count, "shards": shards, "tokenizers": {}}))
+    manifest = {
+        "version": VERSION,
+        "num_examples": count,
+        "shards": {path.name: {"num_examples": count, "bytes": path.stat().st_size}},
+        "tokenizers": {},
+        "sets": [{"modalities": names, "num_examples": count}],
+    }
+    (folder / "train.json").write_text(json.dumps(manifest))
 
 
 def rss_mib() -> int:
