@@ -1,96 +1,102 @@
 """One run, top to bottom: prepare, train (or resume), evaluate."""
 
+import collections
 import functools
-import shutil
-import signal
+import json
 import sys
 
 import jax
-import optax
-from flax import nnx
 
-from m4 import checkpoints, losses, sharding
+from m4 import checkpoints, flops, sharding
+from m4.components import to_json, write_atomically
 from m4.config import from_cli, save_or_check
 from m4.data import Stream
-from m4.evals.suite import evaluate
+from m4.evals.suite import evaluate, sample_gallery
 from m4.metrics import Metrics
-from m4.model import Model
 from m4.pretokenize import Team, prepare
-from m4.tokens import normalized
-
-
-def train_step(graph, optimizer, c, params, state, batch, step):
-    key = jax.random.fold_in(jax.random.key(c.seed), step)
-
-    batch = normalized(batch, c.modalities)
-
-    def loss_fn(params):
-        model = nnx.merge(graph, params)
-        return losses.cross_entropy(model, model(batch, key), batch.targets, weighting=c.loss)
-
-    (loss, detail), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    updates, state = optimizer.update(grads, state, params)
-    scalars = {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "slots/inputs": batch.inputs.valid.mean(),
-        "slots/targets": batch.targets.valid.mean(),
-        **{f"loss/{k}": v for k, v in detail["loss"].items()},
-    }
-    return optax.apply_updates(params, updates), state, scalars
+from m4.step import Trainer
 
 
 def main(c) -> None:
     # Everything that can be wrong is found before compute is spent.
     c.check()
+    sharding.join_processes()
     mesh = c.mesh.make()
-    sharding.check_batch_size(c.batch_size, mesh)
+    sharding.check_sizes(c.batch_size, c.masking.num_targets, c.micro_batches, c.model.width, mesh)
+    part, num_parts = sharding.part_of_batch(mesh)
     save_or_check(c)
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
     team = Team(index=jax.process_index(), count=jax.process_count())
     prepared = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, team=team)
-    for m in c.modalities:
-        target = checkpoints.tokenizer_file(c.folder, m)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(prepared.tokenizer_files[m.name], target)
+    for m in c.modalities if team.index == 0 else ():
+        write_atomically(checkpoints.tokenizer_file(c.folder, m), prepared.tokenizer_files[m.name].read_bytes())
 
-    # The model and optimizer, initialised under jit where they live.
-    optimizer = c.optimizer.make(c.num_steps)
-    constrain = sharding.constrain_activations(mesh)
-    init = lambda: nnx.split(Model(c.model, c.modalities, rngs=nnx.Rngs(c.seed), constrain=constrain), nnx.Param)  # noqa: E731
-    graph, abstract = nnx.eval_shape(init)
-    params = jax.jit(lambda: init()[1], out_shardings=sharding.shardings(abstract, mesh))()
-    state = jax.jit(optimizer.init, out_shardings=sharding.shardings(jax.eval_shape(optimizer.init, abstract), mesh))(
-        params
-    )
-    print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters on {mesh.size} device(s)", flush=True)
-
-    # The example stream, and the last checkpoint if there is one.
+    # The model, its optimizer and the example stream: from the last checkpoint, else from the start.
+    trainer = Trainer(c, mesh)
     stream = Stream(
         prepared.shards("train"), c.datasets, c.masking, c.modalities, batch_size=c.batch_size, seed=c.seed,
-        process_index=team.index, process_count=team.count, num_workers=c.num_workers,
+        process_index=part, process_count=num_parts, num_workers=c.num_workers,
         place=functools.partial(sharding.shard_batch, mesh=mesh),
     )  # fmt: skip
-    saved = checkpoints.Checkpoints(c.folder / "checkpoints")
+    saved = checkpoints.Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every)
     first_step = saved.latest
     if first_step:
-        params, state, position = saved.restore(params, state)
+        state, position = saved.restore(trainer.abstract_state)
         stream.set_state(position)
         print(f"resumed from step {first_step}", flush=True)
+    else:
+        state = trainer.init()
+        if c.init_from:
+            params, report = checkpoints.load_weights(state.params, trainer.model, c.init_from)
+            state = trainer.with_params(state, params)
+            print(f"weights of {c.init_from}:\n{report}", flush=True)
+
+    # What a step costs, counted, and what the devices can do.
+    flops_per_step = c.batch_size * flops.model_flops(
+        c.model, c.modalities, c.masking.num_inputs, c.masking.num_targets, stream.mean_targets()
+    )
+    peak, source = flops.peak_flops(jax.local_devices()[0], c.model.dtype)
+    print(
+        f"{trainer.num_parameters:,} parameters; mesh {dict(mesh.shape)} of {jax.process_count()} process(es)\n"
+        f"model FLOPs per step {flops_per_step:.3g}; peak {peak * mesh.size:.3g} FLOP/s ({source})",
+        flush=True,
+    )
 
     # Steps. SIGTERM (preemption) ends the run after the current step, with a checkpoint.
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    step_fn = jax.jit(functools.partial(train_step, graph, optimizer, c), donate_argnums=(0, 1))
-    tokens_per_step = c.batch_size * (c.masking.num_inputs + c.masking.num_targets)
-    metrics = Metrics(c.folder, first_step=first_step, num_steps=c.num_steps, tokens_per_step=tokens_per_step)
+    stop_asked = sharding.stop_signal()
+    metrics = Metrics(
+        c.folder, first_step=first_step, num_steps=c.num_steps, wandb=c.wandb,
+        tokens_per_step=c.batch_size * (c.masking.num_inputs + c.masking.num_targets),
+        flops_per_step=flops_per_step, peak_flops=peak * mesh.size,
+    )  # fmt: skip
+    addresses, before = collections.deque(maxlen=c.max_skipped + 1), {"skipped_in_a_row": 0}
+    stop = False
     for step in range(first_step + 1, c.num_steps + 1):
-        params, state, scalars = step_fn(params, state, next(stream), step)
+        if step == c.profile[0]:
+            jax.profiler.start_trace(str(c.folder / "profile"))
+        addresses.append({"step": step, "first_example": stream.next_example, "num_examples": c.batch_size})
+        batch = metrics.wait_for(stream)
+        with jax.set_mesh(mesh):
+            state, scalars = trainer.step(state, batch, step)
+        if step == c.profile[1]:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+        stop = stop_asked(step)
         if step % c.log_every == 0 or step == c.num_steps:
             metrics.write(step, jax.device_get(scalars))
+        # Of the step before, for the devices never to wait for this process.
+        if int(before["skipped_in_a_row"]) >= c.max_skipped:
+            write_atomically(c.folder / "not_finite.json", json.dumps(list(addresses), indent=1).encode())
+            raise ValueError(
+                f"gradients were not finite in {c.max_skipped} steps in a row; {c.folder}/not_finite.json says which "
+                "examples of the stream they read; the last checkpoint is from before"
+            )
+        before = scalars
         if step % c.save_every == 0 or step == c.num_steps or stop:
-            saved.save(step, params, state, stream.get_state())
+            saved.save(step, state, stream.get_state(), to_json(c))
+        if c.gallery_every and step % c.gallery_every == 0 and jax.process_count() == 1:
+            metrics.picture(step, "samples", sample_gallery(c, trainer.trained(state), prepared.tokenizers, step))
         if stop:
             print(f"stopped by SIGTERM; the same command goes on from step {step}", flush=True)
             break
@@ -99,7 +105,7 @@ def main(c) -> None:
     metrics.close()
 
     # Scores and pictures.
-    if not stop and c.evaluations:
+    if not stop and c.evaluations and team.index == 0:
         evaluate(c.folder)
 
 

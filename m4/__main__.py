@@ -1,8 +1,9 @@
-"""`python -m m4 VERB`: pretokenize, data, generate, evaluate, convert."""
+"""`python -m m4 VERB`: pretokenize, data, plan, generate, evaluate, convert."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -76,6 +77,36 @@ def evaluate(argv: list[str]) -> None:
     from m4.evals import suite
 
     suite.evaluate(args.run, args.out, seed=args.seed)
+
+
+def plan(argv: list[str]) -> None:
+    """CONFIG.py --topology NAME [--field value ...]: memory, collectives and speed of a run, without its devices.
+
+    Compiles the run's training step for a TPU topology (v5e:16x16, v5p:4x4x8, v5e:16x16*2 for two slices; libtpu is
+    needed, a TPU is not) or for simulated devices (cpu:8). Exits with 0 if it compiles and fits, 1 if it does not fit,
+    2 if it cannot be tried. Further --field value pairs override fields of the config, such as --mesh.fsdp 64.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m m4 plan", description=plan.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a Python file that defines `config`")
+    parser.add_argument("--topology", required=True, metavar="NAME")
+    parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
+    args, overrides = parser.parse_known_args(argv)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a device that is here is not wanted
+    from m4 import plan as planning
+    from m4.config import from_cli
+
+    config = from_cli(plan.__doc__, [args.config, *overrides])
+    try:
+        result = planning.plan(config, args.topology)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    print(json.dumps(result) if args.json else planning.table(result))
+    raise SystemExit(0 if result["fits"] else 1)
 
 
 def generate(argv: list[str]) -> None:
@@ -184,7 +215,7 @@ def _sample_names(values: list[str], num_samples: int) -> list[str]:
     return [f"{s}_{k}" if num_samples > 1 else s for s in stems for k in range(num_samples)]
 
 
-VERBS = {f.__name__: f for f in (pretokenize, data, generate, evaluate, convert)}
+VERBS = {f.__name__: f for f in (pretokenize, data, plan, generate, evaluate, convert)}
 
 
 def main(argv: list[str]) -> None:

@@ -1,35 +1,48 @@
 """Orbax checkpoints of a run, from which it resumes exactly, and loading a run's model for use.
 
-WORKDIR/checkpoints/STEP/{params, optimizer, data}      data = position of the example stream
-WORKDIR/config.json                                     all that is needed to build the model again
+WORKDIR/checkpoints/STEP/{params, optimizer, average, counters}   arrays; average: if the run keeps one
+WORKDIR/checkpoints/STEP/{data, config}                           JSON: position of the example stream, the run's config
+WORKDIR/config.json                                               all that is needed to build the model again
 WORKDIR/tokenizers/*.safetensors
+
+Arrays are restored on any mesh and any number of hosts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from m4.components import from_json, load_tokenizer
 from m4.modality import Features, Modalities, Modality, Tokenizer
 from m4.model import Model
+from m4.model_file import load_model, parameters
+from m4.step import TrainState
 
 
 @dataclasses.dataclass
 class Checkpoints:
-    """Numbered checkpoints in a folder: the last `max_to_keep`, written in the background, complete or not at all."""
+    """Numbered checkpoints in a folder, written in the background, complete or not at all.
+
+    Kept: the last `keep_last`, and those of every `keep_every` steps (0: no further ones). `close` when done.
+    """
 
     folder: Path
-    max_to_keep: int = 2
+    keep_last: int = 2
+    keep_every: int = 0
 
     def __post_init__(self):
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.max_to_keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep_last, keep_period=self.keep_every or None, cleanup_tmp_directories=True
+        )
         self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
     @property
@@ -37,24 +50,33 @@ class Checkpoints:
         """The last complete step, 0 without any."""
         return self.manager.latest_step() or 0
 
-    def save(self, step: int, params: Any, optimizer: Any, data: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
+        """Copies the arrays, then writes them while training goes on."""
         if step == self.latest:
             return
-        arrays = {"params": ocp.args.StandardSave(params), "optimizer": ocp.args.StandardSave(optimizer)}
-        self.manager.save(step, args=ocp.args.Composite(**arrays, data=ocp.args.JsonSave(data)))
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        texts = {"data": ocp.args.JsonSave(data), "config": ocp.args.JsonSave(config)}
+        self.manager.save(step, args=ocp.args.Composite(**arrays, **texts))
 
-    def restore(self, params: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """The last step's arrays, placed like the given ones (shapes are checked), and the data position."""
-        like = {"params": params, "optimizer": optimizer}
-        arrays = {
-            k: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, v)) for k, v in like.items()
-        }
-        restored = self.manager.restore(self.latest, args=ocp.args.Composite(**arrays, data=ocp.args.JsonRestore()))
-        return restored["params"], restored["optimizer"], restored["data"]
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The last step's arrays with the given shapes and places, and the position of the example stream."""
+        like = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
+        restored = self.manager.restore(self.latest, args=ocp.args.Composite(**like, data=ocp.args.JsonRestore()))
+        counters = restored["counters"]
+        average = restored["average"] if abstract.average is not None else None
+        return TrainState(restored["params"], restored["optimizer"], average, **counters), restored["data"]
 
     def close(self) -> None:
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    items = {"params": state.params, "optimizer": state.optimizer}
+    if state.average is not None:
+        items["average"] = state.average
+    counters = {name: getattr(state, name) for name in ("num_skipped", "num_skipped_in_a_row")}
+    return {**items, "counters": counters}
 
 
 def tokenizer_file(folder: Path, modality: Modality) -> Path:
@@ -74,8 +96,13 @@ class TrainedModel:
 
 
 def load_run(workdir: Path) -> TrainedModel:
-    """The last checkpoint of a run's folder, with its config and tokenizers."""
-    workdir = Path(workdir)
+    """The last checkpoint of a run's folder, or the one in WORKDIR/checkpoints/STEP, with its config and tokenizers.
+
+    Of a run that averages its parameters, the average.
+    """
+    workdir, wanted = Path(workdir), None
+    if workdir.name.isdecimal() and workdir.parent.name == "checkpoints":
+        workdir, wanted = workdir.parent.parent, int(workdir.name)
     if not (workdir / "config.json").exists():
         runs = sorted(str(p.parent) for p in workdir.parent.glob("*/config.json")) if workdir.parent.exists() else []
         raise ValueError(f"{workdir} is not a run (no config.json); runs beside it: {', '.join(runs) or '(none)'}")
@@ -88,8 +115,92 @@ def load_run(workdir: Path) -> TrainedModel:
     graph, params = nnx.split(model, nnx.Param)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
-    step = manager.latest_step()
-    restored = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
+    step = wanted or manager.latest_step()
+    if step not in manager.all_steps():
+        raise ValueError(
+            f"{workdir} has no checkpoint of step {step}; it has: {', '.join(map(str, manager.all_steps()))}"
+        )
+    item = "average" if config.average_decay else "params"
+    restored = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
     manager.close()
     tokenizers = {m.name: load_tokenizer(tokenizer_file(workdir, m)) for m in modalities}
-    return TrainedModel(nnx.merge(graph, restored["params"]), tokenizers, config, step)
+    return TrainedModel(nnx.merge(graph, restored[item]), tokenizers, config, step)
+
+
+@dataclasses.dataclass
+class LoadedWeights:
+    """What `load_weights` did, as names of parameters; rows of tables as TABLE[MODALITY]."""
+
+    loaded: list[str]
+    new: list[str]  # of this model alone: left as they were initialised
+    missing: list[str]  # of the other model alone: not used
+    mismatched: list[str]  # in both, with different shapes: left as they were initialised
+
+    def __str__(self) -> str:
+        parts = []
+        for kind in ("loaded", "new", "missing", "mismatched"):
+            names = getattr(self, kind)
+            shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+            parts.append(f"  {kind:<11}{len(names):>5}" + (f"  {shown}" if names and kind != "loaded" else ""))
+        return "\n".join(parts)
+
+
+def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, LoadedWeights]:
+    """Parameters with all that fits of a run's folder or a model file; each stays where it is.
+
+    Tables are matched by modality, so that a model with further modalities keeps the old ones' rows bit for bit.
+    ValueError if nothing fits.
+    """
+    source = Path(source)
+    other = load_run(source).model if source.is_dir() else load_model(source)
+    theirs = {name: np.asarray(x[...]) for name, x in parameters(nnx.state(other, nnx.Param)).items()}
+    report = LoadedWeights([], [], [], [])
+    names, rows, old_rows = model.modalities.names, model.table_rows, other.table_rows
+    flat, used = [], set()
+
+    def put(x, value, first, name):
+        if value.shape != (x.shape if first is None else (first[1] - first[0], *x.shape[1:])):
+            report.mismatched.append(f"{name} {list(value.shape)}")
+            return x
+        report.loaded.append(name)
+        return _set(x, value.astype(x.dtype), first)
+
+    for path, variable in nnx.to_flat_state(params):
+        name, x = ".".join(map(str, path)), variable[...]
+        if name in rows:
+            for i, modality in enumerate(names):
+                place = rows[name][i], rows[name][i + 1]
+                if place[0] == place[1]:
+                    continue
+                title = f"{name}[{modality}]"
+                j = other.modalities.names.index(modality) if modality in other.modalities.names else None
+                old = (0, 0) if j is None or name not in old_rows else (old_rows[name][j], old_rows[name][j + 1])
+                if old[0] == old[1]:
+                    report.new.append(title)
+                    continue
+                used.add(title)
+                x = put(x, theirs[name][old[0] : old[1]], place, title)
+        elif name in theirs:
+            used.add(name)
+            x = put(x, theirs[name], None, name)
+        else:
+            report.new.append(name)
+        flat.append((path, variable.replace(x)))
+    for name in theirs:
+        if name not in old_rows:
+            report.missing += [name] * (name not in used)
+            continue
+        for i, modality in enumerate(other.modalities.names):
+            if old_rows[name][i] < old_rows[name][i + 1] and f"{name}[{modality}]" not in used:
+                report.missing.append(f"{name}[{modality}]")
+    if not report.loaded:
+        raise ValueError(f"nothing of {source} fits this model:\n{report}")
+    return nnx.from_flat_state(flat), report
+
+
+def _set(x: jax.Array, value: np.ndarray, rows: tuple[int, int] | None) -> jax.Array:
+    """x with a value from the host in its place, or in place of some rows; cut over devices as x is."""
+    if rows is None:
+        return jax.make_array_from_callback(x.shape, x.sharding, lambda index: value[index])
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=rows[0], axis=0)
+    return jax.jit(write, out_shardings=x.sharding)(x, value)

@@ -28,6 +28,12 @@ class Config:
     datasets: what is read, by weight (the first is also what evaluations score); tokenizers: recipes, in the model's
     modality order (m4.modality.Recipe); evaluations: directions to score (m4.evals.suite.Direction). batch_size is the
     global number of examples a step; num_workers processes on each host read and mask them (0: threads).
+    micro_batches: parts of a batch that are computed one after the other, for memory; the gradient is the same.
+    average_decay: of an exponential moving average of the parameters, which is then what is evaluated (0: none).
+    init_from: a run's folder or a model file whose weights are loaded before the first step.
+    keep_last, keep_every: which checkpoints stay. max_skipped: the run stops when so many steps in a row had gradients
+    that are not finite. gallery_every: steps between pictures of samples (0: at the end alone); profile: first and last
+    step of a profile for TensorBoard or Perfetto (0 0: none); wandb: a project of Weights & Biases.
     """
 
     name: str
@@ -41,11 +47,21 @@ class Config:
     evaluations: tuple[Any, ...] = ()
     num_eval_samples: int = 512
     batch_size: int = 64
+    micro_batches: int = 1
     num_workers: int = 0
     num_steps: int = 1000
     seed: int = 0
+    z_loss: float = 0.0
+    average_decay: float = 0.0
+    init_from: str = ""
     log_every: int = 20
     save_every: int = 200
+    keep_last: int = 2
+    keep_every: int = 0
+    max_skipped: int = 20
+    gallery_every: int = 0
+    profile: tuple[int, int] = (0, 0)
+    wandb: str = ""
     workdir: str = ""  # "" = runs/<name>
     data_dir: str = "data"
 
@@ -59,12 +75,21 @@ class Config:
 
     def check(self) -> None:
         """All that can be known to be wrong before compute is spent."""
-        for field in ("batch_size", "num_steps", "log_every", "save_every", "num_eval_samples"):
+        for field in (
+            "batch_size", "micro_batches", "num_steps", "log_every", "save_every", "keep_last", "max_skipped",
+            "num_eval_samples",
+        ):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        for field in ("num_workers", "seed"):
+        for field in ("num_workers", "seed", "z_loss", "keep_every", "gallery_every"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay={self.average_decay} must be at least 0 and less than 1")
+        if not 0 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile={self.profile} must be the first and the last step, in this order")
+        if self.gallery_every and not (self.evaluations and self.datasets and self.datasets[0].source is not None):
+            raise ValueError("gallery_every needs evaluations, and a first data set with raw examples")
         self.masking.check(self.modalities)
         labels = [d.label for d in self.datasets]
         if not labels or len(set(labels)) < len(labels):
@@ -83,6 +108,13 @@ FREE_TO_CHANGE = (
     "evaluations",
     "num_eval_samples",
     "num_workers",
+    "micro_batches",
+    "keep_last",
+    "keep_every",
+    "max_skipped",
+    "gallery_every",
+    "profile",
+    "wandb",
 )
 
 

@@ -265,6 +265,12 @@ class Stream:
         self.next_example += self.batch_size
         return batch
 
+    def mean_targets(self, count: int = 128) -> dict[str, float]:
+        """Target tokens of each modality in an example, on average over the first of the stream."""
+        targets = self.mask([self.examples[i] for i in range(count)]).targets
+        names = self.mask.modalities.names
+        return dict(zip(names, np.bincount(targets.modality[targets.valid], minlength=len(names)) / count, strict=True))
+
     def get_state(self) -> dict[str, Any]:
         return {"next_example": self.next_example, "identity": self.identity}
 

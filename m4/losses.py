@@ -6,6 +6,9 @@ Targets are sorted by modality and each modality's run is cut into blocks of K t
 run time multiplies each block by its own [V D] table. No token is dropped whatever the draw, shapes are static, and no
 more than K x V logits exist at a time. The gradient is computed in the same sweep (the loss is a scalar, so that the
 backward pass only scales it).
+
+On a mesh each device does so with its own tokens, cut over all devices. It gathers the rows of one modality at a time,
+and their gradient is summed over the devices before it comes to the next.
 """
 
 from __future__ import annotations
@@ -17,26 +20,46 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from m4.model import Model
+from m4.nn import BATCH
 from m4.tokens import Targets
 
+TABLE = ("fsdp", "tensor")  # axes of a mesh over which the columns of tables are cut
 Weighting = Literal["modality", "token", "4m_modality", "4m_token"]
 
 
-def cross_entropy(model: Model, hidden: Float[Array, "B M D"], targets: Targets, *, weighting: Weighting = "modality"):
+def token_counts(targets: Targets, num_modalities: int) -> Int[Array, " modalities"]:
+    """Numbers of targets by modality."""
+    modality = jnp.where(targets.valid, targets.modality, -1).reshape(-1, 1)
+    return (modality == jnp.arange(num_modalities)[None]).sum(0)
+
+
+def cross_entropy(
+    model: Model,
+    hidden: Float[Array, "B M D"],
+    targets: Targets,
+    *,
+    weighting: Weighting = "modality",
+    counts: Int[Array, " modalities"] | None = None,
+    z_loss: float = 0.0,
+):
     """The loss in nats, and each modality's own mean (NaN when absent) and number of tokens.
 
     "modality": the mean over the modalities present in the global batch of their mean over its tokens. "token": the
-    mean over all tokens. Both are taken over the whole batch, so that no cut over devices changes them.
+    mean over all tokens. Both are taken over the whole batch, so that no cut over devices changes them. `counts`: the
+    whole batch's `token_counts` when `targets` are a part of it, for the parts' losses and gradients to add up to the
+    whole batch's. z_loss: weight of log(sum(exp(logits)))^2 of each token, which holds logits near zero (PaLM,
+    Chowdhery et al. 2022, section 5); it is not part of the modalities' means.
 
     The original's formulas, for parity: "4m_modality" divides by all modalities that the model predicts, so that absent
     ones count as zero; "4m_token" weighs each modality's mean by its number of logits, tokens times vocabulary.
     """
     num_modalities, rows = len(model.modalities), model.output_rows
-    modality = jnp.where(targets.valid, targets.modality, num_modalities).reshape(-1)
-    counts = jnp.bincount(modality, length=num_modalities + 1)[:num_modalities]
+    modality = jnp.where(targets.valid, targets.modality, num_modalities)
+    counts = token_counts(targets, num_modalities) if counts is None else counts
     num_present = {
         "modality": jnp.maximum((counts > 0).sum(), 1), "4m_modality": sum(m.is_target for m in model.modalities)
     }  # fmt: skip
@@ -46,9 +69,8 @@ def cross_entropy(model: Model, hidden: Float[Array, "B M D"], targets: Targets,
         share = jnp.ones(num_modalities) if weighting == "token" else jnp.asarray(np.diff(rows), jnp.float32)
         per_token = share / jnp.maximum((counts * share).sum(), 1)
     total, sums = summed_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), model.output_table, targets.ids.reshape(-1), modality,
-        per_token.astype(jnp.float32), rows,
-    )  # fmt: skip
+        hidden, model.output_table, targets.ids, modality, per_token.astype(jnp.float32), rows, z_loss
+    )
     means = sums / (jnp.maximum(counts, 1) * per_token)
     detail = {
         m.name: jnp.where(counts[i] > 0, means[i], jnp.nan) for i, m in enumerate(model.modalities) if m.is_target
@@ -56,74 +78,113 @@ def cross_entropy(model: Model, hidden: Float[Array, "B M D"], targets: Targets,
     return total, {"loss": detail, "count": {m.name: counts[i] for i, m in enumerate(model.modalities)}}
 
 
-def _sweep(hidden, table, ids, modality, weight, table_rows: tuple[int, ...], block: int, with_gradient: bool):
+def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with_gradient, mesh_axes):
+    """One device's tokens and its columns of the table -> loss, its parts, and the gradients of both."""
+    shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
+    ids, modality = ids.reshape(-1), modality.reshape(-1)
+    block = min(block, len(ids))
+    columns = tuple(a for a in mesh_axes if a in TABLE)
     order = jnp.argsort(modality)
     counts = jnp.bincount(modality, length=len(table_rows))
     starts = jnp.cumsum(counts) - counts
-    sums, d_hidden, d_table = [], jnp.zeros_like(hidden, jnp.float32), jnp.zeros_like(table, jnp.float32)
+    sums, d_hidden, d_table = [], jnp.zeros_like(hidden, jnp.float32), []
+    loss = jnp.zeros((), jnp.float32)
     for i, (first, last) in enumerate(itertools.pairwise(table_rows)):
         if first == last:
             sums.append(jnp.zeros((), jnp.float32))
             continue
+        # The barrier: else the rows of all modalities would be gathered, and held, before the first loop.
+        rows_of_table, d_hidden, loss = jax.lax.optimization_barrier((table[first:last], d_hidden, loss))
+        vocabulary = rows_of_table.astype(hidden.dtype)
+        if columns:
+            vocabulary = jax.lax.all_gather(vocabulary, columns, axis=1, tiled=True)
 
-        def body(k, carry, i=i, first=first, last=last):
-            total, d_hidden, d_table = carry
-            # The start depends on k in form only: copies of all modalities' rows before the first loop would be held.
-            vocabulary = jax.lax.dynamic_slice_in_dim(table, first + jnp.minimum(k, 0), last - first).astype(
-                hidden.dtype
-            )
+        def body(k, carry, i=i, vocabulary=vocabulary):
+            loss, total, d_hidden, d_vocabulary = carry
             place = k * block + jnp.arange(block)
             inside = place < counts[i]
             rows = order[jnp.where(inside, starts[i] + place, 0)]
             x = hidden[rows]
             logits = jnp.einsum("kd,vd->kv", x, vocabulary, preferred_element_type=jnp.float32)
             target = jnp.clip(ids[rows], 0, vocabulary.shape[0] - 1)
-            shifted = logits - logits.max(-1, keepdims=True)
+            largest = logits.max(-1, keepdims=True)
+            shifted = logits - largest
             exp = jnp.exp(shifted)
             norm = exp.sum(-1, keepdims=True)
+            log_norm = jnp.log(norm[:, 0])
             scale = jnp.where(inside, weight[i], 0.0)
-            nll = jnp.log(norm[:, 0]) - jnp.take_along_axis(shifted, target[:, None], axis=1)[:, 0]
+            nll = log_norm - jnp.take_along_axis(shifted, target[:, None], axis=1)[:, 0]
+            log_z = log_norm + largest[:, 0]
             total = total + (scale * nll).sum()
+            loss = loss + (scale * (nll + z_loss * log_z**2 if z_loss else nll)).sum()
             if with_gradient:
                 is_target = jnp.arange(len(vocabulary))[None] == target[:, None]
-                g = (exp * (scale[:, None] / norm) - jnp.where(is_target, scale[:, None], 0)).astype(x.dtype)
-                d_vocabulary = jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
-                d_table = d_table.at[first : first + len(d_vocabulary)].add(d_vocabulary)
+                up = scale * (1 + 2 * z_loss * log_z) if z_loss else scale
+                g = (exp * (up[:, None] / norm) - jnp.where(is_target, scale[:, None], 0)).astype(x.dtype)
+                d_vocabulary = d_vocabulary + jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
                 d_x = jnp.einsum("kv,vd->kd", g, vocabulary, preferred_element_type=jnp.float32)
                 d_hidden = d_hidden.at[jnp.where(inside, rows, hidden.shape[0])].set(d_x, mode="drop")
-            return total, d_hidden, d_table
+            return loss, total, d_hidden, d_vocabulary
 
         num_blocks = (counts[i] + block - 1) // block
-        start = (jnp.zeros((), jnp.float32), d_hidden, d_table)
-        total, d_hidden, d_table = jax.lax.fori_loop(0, num_blocks, body, start)
+        d_vocabulary = jnp.zeros(vocabulary.shape if with_gradient else (), jnp.float32)
+        start = (loss, jnp.zeros((), jnp.float32), d_hidden, d_vocabulary)
+        loss, total, d_hidden, d_vocabulary = jax.lax.fori_loop(0, num_blocks, body, start)
         sums.append(total)
+        if with_gradient and columns:
+            d_vocabulary = jax.lax.psum_scatter(d_vocabulary, columns, scatter_dimension=1, tiled=True)
+        d_table.append(jax.lax.psum(d_vocabulary, tuple(a for a in mesh_axes if a not in TABLE)))
     sums = jnp.stack(sums)
-    return (sums.sum(), sums), d_hidden, d_table
+    d_table = jnp.concatenate(d_table) if with_gradient else jnp.zeros((), jnp.float32)
+    return jax.lax.psum((loss, sums), mesh_axes), d_hidden.reshape(shape), d_table
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, block, with_gradient):
+    mesh = jax.sharding.get_abstract_mesh()
+    sweep = functools.partial(
+        _sweep,
+        table_rows=table_rows,
+        z_loss=z_loss,
+        block=block,
+        with_gradient=with_gradient,
+        mesh_axes=mesh.axis_names,
+    )
+    if mesh.empty:
+        return sweep(hidden, table, ids, modality, weight)
+    tokens, columns = P(BATCH, "tensor"), P(None, TABLE)
+    return jax.shard_map(
+        sweep,
+        in_specs=(tokens, columns, tokens, tokens, P()),
+        out_specs=((P(), P()), tokens, columns if with_gradient else P()),
+        check_vma=False,  # what the loop carries becomes different on each device in its first turn
+    )(hidden, table, ids, modality, weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def summed_cross_entropy(
-    hidden: Float[Array, "N D"],
+    hidden: Float[Array, "B M D"],
     table: Float[Array, "V D"],
-    ids: Int[Array, " N"],
-    modality: Int[Array, " N"],
+    ids: Int[Array, "B M"],
+    modality: Int[Array, "B M"],
     weight: Float[Array, " modalities"],
     table_rows: tuple[int, ...],
+    z_loss: float = 0.0,
     block: int = 128,
 ):
-    """Sum of weight x negative log-likelihood, and its part of each modality, whose rows begin at table_rows[i].
+    """Sum of weight x (negative log-likelihood + z-loss); and the likelihood's part of each modality, whose rows of the
+    table begin at table_rows[i]. A modality past the last marks padding.
 
     Only the sum is differentiable.
     """
-    return _sweep(hidden, table, ids, modality, weight, table_rows, min(block, len(ids)), False)[0]
+    return _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, block, False)[0]
 
 
-def _forward(hidden, table, ids, modality, weight, table_rows, block):
-    out, d_hidden, d_table = _sweep(hidden, table, ids, modality, weight, table_rows, min(block, len(ids)), True)
+def _forward(hidden, table, ids, modality, weight, table_rows, z_loss, block):
+    out, d_hidden, d_table = _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, block, True)
     return out, (d_hidden.astype(hidden.dtype), d_table.astype(table.dtype))
 
 
-def _backward(table_rows, block, residuals, g):
+def _backward(table_rows, z_loss, block, residuals, g):
     d_hidden, d_table = residuals
     return d_hidden * g[0].astype(d_hidden.dtype), d_table * g[0], None, None, None
 

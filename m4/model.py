@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from m4.modality import Features, Modalities, Modality, Sequence
-from m4.nn import BlockConfig, Constrain, DecoderBlock, EncoderBlock, LayerNorm, Linear
+from m4.nn import BATCH, BlockConfig, DecoderBlock, EncoderBlock, LayerNorm, Linear, cut, lookup
 from m4.tokens import MaskedBatch, Targets, Tokens
 
 NUM_SHOTS = 17  # the query and up to 16 in-context examples
@@ -49,6 +49,7 @@ class ModelConfig(BlockConfig):
     position_base is the longest wavelength of the sine-cosine positions over 2 pi: for small grids a smaller one tells
     neighbours apart sooner.
     num_registers: learned tokens before all inputs of the encoder (Darcet et al. 2023).
+    remat: what the backward pass computes again instead of keeping: nothing, all but matrix products, or whole blocks.
     encoder_drop_path, decoder_drop_path: stochastic depth in training, from 0 in the first block to this in the last.
     """
 
@@ -63,6 +64,7 @@ class ModelConfig(BlockConfig):
     decoder_causal: bool = False
     encoder_drop_path: float = 0.0
     decoder_drop_path: float = 0.0
+    remat: Literal["none", "products", "blocks"] = "none"
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,13 +108,11 @@ def survival(key: PRNGKeyArray | None, num_branches: int, depth: int, rate: floa
 
 
 class Model(nnx.Module):
-    """`constrain` is applied to activations between blocks; the model knows nothing of meshes."""
+    """On one device, or on the mesh that is set: activations are cut by example between blocks."""
 
-    def __init__(
-        self, config: ModelConfig, modalities: Modalities, *, rngs: nnx.Rngs, constrain: Constrain = lambda x: x
-    ):
+    def __init__(self, config: ModelConfig, modalities: Modalities, *, rngs: nnx.Rngs):
         c = config
-        self.config, self.modalities, self.constrain = config, modalities, constrain
+        self.config, self.modalities = config, modalities
 
         def table(rows: int) -> nnx.Param | None:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, c.width))) if rows else None
@@ -190,7 +190,7 @@ class Model(nnx.Module):
 
     def _tokens(self, table: nnx.Param, rows: tuple[int, ...], ids: Array, modality: Array) -> Float[Array, "B L D"]:
         index = jnp.clip(jnp.asarray(rows, jnp.int32)[modality] + ids, 0, rows[-1] - 1)
-        return table[...][index] * self.config.embedding_scale
+        return lookup(table[...], index) * self.config.embedding_scale
 
     def encoder_input(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B C D"]:
         """Registers, then content + address; slots that are not valid hold meaningless numbers."""
@@ -210,8 +210,14 @@ class Model(nnx.Module):
         visible = self.context_valid(inputs_valid)[:, None, :]
         keep = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
         for block, k in zip(self.encoder, keep, strict=True):
-            x = block(self.constrain(x), visible, k)
+            x = self._block(block, cut(x, BATCH), visible, k)
         return self.encoder_norm(x)
+
+    def _block(self, block: EncoderBlock | DecoderBlock, *args) -> Array:
+        policies = {"blocks": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+        if self.config.remat == "none":
+            return block(*args)
+        return jax.checkpoint(lambda *args: block(*args), policy=policies[self.config.remat])(*args)
 
     def context(self, encoded: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
         """The encoder's output projected, and the addresses of the inputs once more."""
@@ -231,7 +237,7 @@ class Model(nnx.Module):
         visible, context_visible = self.decoder_visibility(targets), self.context_valid(inputs_valid)[:, None, :]
         keep = survival(key, DecoderBlock.num_branches, c.decoder_depth, c.decoder_drop_path, len(x))
         for block, k in zip(self.decoder, keep, strict=True):
-            x = block(self.constrain(x), visible, context, context_visible, k)
+            x = self._block(block, cut(x, BATCH), visible, context, context_visible, k)
         return self.decoder_norm(x)
 
     def decoder_input(self, targets: Targets) -> Float[Array, "B M D"]:
@@ -255,6 +261,20 @@ class Model(nnx.Module):
         elif not c.decoder_within_modality:
             visible = visible | ~same & (key(slot) < query(slot))
         return visible & key(targets.valid)
+
+    @property
+    def table_rows(self) -> dict[str, tuple[int, ...]]:
+        """Parameters whose rows belong to modalities: those of modality i begin at number i."""
+        rows = {
+            "token_embedding": self.input_rows,
+            "decoder_embedding": self.previous_rows,
+            "output_embedding": self.output_rows,
+            "modality_embedding": self.modality_rows,
+            "decoder_modality_embedding": self.decoder_modality_rows,
+            "position_embedding": self.position_rows,
+            "decoder_position_embedding": self.decoder_position_rows,
+        }
+        return {name: of for name, of in rows.items() if getattr(self, name) is not None}
 
     @property
     def output_table(self) -> Float[Array, "V D"]:

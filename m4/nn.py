@@ -6,16 +6,33 @@ B batch, T query tokens, S key tokens, D width, N heads, H head width, F hidden 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
-Constrain = Callable[[Array], Array]
+BATCH = ("data", "fsdp")  # axes of a mesh over which examples are cut; "tensor" cuts within a layer
+
+
+def cut(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """x with its leading axes cut over these axes of the mesh that is set (`jax.set_mesh`); x as it is without one.
+
+    `P.UNCONSTRAINED` leaves an axis to the compiler.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def lookup(table: Float[Array, "V D"], index: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Rows of a table whose columns are cut over fsdp and tensor: each device reads its columns for its neighbours too,
+    and numbers of activations are exchanged, never the table."""
+    rows = cut(table, None, ("fsdp", "tensor"))[cut(index, "data")]
+    return cut(cut(rows, "data", None, ("fsdp", "tensor")), BATCH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,43 @@
-"""Meshes, and where arrays live. The model knows nothing of this.
+"""Meshes, and where arrays live: the batch and the parameters are cut by a short list of rules.
 
-Axes: data (copies of the model, the batch cut), fsdp (parameters cut, the batch cut too), tensor (reserved for cutting
-within a layer). The same code runs on one CPU and on many hosts.
+Axes, from the slowest network to the fastest:
+
+    data     copies of the parameters, the batch cut: only gradients cross it. Slices and nodes come first.
+    fsdp     the batch cut, and the parameters too: each device gathers a layer before it computes it
+    tensor   the columns of a layer's first product and the rows of its second cut, the batch not
+
+    parameter                                    its axes are cut over
+    tables of tokens [V D]                       None, (fsdp, tensor)
+    kernels of query, key_value and up [D F]     fsdp, tensor
+    kernels of out and down [F D]                tensor, fsdp
+    all others                                   fsdp, on the largest axis that it divides; small ones nowhere
+
+The same code runs on one CPU and on many hosts. Enter the mesh (`jax.set_mesh`) where the step is called or compiled.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import re
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-BATCH = PartitionSpec(("data", "fsdp"))
-MIN_SIZE_TO_CUT = 2**16  # smaller arrays are not worth a collective
+from m4.nn import BATCH
+
+AXES = ("data", "fsdp", "tensor")
+MIN_SIZE_TO_CUT = 2**14  # smaller arrays are not worth a collective
+RULES = (
+    (r"(token|decoder|output)_embedding$", (None, ("fsdp", "tensor"))),
+    (r"(query|key_value|up)\.kernel$", ("fsdp", "tensor")),
+    (r"(out|down)\.kernel$", ("tensor", "fsdp")),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,45 +48,126 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
 
-    def make(self) -> jax.sharding.Mesh:
-        num = jax.device_count()
+    def shape(self, num_devices: int) -> tuple[int, int, int]:
         rest = self.fsdp * self.tensor
-        data = num // rest if self.data == -1 else self.data
-        if data < 1 or data * rest != num:
+        data = num_devices // max(rest, 1) if self.data == -1 else self.data
+        if min(data, self.fsdp, self.tensor) < 1 or data * rest != num_devices:
             raise ValueError(
-                f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not use {num} devices"
+                f"mesh data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} does not use {num_devices} devices; "
+                f"their product must be {num_devices} (data=-1: what the others leave)"
             )
-        return jax.make_mesh(
-            (data, self.fsdp, self.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
-        )
+        return data, self.fsdp, self.tensor
+
+    def make(self, devices: Any = None) -> jax.sharding.Mesh:
+        """Over all devices of the job, or these. Slices (or nodes) are the outermost part of the data axis."""
+        devices = jax.devices() if devices is None else list(devices)
+        shape = self.shape(len(devices))
+        groups = {getattr(d, "slice_index", 0) or 0 for d in devices}
+        if len(groups) > 1:
+            from jax.experimental import mesh_utils
+
+            if shape[0] % len(groups):
+                raise ValueError(f"data={shape[0]} must be a multiple of the number of slices, {len(groups)}")
+            within = (shape[0] // len(groups), *shape[1:])
+            array = mesh_utils.create_hybrid_device_mesh(within, (len(groups), 1, 1), devices)
+            return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def parameter_spec(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
-    """The largest axis that fsdp divides is cut; small arrays are copied."""
-    fsdp = mesh.shape["fsdp"]
-    if fsdp > 1 and np.prod(shape) >= MIN_SIZE_TO_CUT:
-        for axis in sorted(range(len(shape)), key=lambda a: -shape[a]):
-            if shape[axis] % fsdp == 0:
-                return PartitionSpec(*(["fsdp" if a == axis else None for a in range(len(shape))]))
-    return PartitionSpec()
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
+    """Of one parameter, by the rules above; an axis that its part of the mesh does not divide is left whole."""
+    if math.prod(shape) < MIN_SIZE_TO_CUT:
+        return P()
+    for pattern, axes in RULES:
+        if re.search(pattern, path) and len(shape) == len(axes):
+            return P(*(_that_divides(a, n, mesh) for a, n in zip(axes, shape, strict=True)))
+    for axis in sorted(range(len(shape)), key=lambda a: -shape[a]):
+        if shape[axis] % mesh.shape["fsdp"] == 0:
+            return P(*("fsdp" if a == axis else None for a in range(len(shape))))
+    return P()
+
+
+def _that_divides(axes: Any, size: int, mesh: jax.sharding.Mesh) -> Any:
+    if axes is None or size % math.prod(mesh.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,))):
+        return None
+    return axes
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """A NamedSharding for every array of parameters or optimizer state."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, parameter_spec(x.shape, mesh)), tree)
+    """A NamedSharding for every array of parameters, or of an optimizer's state, whose arrays have the same paths."""
+
+    def of(path, x):
+        keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path]
+        return NamedSharding(mesh, parameter_spec(".".join(keys).removesuffix(".value"), x.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     """This process's rows -> the global batch, cut over data and fsdp."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), x), batch)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH)), x), batch)
 
 
-def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_sizes(batch_size: int, num_targets: int, micro_batches: int, width: int, mesh: jax.sharding.Mesh) -> None:
+    """ValueError if the mesh does not divide what it cuts."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
     if batch_size % ways:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of data x fsdp = {ways}")
+        raise ValueError(f"batch_size={batch_size} must be a multiple of data x fsdp x micro_batches = {ways}")
+    if num_targets % mesh.shape["tensor"]:
+        raise ValueError(f"num_targets={num_targets} must be a multiple of tensor={mesh.shape['tensor']}")
+    columns = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    if width % columns:
+        raise ValueError(f"width={width} must be a multiple of fsdp x tensor = {columns}")
 
 
-def constrain_activations(mesh: jax.sharding.Mesh):
-    """What the model applies between blocks: without it fsdp gathers activations (3 to 15 times the memory)."""
-    return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+def bytes_by_device(tree: Any) -> dict[Any, int]:
+    """How much of the arrays each local device holds."""
+    held: dict[Any, int] = {}
+    for x in jax.tree.leaves(tree):
+        for shard in x.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+    return held
+
+
+def part_of_batch(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(index, count): the part of each batch that this process feeds. Processes whose devices hold the same examples
+    (a layer cut over hosts) feed the same part."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows_of: dict[int, list[int]] = {}
+    for row, devices in enumerate(mesh.devices.reshape(ways, -1)):
+        for process in sorted({d.process_index for d in devices}):
+            rows_of.setdefault(process, []).append(row)
+    parts = sorted({tuple(rows) for rows in rows_of.values()})
+    if [row for part in parts for row in part] != list(range(ways)) or len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives processes unequal parts of the batch: {parts}; choose other axes"
+        )
+    return parts.index(tuple(rows_of[jax.process_index()])), len(parts)
+
+
+def join_processes() -> None:
+    """Joins the processes of a job of several: those of Slurm, Open MPI or a TPU slice find each other, others through
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Alone it does nothing."""
+    e = os.environ
+    if jax.distributed.is_initialized():
+        return
+    if "JAX_COORDINATOR_ADDRESS" in e:
+        missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if not e.get(name, "").isdigit()]
+        if missing:
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, but {' and '.join(missing)} must be numbers too")
+        jax.distributed.initialize(e["JAX_COORDINATOR_ADDRESS"], int(e["JAX_NUM_PROCESSES"]), int(e["JAX_PROCESS_ID"]))
+        return
+    many_tasks = any(int(e.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    if many_tasks or "," in e.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in e:
+        jax.distributed.initialize()
+
+
+def stop_signal() -> Callable[[int], bool]:
+    """Whether the job is to end after this step: SIGTERM came, to any process of it."""
+    if jax.process_count() > 1:  # JAX has its own handler, and the processes agree on the step
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    return lambda step: bool(asked)

@@ -146,7 +146,7 @@ def test_checkpoints_restore_what_was_saved_and_ignore_half_written(tmp_path):
     assert data == {"position": 3}
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 2}])
 def test_eight_devices_equal_one(mesh, small_model, modalities, make_batch):
     """Loss and gradients on a mesh are those of one device, with modalities unevenly present over the devices."""
     batch = make_batch(8)
@@ -162,10 +162,10 @@ def test_eight_devices_equal_one(mesh, small_model, modalities, make_batch):
         return jax.jit(jax.value_and_grad(loss))(params)
 
     alone = loss_and_gradients(Model(small_model, modalities, rngs=nnx.Rngs(0)), jax.tree.map(jax.numpy.asarray, batch))
-    constrain = sharding.constrain_activations(mesh)
-    model = Model(small_model, modalities, rngs=nnx.Rngs(0), constrain=constrain)
+    model = Model(small_model, modalities, rngs=nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)
     nnx.update(model, jax.device_put(params, sharding.shardings(params, mesh)))
-    together = loss_and_gradients(model, sharding.shard_batch(batch, mesh))
+    with jax.set_mesh(mesh):
+        together = loss_and_gradients(model, sharding.shard_batch(batch, mesh))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6)

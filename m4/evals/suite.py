@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,6 +90,24 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
     write_atomically(stamp, json.dumps(made_from).encode())
     print(f"{table(results)}\n{out}/metrics.json, {out}/gallery.png in {time.monotonic() - started:.0f} s", flush=True)
     return results
+
+
+def sample_gallery(config: Any, model: Any, tokenizers: Mapping[str, Any], step: int, *, count: int = 6) -> np.ndarray:
+    """Pictures of what a model makes of the first validation examples; also in FOLDER/galleries/STEP.png."""
+    source, sampler = config.datasets[0].source, Sampler(model, dict(tokenizers))
+    split = source.split("validation", config.data_dir)
+    examples = [split[i] for i in range(min(count, len(split)))]
+    predictions = {
+        d.name: sampler(
+            {name: [e[name] for e in examples] for name in d.inputs}, [Stage(target=d.target, scheme=d.scheme)], seed=0
+        )[d.target]
+        for d in config.evaluations
+    }
+    picture = gallery(examples, predictions, config.evaluations, sampler, rows=count)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    write_atomically(config.folder / "galleries" / f"{step:07d}.png", buffer.getvalue())
+    return picture
 
 
 def _head(split: Sequence[Any], count: int, what: str) -> list[Any]:

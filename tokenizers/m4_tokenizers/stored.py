@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from m4.components import from_json, load_tokenizer, to_json
-from m4.modality import Grid, Modality, Sequence, Tokenizer
+from m4.modality import Features, Grid, Modality, Tokenizer
 
 TILE = 128  # pixels
 
@@ -40,9 +40,10 @@ class TokenizerFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IdsRecipe:
-    """Ids without their tokenizer: examples hold them under the modality's name. What is generated stays ids."""
+    """Ids (or vectors) without their tokenizer: examples hold them under the modality's name. What is generated stays
+    ids."""
 
-    modality: Grid | Sequence
+    modality: Modality
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         return example[self.modality.name] if self.modality.name in example else None
@@ -53,16 +54,25 @@ class IdsRecipe:
 
 
 class Ids:
-    """Ids in, ids out: int32 [n]."""
+    """Ids in, ids out: int32 [n]; or vectors [n size]."""
 
-    def __init__(self, *, modality: Grid | Sequence, card: dict[str, Any]):
+    def __init__(self, *, modality: Modality, card: dict[str, Any]):
         self.modality, self.card = modality, card
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
-        """None: ids under the modality's name are taken before anybody asks for a signal."""
+        """Vectors under the modality's name; ids there are taken before anybody asks for a signal."""
+        if isinstance(self.modality, Features) and self.modality.name in example:
+            return example[self.modality.name]
+        return None
 
     def encode(self, signals: Seq[np.ndarray]) -> list[np.ndarray]:
-        """ValueError unless each is a 1-D array of integers."""
+        """ValueError unless each is a 1-D array of integers, or vectors of the modality's size."""
+        if isinstance(self.modality, Features):
+            for signal in signals:
+                if np.ndim(signal) != 2 or np.shape(signal)[1] != self.modality.size:
+                    given = f"{list(np.shape(signal))} was given"
+                    raise ValueError(f"{self.modality.name}: {given}; allowed: [n, {self.modality.size}]")
+            return [np.asarray(signal, self.modality.dtype) for signal in signals]
         for signal in signals:
             if np.ndim(signal) != 1 or np.asarray(signal).dtype.kind not in "iu":
                 raise ValueError(f"{self.modality.name} has no tokenizer here, only 1-D arrays of integers (its ids)")

@@ -1,0 +1,158 @@
+"""The training step, and the state that it carries: one function of (state, batch, step number), compiled once.
+
+    batch --normalised--> micro-batches --loss, gradients--> summed --clip, AdamW--> parameters, average of them
+
+The sum over micro-batches is that of the whole batch, since every target's weight comes from counts of the whole. A
+step whose loss or gradients are not finite changes nothing but the counters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from m4 import losses
+from m4.model import Model
+from m4.nn import BATCH, cut
+from m4.sharding import shardings
+from m4.tokens import MaskedBatch, normalized
+
+
+class TrainState(NamedTuple):
+    """What a step changes. `average`: of the parameters (None without one); the numbers of steps that were skipped."""
+
+    params: Any
+    optimizer: Any
+    average: Any
+    num_skipped: jax.Array  # in the whole run
+    num_skipped_in_a_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The step of a config on a mesh. `c` is an m4.config.Config."""
+
+    c: Any
+    mesh: jax.sharding.Mesh
+
+    @functools.cached_property
+    def _split(self):
+        return nnx.eval_shape(lambda: nnx.split(self._model(), nnx.Param))
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """Without its numbers."""
+        return nnx.merge(*self._split)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
+
+    def trained(self, state: TrainState) -> Model:
+        """The model to use: its parameters, or their average."""
+        return nnx.merge(self._split[0], state.params if state.average is None else state.average)
+
+    def with_params(self, state: TrainState, params: Any) -> TrainState:
+        """A run's start from other parameters."""
+        average = state.average and jax.tree.map(jnp.copy, params)
+        return state._replace(params=params, average=average)
+
+    def _model(self) -> Model:
+        return Model(self.c.model, self.c.modalities, rngs=nnx.Rngs(self.c.seed))
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return self.c.optimizer.make(self.c.num_steps)
+
+    def _make(self) -> TrainState:
+        params = nnx.split(self._model(), nnx.Param)[1]
+        zero = jnp.zeros((), jnp.int32)
+        average = jax.tree.map(jnp.copy, params) if self.c.average_decay else None
+        return TrainState(params, self.optimizer.init(params), average, zero, zero)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and places."""
+        shapes = jax.eval_shape(self._make)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, self.mesh)
+        )
+
+    def init(self) -> TrainState:
+        """Made where it lives: no device ever holds the whole."""
+        places = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        return jax.jit(self._make, out_shardings=places)()
+
+    @functools.cached_property
+    def step(self):
+        """(state, batch, number) -> (state, scalars); the old state's memory is used again."""
+        places = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        whole = NamedSharding(self.mesh, P())
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(places, whole))
+
+    def _step(self, state: TrainState, batch: MaskedBatch, number: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+        c, graph = self.c, self._split[0]
+        key = jax.random.fold_in(jax.random.key(c.seed), number)
+        counts = losses.token_counts(batch.targets, len(c.modalities))
+
+        def loss_fn(params, part, index):
+            model = nnx.merge(graph, params)
+            part = normalized(part, c.modalities)
+            hidden = model(part, jax.random.fold_in(key, index))
+            return losses.cross_entropy(model, hidden, part.targets, weighting=c.loss, counts=counts, z_loss=c.z_loss)
+
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        if c.micro_batches == 1:
+            (loss, detail), grads = value_and_grad(state.params, batch, 0)
+        else:
+            k = c.micro_batches
+            # Row r goes to part r mod k, so that each device keeps its own rows.
+            parts = jax.tree.map(lambda x: cut(x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), None, BATCH), batch)
+
+            def add(total, part_and_index):
+                out = value_and_grad(state.params, *part_and_index)
+                return jax.tree.map(jnp.add, total, out), None
+
+            shapes = jax.eval_shape(value_and_grad, state.params, jax.tree.map(lambda x: x[0], parts), 0)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            ((loss, detail), grads), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(k)))
+
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            # Short at first, so that the random start is soon forgotten.
+            decay = jnp.minimum(c.average_decay, (1 + number) / (10 + number))
+            average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
+        params, optimizer, average = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, optimizer, average),
+            (state.params, state.optimizer, state.average),
+        )
+        skipped = 1 - finite.astype(jnp.int32)
+        new = TrainState(
+            params, optimizer, average, state.num_skipped + skipped, (state.num_skipped_in_a_row + 1) * skipped
+        )
+        scalars = {
+            "loss": loss,
+            "grad_norm": norm,
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": c.optimizer.schedule(c.num_steps)(number - 1),
+            "skipped_steps": new.num_skipped,
+            "skipped_in_a_row": new.num_skipped_in_a_row,
+            "slots/inputs": batch.inputs.valid.mean(),
+            "slots/targets": batch.targets.valid.mean(),
+            **{f"loss/{k}": v for k, v in detail["loss"].items()},
+            **{f"targets/{m.name}": counts[i] for i, m in enumerate(c.modalities) if m.is_target},
+        }
+        return new, scalars
