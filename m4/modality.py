@@ -102,7 +102,8 @@ class Features:
         repeats = self.size // len(self.mean)
         scale = np.tile(np.asarray(self.std, np.float32) * np.float32(self.scale), repeats)
         shift = np.tile(np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32), repeats)
-        return stored.astype(np.float32) / scale - shift
+        row = (1,) * (stored.ndim - 1) + (-1,)
+        return stored.astype(np.float32) / scale.reshape(row) - shift.reshape(row)
 
 
 Modality = Grid | Sequence | Features
