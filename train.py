@@ -105,8 +105,10 @@ def main(c) -> None:
     metrics.close()
 
     # Scores and pictures.
-    if not stop and c.evaluations and team.index == 0:
+    if not stop and c.evaluations and team.count == 1:
         evaluate(c.folder)
+    elif not stop and c.evaluations:
+        print(f"scores and pictures, by one process: python -m m4 evaluate {c.folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Speed and memory of the training step: python benchmarks/train.py --setting 4m_tiny_mod7
 
-Prints one JSON line: medians over the steps, memory of the whole process. Batches are masked beforehand and taken in
-turn, so that masking and data loading are not measured (benchmarks of their own measure those).
+Prints one JSON line: medians over the steps of a run's own step (m4.step), memory of the whole process on CPU and of
+the device elsewhere; "mfu" counts model FLOPs only. Batches are masked beforehand and taken in turn, so that masking
+and data loading are not measured (benchmarks of their own measure those).
+
+    python benchmarks/train.py --setting 4m_large_mod7_bf16 --num-inputs 256 --num-targets 256 --remat products
 
 On Linux CPUs the process starts itself again with glibc told to keep freed memory and to use large pages, which the
 line shows as "malloc": a step then spends no time on page faults. GLIBC_TUNABLES= turns that off; setting it to the
@@ -21,91 +24,112 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import measure
 import numpy as np
-import optax
 from examples import random_example
-from flax import nnx
 
-from m4 import fourm, losses
+from m4 import flops, fourm
+from m4.config import Config
+from m4.data import Dataset
 from m4.masking import Masking, Strategy
 from m4.modality import Modalities
-from m4.model import Model, ModelConfig
-from m4.tokens import normalized
+from m4.optim import OptimizerConfig
+from m4.sharding import MeshConfig, shard_batch
+from m4.step import Trainer
+from m4_tokenizers.stored import IdsRecipe
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is trained, and on what. Targets are all modalities but pixels; inputs are pixels alone half of the time."""
-
-    model: ModelConfig
-    modalities: tuple[str, ...] = fourm.MOD7
-    num_tokens: int = 128  # inputs, and targets
-    batch_size: int = 16
-
-
-SETTINGS = {
-    "4m_tiny_mod7": Setting(model=fourm.released("tiny")),
-    "4m_small_mod7": Setting(model=fourm.released("small"), batch_size=8),
-    "4m_base_mod7_bf16": Setting(model=fourm.released("base", dtype="bfloat16"), batch_size=64),
+SETTINGS = {  # name: (size, dtype, batch size)
+    "4m_tiny_mod7": ("tiny", "float32", 16),
+    "4m_small_mod7": ("small", "float32", 8),
+    "4m_base_mod7_bf16": ("base", "bfloat16", 256),
+    "4m_large_mod7_bf16": ("large", "bfloat16", 128),
+    "4m_xlarge_mod7_bf16": ("xlarge", "bfloat16", 64),
 }
 
 
-def batches(setting: Setting, modalities: Modalities, count: int):
+def setting(args: argparse.Namespace) -> Config:
+    """What is trained, and on what. Targets are all modalities but pixels; inputs are pixels alone half of the time."""
+    size, dtype, batch_size = SETTINGS[args.setting]
+    modalities = [fourm.modality(name) for name in fourm.MOD7]
     targets = {m.name: 0.5 for m in modalities if m.is_target}
     strategies = tuple(
         Strategy(inputs=inputs, targets=targets) for inputs in ({"rgb@224": 0.5}, {m.name: 0.5 for m in modalities})
     )
-    masking = Masking(num_inputs=setting.num_tokens, num_targets=setting.num_tokens, strategies=strategies)
-    rng = np.random.default_rng(0)
+    model = fourm.released(size, dtype=dtype, remat=args.remat)
+    depth = {} if not args.depth else {"encoder_depth": args.depth, "decoder_depth": args.depth}
+    return Config(
+        name=args.setting,
+        datasets=(Dataset(tokens="random"),),
+        tokenizers=tuple(IdsRecipe(modality=m) for m in modalities),
+        masking=Masking(num_inputs=args.num_inputs, num_targets=args.num_targets, strategies=strategies),
+        model=dataclasses.replace(model, **depth),
+        optimizer=OptimizerConfig(learning_rate=1e-4, clip_norm=args.clip_norm),
+        batch_size=args.batch_size or batch_size,
+        micro_batches=args.micro_batches,
+        mesh=MeshConfig(fsdp=args.fsdp),
+    )
+
+
+def batches(config: Config, mesh: jax.sharding.Mesh, count: int):
+    rng, modalities = np.random.default_rng(0), Modalities(config.modalities)
     for _ in range(count):
-        examples = [random_example(modalities, rng) for _ in range(setting.batch_size)]
+        examples = [random_example(modalities, rng) for _ in range(config.batch_size)]
         keys = np.stack([np.zeros(len(examples)), np.arange(len(examples))], axis=1).astype(np.uint64)
-        yield jax.device_put(masking(examples, modalities, keys))
+        yield shard_batch(config.masking(examples, modalities, keys), mesh)
 
 
 def main() -> None:
     measure.keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=SETTINGS, default="4m_tiny_mod7")
     parser.add_argument("--num-steps", type=int, default=10, help="measured steps, after 2 that are not")
+    parser.add_argument("--num-inputs", type=int, default=128)
+    parser.add_argument("--num-targets", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=0, help="default: the setting's")
+    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--remat", choices=["none", "products", "blocks"], default="none")
+    parser.add_argument("--depth", type=int, default=0, help="blocks of encoder and decoder, if not all fit")
+    parser.add_argument("--fsdp", type=int, default=1)
+    parser.add_argument("--clip-norm", type=float, default=0.0, help="0: gradients are not clipped")
     args = parser.parse_args()
-    setting = SETTINGS[args.setting]
-    modalities = Modalities([fourm.modality(name) for name in setting.modalities])
-    optimizer = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.05)
-    init = lambda: nnx.split(Model(setting.model, modalities, rngs=nnx.Rngs(0)), nnx.Param)  # noqa: E731
-    graph, _ = nnx.eval_shape(init)
-    params = jax.jit(lambda: init()[1])()
-    state = jax.jit(optimizer.init)(params)
-
-    def step(params, state, batch):
-        batch = normalized(batch, modalities)
-
-        def loss_fn(params):
-            model = nnx.merge(graph, params)
-            return losses.cross_entropy(model, model(batch), batch.targets)[0]
-
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    stream = itertools.cycle(list(batches(setting, modalities, 3)))
+    config = setting(args)
+    mesh = config.mesh.make()
+    trainer = Trainer(config, mesh)
+    peak, source = flops.peak_flops(jax.devices()[0], config.model.dtype)
+    masked = list(batches(config, mesh, 3))
+    counts = [np.bincount(np.asarray(b.targets.modality)[np.asarray(b.targets.valid)], minlength=8) for b in masked]
+    targets = dict(zip(config.modalities.names, np.mean(counts, axis=0) / config.batch_size, strict=True))
+    flops_per_step = config.batch_size * flops.model_flops(
+        config.model, config.modalities, args.num_inputs, args.num_targets, targets
+    )
+    state, stream = trainer.init(), itertools.cycle(masked)
     start = time.perf_counter()
-    step = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, next(stream)).compile()
+    with jax.set_mesh(mesh):
+        step = trainer.step.lower(state, next(stream), 1).compile()
     compile_s = time.perf_counter() - start
     seconds = []
-    for _ in range(2 + args.num_steps):
+    for number in range(1, 3 + args.num_steps):
         batch = next(stream)
         start = time.perf_counter()
-        params, state, loss = step(params, state, batch)
-        loss = float(loss)
+        state, scalars = step(state, batch, number)
+        loss = float(scalars["loss"])
         seconds.append(time.perf_counter() - start)
     step_s = float(np.median(seconds[2:]))
     line = {
         "setting": args.setting,
-        "samples_per_s": round(setting.batch_size / step_s, 3),
+        "remat": args.remat,
+        "batch_size": config.batch_size,
+        "num_inputs": args.num_inputs,
+        "num_targets": args.num_targets,
+        "micro_batches": args.micro_batches,
+        "depth": config.model.encoder_depth,
+        "samples_per_s": round(config.batch_size / step_s, 3),
+        "tokens_per_s": round(config.batch_size * (args.num_inputs + args.num_targets) / step_s),
         "step_s": round(step_s, 4),
         "step_s_range": [round(min(seconds[2:]), 4), round(max(seconds[2:]), 4)],
         "compile_s": round(compile_s, 2),
-        "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "mfu": round(flops_per_step / step_s / (peak * mesh.size), 3),
+        "model_flops_per_step": flops_per_step,
+        "peak_flops": f"{peak * mesh.size:.4g} ({source})",
+        "num_parameters": trainer.num_parameters,
         "final_loss": round(loss, 4),
         **measure.machine(),
     }

@@ -10,7 +10,7 @@ import optax
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Peak learning rate after `warmup_steps`, cosine to zero at the last step of the run."""
+    """Peak learning rate after `warmup_steps`, cosine to zero at the last step of the run. clip_norm=0: no clipping."""
 
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -24,10 +24,8 @@ class OptimizerConfig:
         return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, num_steps)
 
     def make(self, num_steps: int) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(self.schedule(num_steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=decays),
-        )
+        adamw = optax.adamw(self.schedule(num_steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=decays)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw) if self.clip_norm else adamw
 
 
 def decays(params):

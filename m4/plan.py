@@ -206,7 +206,8 @@ def collectives(text: str) -> Iterator[tuple[str, int, int]]:
     """(kind, bytes that a device sends, times a step) of every collective in a compiled program's text.
 
     Of n devices in a group a ring moves (n - 1) / n of the larger array, twice for an all-reduce. What stands in a loop
-    whose number of turns the compiler knows counts as often.
+    whose number of turns the compiler knows counts as often. Compilers for TPUs write one collective that overlaps with
+    several fusions into each of them: a channel counts once.
     """
     computations, current = collections.defaultdict(list), ""
     for line in text.splitlines():
@@ -224,12 +225,18 @@ def collectives(text: str) -> Iterator[tuple[str, int, int]]:
     def times(name: str) -> int:
         return sum(count * times(caller) for caller, count in called_by[name]) if called_by[name] else turns[name]
 
+    seen = set()
     pattern = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
     for name, lines in computations.items():
         for line in lines:
             if (found := pattern.search(line)) is None:
                 continue
             shapes, kind, is_start = found.groups()
+            channel = re.search(r"channel_id=(\d+)", line)
+            if channel and (kind, channel[1]) in seen:
+                continue
+            if channel:
+                seen.add((kind, channel[1]))
             sizes = [
                 DTYPE_BYTES.get(dtype, 4 if dtype[1:] == "32" else 1) * math.prod(int(n) for n in dims.split(",") if n)
                 for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
@@ -239,11 +246,16 @@ def collectives(text: str) -> Iterator[tuple[str, int, int]]:
             n = _group_size(line)
             if kind == "reduce-scatter" and not is_start:
                 size *= n
+            if name.startswith("all-reduce-scatter"):  # of a TPU: a fused all-reduce of which each keeps its part
+                kind = "reduce-scatter"
             factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
             yield kind, int(size * (factor[kind] if kind in factor else (n - 1) / n)), times(name)
 
 
 def _group_size(line: str) -> int:
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):

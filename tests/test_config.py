@@ -74,13 +74,14 @@ LAYERS = [
     ["model"],
     ["losses", "fourm", "model_file"],
     ["convert"],
-    ["data", "optim", "sharding"],
+    ["data", "optim", "sharding", "flops"],
+    ["step"],
     ["pretokenize"],
     ["checkpoints", "metrics"],
     ["sampling"],
     ["datasets", "evals"],
     ["config"],
-    ["overview"],
+    ["overview", "plan"],
     ["__main__"],
 ]
 

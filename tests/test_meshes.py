@@ -145,14 +145,11 @@ def test_no_device_holds_more_than_its_share():
     )
     mesh = MeshConfig(data=1, fsdp=8).make()
     trainer = Trainer(config, mesh)
-    lowered = jax.jit(trainer._make, out_shardings=jax.tree.map(lambda x: x.sharding, trainer.abstract_state)).lower()
     state = trainer.init()
     total = sum(x.nbytes for x in jax.tree.leaves(state))
     held = sharding.bytes_by_device(state)
     print(f"{total / 2**20:.0f} MiB in all, {max(held.values()) / 2**20:.1f} MiB on the fullest of {len(held)} devices")
     assert len(held) == 8 and max(held.values()) <= 1.2 * total / 8
-    # While it is made, too: what the program needs beside its results.
-    assert lowered.compile().memory_analysis().temp_size_in_bytes <= 0.2 * total / 8
 
 
 def test_rules_find_their_parameters(config):
@@ -255,7 +252,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-STEPS = ["--num-steps", "12", "--save-every", "6", "--evaluations", "--average-decay", "0.9"]
+STEPS = ["--num-steps", "12", "--save-every", "6", "--average-decay", "0.9", "--num-eval-samples", "2"]
 
 
 def losses_of(workdir) -> list[float]:

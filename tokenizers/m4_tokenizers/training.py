@@ -205,7 +205,7 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
 
     key, sizes = jax.random.key(seed), recipe.sizes or (recipe.image_size,)
     networks = tuple(loss.network() for loss in recipe.losses)
-    cut = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.BATCH))
     counts = jnp.zeros(recipe.quantizer.num_codes, jnp.int32)
     with (
         ThreadPoolExecutor(1) as reader,
