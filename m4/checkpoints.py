@@ -24,7 +24,7 @@ from flax import nnx
 from m4.components import from_json, load_tokenizer
 from m4.modality import Features, Modalities, Modality, Tokenizer
 from m4.model import Model
-from m4.model_file import load_model, parameters
+from m4.model_file import STACKS, load_model, parameters
 from m4.step import TrainState
 
 
@@ -153,21 +153,29 @@ def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, Lo
     """
     source = Path(source)
     other = load_run(source).model if source.is_dir() else load_model(source)
-    theirs = {name: np.asarray(x[...]) for name, x in parameters(nnx.state(other, nnx.Param)).items()}
+    theirs = {name: np.asarray(x) for name, x in parameters(nnx.state(other, nnx.Param)).items()}
     report = LoadedWeights([], [], [], [])
     names, rows, old_rows = model.modalities.names, model.table_rows, other.table_rows
     flat, used = [], set()
 
     def put(x, value, first, name):
         if value.shape != (x.shape if first is None else (first[1] - first[0], *x.shape[1:])):
-            report.mismatched.append(f"{name} {list(value.shape)}")
+            report.mismatched.append(f"{name} {list(value.shape)} instead of {list(x.shape)}")
             return x
         report.loaded.append(name)
         return _set(x, value.astype(x.dtype), first)
 
     for path, variable in nnx.to_flat_state(params):
         name, x = ".".join(map(str, path)), variable[...]
-        if name in rows:
+        if path[0] in STACKS:
+            for i in range(x.shape[0]):
+                block = ".".join(map(str, (path[0], i, *path[1:])))
+                if block in theirs:
+                    used.add(block)
+                    x = put(x, theirs[block][None], (i, i + 1), block)
+                else:
+                    report.new.append(block)
+        elif name in rows:
             for i, modality in enumerate(names):
                 place = rows[name][i], rows[name][i + 1]
                 if place[0] == place[1]:

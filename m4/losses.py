@@ -3,9 +3,9 @@
 N target tokens, D width, V vocabulary of one modality, K block of tokens
 
 Targets are sorted by modality and each modality's run is cut into blocks of K tokens; a loop whose length is known at
-run time multiplies each block by its own [V D] table. No token is dropped whatever the draw, shapes are static, and no
-more than K x V logits exist at a time. The gradient is computed in the same sweep (the loss is a scalar, so that the
-backward pass only scales it).
+run time multiplies each block by its own [V D] table. No token is dropped whatever
+the draw, shapes are static, and no more than K x V logits exist at a time. The gradient is computed in the same sweep
+(the loss is a scalar, so that the backward pass only scales it).
 
 On a mesh each device does so with its own tokens, cut over all devices. It gathers the rows of one modality at a time,
 and their gradient is summed over the devices before it comes to the next.
@@ -27,6 +27,7 @@ from m4.model import Model
 from m4.nn import BATCH
 from m4.tokens import Targets
 
+NUM_SIZES = 8  # of the block for what is left
 TABLE = ("fsdp", "tensor")  # axes of a mesh over which the columns of tables are cut
 Weighting = Literal["modality", "token", "4m_modality", "4m_token"]
 
@@ -82,12 +83,13 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
     """One device's tokens and its columns of the table -> loss, its parts, and the gradients of both."""
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     ids, modality = ids.reshape(-1), modality.reshape(-1)
-    block = min(block, len(ids))
     columns = tuple(a for a in mesh_axes if a in TABLE)
+    if not block:  # about what a modality has
+        block = 2 ** int(np.clip(np.log2(len(ids) / max(np.count_nonzero(np.diff(table_rows)), 1)), 9, 12))
     order = jnp.argsort(modality)
     counts = jnp.bincount(modality, length=len(table_rows))
     starts = jnp.cumsum(counts) - counts
-    sums, d_hidden, d_table = [], jnp.zeros_like(hidden, jnp.float32), []
+    sums, d_hidden, d_table = [], jnp.zeros_like(hidden, jnp.float32), jnp.zeros_like(table, jnp.float32)
     loss = jnp.zeros((), jnp.float32)
     for i, (first, last) in enumerate(itertools.pairwise(table_rows)):
         if first == last:
@@ -99,9 +101,9 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
         if columns:
             vocabulary = jax.lax.all_gather(vocabulary, columns, axis=1, tiled=True)
 
-        def body(k, carry, i=i, vocabulary=vocabulary):
-            loss, total, d_hidden, d_vocabulary = carry
-            place = k * block + jnp.arange(block)
+        def block_of(begin, carry, size, i=i, vocabulary=vocabulary, first=first):
+            loss, total, d_hidden, d_rows = carry
+            place = begin + jnp.arange(size)
             inside = place < counts[i]
             rows = order[jnp.where(inside, starts[i] + place, 0)]
             x = hidden[rows]
@@ -120,23 +122,36 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
             if with_gradient:
                 is_target = jnp.arange(len(vocabulary))[None] == target[:, None]
                 up = scale * (1 + 2 * z_loss * log_z) if z_loss else scale
-                g = (exp * (up[:, None] / norm) - jnp.where(is_target, scale[:, None], 0)).astype(x.dtype)
-                d_vocabulary = d_vocabulary + jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
+                g = (exp * (up / norm[:, 0])[:, None] - jnp.where(is_target, scale[:, None], 0)).astype(x.dtype)
+                d_vocabulary = jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
+                offset = 0 if columns else first
+                d_rows = d_rows.at[offset : offset + len(d_vocabulary)].add(d_vocabulary)
                 d_x = jnp.einsum("kv,vd->kd", g, vocabulary, preferred_element_type=jnp.float32)
                 d_hidden = d_hidden.at[jnp.where(inside, rows, hidden.shape[0])].set(d_x, mode="drop")
-            return loss, total, d_hidden, d_vocabulary
+            return loss, total, d_hidden, d_rows
 
-        num_blocks = (counts[i] + block - 1) // block
-        d_vocabulary = jnp.zeros(vocabulary.shape if with_gradient else (), jnp.float32)
-        start = (loss, jnp.zeros((), jnp.float32), d_hidden, d_vocabulary)
-        loss, total, d_hidden, d_vocabulary = jax.lax.fori_loop(0, num_blocks, body, start)
+        # Full blocks, then one for the rest, of the smallest of a few sizes that holds it.
+        sizes = sorted({-(-block * k // NUM_SIZES) for k in range(1, NUM_SIZES + 1)})
+        num_full = counts[i] // block
+        rest = (counts[i] - num_full * block > jnp.asarray([0, *sizes[:-1]])).sum()
+        d_rows = jnp.zeros(vocabulary.shape, jnp.float32) if columns and with_gradient else d_table
+        carry = (loss, jnp.zeros((), jnp.float32), d_hidden, d_rows)
+        carry = jax.lax.fori_loop(0, num_full, lambda k, carry, one=block_of: one(k * block, carry, block), carry)
+        for j, size in enumerate(sizes):  # loops of no turn or one: XLA would copy all that a switch carries
+
+            def rest_of(k, carry, one=block_of, begin=num_full * block, size=size):
+                return one(begin + k * size, carry, size)
+
+            carry = jax.lax.fori_loop(0, (rest == j + 1).astype(jnp.int32), rest_of, carry)
+        loss, total, d_hidden, d_rows = carry
         sums.append(total)
-        if with_gradient and columns:
-            d_vocabulary = jax.lax.psum_scatter(d_vocabulary, columns, scatter_dimension=1, tiled=True)
-        d_table.append(jax.lax.psum(d_vocabulary, tuple(a for a in mesh_axes if a not in TABLE)))
-    sums = jnp.stack(sums)
-    d_table = jnp.concatenate(d_table) if with_gradient else jnp.zeros((), jnp.float32)
-    return jax.lax.psum((loss, sums), mesh_axes), d_hidden.reshape(shape), d_table
+        if columns and with_gradient:
+            d_rows = jax.lax.psum_scatter(d_rows, columns, scatter_dimension=1, tiled=True)
+            d_rows = jax.lax.psum(d_rows, tuple(a for a in mesh_axes if a not in TABLE))
+            d_table = jax.lax.dynamic_update_slice_in_dim(d_table, d_rows, first, axis=0)
+        else:
+            d_table = d_rows
+    return jax.lax.psum((loss, jnp.stack(sums)), mesh_axes), d_hidden.reshape(shape), d_table
 
 
 def _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, block, with_gradient):
@@ -147,15 +162,15 @@ def _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, block,
         z_loss=z_loss,
         block=block,
         with_gradient=with_gradient,
-        mesh_axes=mesh.axis_names,
+        mesh_axes=tuple(a for a in mesh.axis_names if mesh.shape[a] > 1),
     )
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return sweep(hidden, table, ids, modality, weight)
     tokens, columns = P(BATCH, "tensor"), P(None, TABLE)
     return jax.shard_map(
         sweep,
         in_specs=(tokens, columns, tokens, tokens, P()),
-        out_specs=((P(), P()), tokens, columns if with_gradient else P()),
+        out_specs=((P(), P()), tokens, columns),
         check_vma=False,  # what the loop carries becomes different on each device in its first turn
     )(hidden, table, ids, modality, weight)
 
@@ -169,7 +184,7 @@ def summed_cross_entropy(
     weight: Float[Array, " modalities"],
     table_rows: tuple[int, ...],
     z_loss: float = 0.0,
-    block: int = 128,
+    block: int = 0,
 ):
     """Sum of weight x (negative log-likelihood + z-loss); and the likelihood's part of each modality, whose rows of the
     table begin at table_rows[i]. A modality past the last marks padding.

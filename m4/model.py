@@ -100,11 +100,21 @@ def position_table(modalities: Modalities, width: int, base: float) -> tuple[np.
 
 
 def survival(key: PRNGKeyArray | None, num_branches: int, depth: int, rate: float, batch: int):
-    """Factors of stochastic depth by block and branch: None, or float32 [B] of 0 and 1 / (1 - p)."""
+    """Factors of stochastic depth: None, or float32 [depth branches B] of 0 and 1 / (1 - p)."""
     if key is None or not rate:
-        return [(None,) * num_branches] * depth
+        return None
     stays = 1 - jnp.linspace(0, rate, depth)[:, None, None]
-    return list(jax.random.bernoulli(key, stays, (depth, num_branches, batch)) / stays)
+    return jax.random.bernoulli(key, stays, (depth, num_branches, batch)) / stays
+
+
+def stack(block: type[nnx.Module], c: ModelConfig, depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Blocks as one module whose parameters have a first axis of `depth`: compiled once, run by `jax.lax.scan`."""
+
+    def make(key):
+        return nnx.split(block(c, rngs=nnx.Rngs(key)), nnx.Param)
+
+    graph, _ = nnx.eval_shape(lambda: make(jax.random.key(0)))
+    return nnx.merge(graph, jax.vmap(lambda key: make(key)[1])(jax.random.split(rngs.params(), depth)))
 
 
 class Model(nnx.Module):
@@ -144,10 +154,10 @@ class Model(nnx.Module):
         self.feature_projections = nnx.Dict(
             {m.name: Linear(m.size, c.width, bias=m.bias, rngs=rngs) for m in modalities if isinstance(m, Features)}
         )
-        self.encoder = nnx.List([EncoderBlock(c, rngs=rngs) for _ in range(c.encoder_depth)])
+        self.encoder = stack(EncoderBlock, c, c.encoder_depth, rngs)
         self.encoder_norm = LayerNorm(c)
         self.context_projection = Linear(c.width, c.width, bias=True, rngs=rngs)
-        self.decoder = nnx.List([DecoderBlock(c, rngs=rngs) for _ in range(c.decoder_depth)])
+        self.decoder = stack(DecoderBlock, c, c.decoder_depth, rngs)
         self.decoder_norm = LayerNorm(c)
 
     def __call__(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> Float[Array, "B M D"]:
@@ -209,15 +219,21 @@ class Model(nnx.Module):
         c = self.config
         visible = self.context_valid(inputs_valid)[:, None, :]
         keep = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
-        for block, k in zip(self.encoder, keep, strict=True):
-            x = self._block(block, cut(x, BATCH), visible, k)
-        return self.encoder_norm(x)
+        return self.encoder_norm(self._run(self.encoder, x, keep, visible))
 
-    def _block(self, block: EncoderBlock | DecoderBlock, *args) -> Array:
-        policies = {"blocks": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-        if self.config.remat == "none":
-            return block(*args)
-        return jax.checkpoint(lambda *args: block(*args), policy=policies[self.config.remat])(*args)
+    def _run(self, blocks: nnx.Module, x: Float[Array, "B T D"], keep: Array | None, *args) -> Float[Array, "B T D"]:
+        """x through a stack of blocks."""
+        graph, params = nnx.split(blocks, nnx.Param)
+        policies = {"products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "blocks": None}
+
+        def run_one(x, layer):
+            params, keep = layer
+            block = nnx.merge(graph, params)
+            return block(cut(x, BATCH), *args, keep=(None,) * block.num_branches if keep is None else keep), None
+
+        if self.config.remat != "none":
+            run_one = jax.checkpoint(run_one, policy=policies[self.config.remat], prevent_cse=False)
+        return jax.lax.scan(run_one, x, (params, keep))[0]
 
     def context(self, encoded: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
         """The encoder's output projected, and the addresses of the inputs once more."""
@@ -236,9 +252,7 @@ class Model(nnx.Module):
         x = self.decoder_input(targets)
         visible, context_visible = self.decoder_visibility(targets), self.context_valid(inputs_valid)[:, None, :]
         keep = survival(key, DecoderBlock.num_branches, c.decoder_depth, c.decoder_drop_path, len(x))
-        for block, k in zip(self.decoder, keep, strict=True):
-            x = self._block(block, cut(x, BATCH), visible, context, context_visible, k)
-        return self.decoder_norm(x)
+        return self.decoder_norm(self._run(self.decoder, x, keep, visible, context, context_visible))
 
     def decoder_input(self, targets: Targets) -> Float[Array, "B M D"]:
         table = self.token_embedding if self.decoder_embedding is None else self.decoder_embedding
@@ -291,19 +305,29 @@ class Model(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
 
     def start_cache(self, context: Float[Array, "B C D"], max_length: int):
-        """Empty self-attention caches of `max_length` positions, and the context's keys and values, for each block."""
-        shape = (context.shape[0], max_length, self.config.num_heads, self.config.width // self.config.num_heads)
-        empty = jnp.zeros(shape, self.config.dtype)
-        return [(empty, empty, *b.cross_attention.keys_values(b.context_norm(context))) for b in self.decoder]
+        """Empty self-attention caches of `max_length` positions, and the context's keys and values, of all blocks."""
+        c = self.config
+        graph, params = nnx.split(self.decoder, nnx.Param)
+        empty = jnp.zeros((c.decoder_depth, len(context), max_length, c.num_heads, c.width // c.num_heads), c.dtype)
+
+        def keys_values(params):
+            block = nnx.merge(graph, params)
+            return block.cross_attention.keys_values(block.context_norm(context))
+
+        return (empty, empty, *jax.lax.map(keys_values, params))
 
     def decode_step(self, target: Targets, cache, index: Int[Array, ""], inputs_valid: Bool[Array, "B N"]):
         """One sequence position (target slots [B 1]) -> hidden [B 1 D] and the new cache."""
         x = self.decoder_input(target)
-        length = cache[0][0].shape[1]
+        length = cache[0].shape[2]
         visible = jnp.broadcast_to(jnp.arange(length) <= index, (x.shape[0], 1, length))
         context_visible = self.context_valid(inputs_valid)[:, None, :]
-        new_cache = []
-        for block, layer_cache in zip(self.decoder, cache, strict=True):
-            x, layer_cache = block.step(x, layer_cache, index, visible, context_visible)
-            new_cache.append(layer_cache)
-        return self.decoder_norm(x), new_cache
+        graph, params = nnx.split(self.decoder, nnx.Param)
+
+        def step_one(x, layer):
+            params, cache = layer
+            x, (keys, values, *_) = nnx.merge(graph, params).step(x, cache, index, visible, context_visible)
+            return x, (keys, values)
+
+        x, (keys, values) = jax.lax.scan(step_one, x, (params, cache))
+        return self.decoder_norm(x), (keys, values, *cache[2:])

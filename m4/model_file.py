@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,9 +128,33 @@ def write(path: Path, header: str, tensors: Iterable[Iterable[np.ndarray]]) -> N
                 f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
 
+STACKS = ("encoder", "decoder")  # whose arrays have the number of the block as their first axis
+
+
 def parameters(state: Any) -> dict[str, Any]:
-    """The arrays of an nnx state by dotted path."""
-    return {".".join(str(k) for k in path): x for path, x in nnx.to_flat_state(state)}
+    """The arrays (or shapes) of a model's state by dotted name, those of each block apart: encoder.0.mlp.up.kernel."""
+    found = {}
+    for (top, *rest), variable in nnx.to_flat_state(state):
+        (x,), rest = jax.tree.leaves(variable), "".join(f".{key}" for key in rest)
+        if top not in STACKS:
+            found[top + rest] = x
+            continue
+        for i in range(x.shape[0]):
+            one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x[i]
+            found[f"{top}.{i}{rest}"] = one
+    return found
+
+
+def from_parameters(state: Any, array_of: Callable[[str], np.ndarray]) -> Any:
+    """A state like `state` with the arrays of these names; blocks are stacked."""
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        (top, *rest), shape = path, variable.shape
+        rest = "".join(f".{key}" for key in rest)
+        names = [f"{top}.{i}{rest}" for i in range(shape[0])] if top in STACKS else [top + rest]
+        arrays = [jnp.asarray(array_of(name)) for name in names]
+        flat.append((path, variable.replace(jnp.stack(arrays) if top in STACKS else arrays[0])))
+    return nnx.from_flat_state(flat)
 
 
 def parameter_shapes(model_config: Any, modalities: Modalities) -> dict[str, tuple[int, ...]]:
@@ -156,7 +180,7 @@ def abstract(model_config: Any, modalities: Modalities) -> Model:
 
 def save_model(model: Model, path: str | Path) -> None:
     """Writes the model's parameters in their dtypes, its config and its modalities."""
-    arrays = {name: x[...] for name, x in parameters(nnx.state(model, nnx.Param)).items()}
+    arrays = parameters(nnx.state(model, nnx.Param))
     shapes = {name: (DTYPE_NAMES[x.dtype], x.shape) for name, x in arrays.items()}
     write(
         Path(path),
@@ -171,11 +195,7 @@ def load_model(path: str | Path) -> Model:
     graph, state = nnx.split(abstract(*described(file)), nnx.Param)
     expected = parameters(state)
     check_names(file, {name: x.shape for name, x in expected.items()}, [n for n in file.entries if ":" in n])
-    flat = [
-        (path, x.replace(jnp.asarray(file.tensor(".".join(map(str, path))).astype(np.float32))))
-        for path, x in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    return nnx.merge(graph, from_parameters(state, lambda name: file.tensor(name).astype(np.float32)))
 
 
 def check_names(file: TensorFile, expected: dict[str, tuple[int, ...]], optional: Iterable[str]) -> None:

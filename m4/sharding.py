@@ -79,7 +79,8 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -
     if math.prod(shape) < MIN_SIZE_TO_CUT:
         return P()
     for pattern, axes in RULES:
-        if re.search(pattern, path) and len(shape) == len(axes):
+        if re.search(pattern, path):  # blocks have their number as a first axis
+            axes = (None,) * (len(shape) - len(axes)) + axes
             return P(*(_that_divides(a, n, mesh) for a, n in zip(axes, shape, strict=True)))
     for axis in sorted(range(len(shape)), key=lambda a: -shape[a]):
         if shape[axis] % mesh.shape["fsdp"] == 0:
