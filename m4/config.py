@@ -86,6 +86,9 @@ class Config:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay={self.average_decay} must be at least 0 and less than 1")
+        if self.init_from and not Path(self.init_from).exists():
+            beside = sorted(str(p) for p in Path(self.init_from).parent.glob("*"))
+            raise ValueError(f"init_from={self.init_from!r} is not there; {closest(self.init_from, beside)}")
         if not 0 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile={self.profile} must be the first and the last step, in this order")
         if self.gallery_every and not (self.evaluations and self.datasets and self.datasets[0].source is not None):

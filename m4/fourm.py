@@ -8,16 +8,18 @@ of your own is one more `Grid`, `Sequence` or `Features`: a config lists any mix
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, Literal
 
 import numpy as np
 from einops import rearrange
+from flax import nnx
 
 from m4.components import closest
 from m4.modality import Features, Grid, Modalities, Modality, Sequence
-from m4.model import ModelConfig
+from m4.model import Model, ModelConfig
 from m4.tokens import MaskedBatch, Targets, Tokens
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -122,6 +124,19 @@ def released(
     hidden = 4 * width if mlp == "gelu" else 8 * width // 3
     sizes = {"width": width, "num_heads": num_heads, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth}
     return ModelConfig(**{**sizes, "hidden": hidden, "mlp": mlp, "embeddings": "encoder_decoder", **biases, **changes})
+
+
+def num_parameters(config: ModelConfig, modalities: Modalities) -> int:
+    """As the original counts: its decoder has two tables of all that it predicts, one to read and one to answer from,
+    and there are no shots."""
+    model = nnx.eval_shape(lambda: Model(config, modalities, rngs=nnx.Rngs(0)))
+    ours = {path[0]: 0 for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        ours[path[0]] += math.prod(x.shape)
+    rows = {side: sum(m.vocab_size for m in modalities if getattr(m, side)) for side in ("is_input", "is_target")}
+    tables = (rows["is_input"] + 2 * rows["is_target"]) * config.width
+    not_counted = ("token_embedding", "decoder_embedding", "output_embedding", "shot_embedding")
+    return tables + sum(count for name, count in ours.items() if name not in not_counted)
 
 
 def masked_batch(

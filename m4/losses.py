@@ -27,7 +27,7 @@ from m4.model import Model
 from m4.nn import BATCH
 from m4.tokens import Targets
 
-NUM_SIZES = 8  # of the block for what is left
+NUM_SIZES = 4  # of the block for what is left
 TABLE = ("fsdp", "tensor")  # axes of a mesh over which the columns of tables are cut
 Weighting = Literal["modality", "token", "4m_modality", "4m_token"]
 
@@ -151,6 +151,8 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
             d_table = jax.lax.dynamic_update_slice_in_dim(d_table, d_rows, first, axis=0)
         else:
             d_table = d_rows
+    if not columns:  # every device holds the whole table
+        d_table = jax.lax.psum(d_table, mesh_axes)
     return jax.lax.psum((loss, jnp.stack(sums)), mesh_axes), d_hidden.reshape(shape), d_table
 
 

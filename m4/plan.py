@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from m4 import flops
+from m4 import flops, fourm
 from m4.config import Config
 from m4.modality import Features, Grid, Modalities
 from m4.nn import BATCH
@@ -36,6 +36,7 @@ ENVIRONMENT = {  # libtpu would look for a TPU otherwise
     "TPU_WORKER_ID": "0",
 }  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+AS_4M = "num_parameters_as_4m_counts"
 DTYPE_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 
 
@@ -140,6 +141,7 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
         "num_devices": mesh.size,
         "mesh": dict(mesh.shape),
         "num_parameters": trainer.num_parameters,
+        AS_4M: fourm.num_parameters(config.model, config.modalities),
         "bytes_per_device": {
             "weights": _held(state.params), "optimizer": _held(state.optimizer), "average": _held(state.average),
         },
@@ -284,7 +286,7 @@ def table(result: dict[str, Any]) -> str:
     gib = lambda n: "-" if n is None else f"{n / 2**30:.2f} GiB"  # noqa: E731
     rows = [
         ("devices", f"{result['num_devices']} x {result['device']}, mesh {result['mesh']}"),
-        ("parameters", f"{result['num_parameters']:,}"),
+        ("parameters", f"{result['num_parameters']:,} (as the original 4M counts: {result[AS_4M]:,})"),
         *((f"{name} per device", gib(size)) for name, size in result["bytes_per_device"].items() if size),
         ("model FLOPs per step", f"{result['model_flops_per_step']:.4g}"),
     ]

@@ -84,6 +84,39 @@ def test_killed_and_continued_equals_uninterrupted(whole_run, data_dir, tmp_path
     assert same == whole
 
 
+@pytest.mark.slow
+def test_twenty_kills_end_bit_equal(whole_run, data_dir, tmp_path):
+    """SIGKILL at random moments, many of them during saves, which take place every fourth step."""
+    workdir = tmp_path / "killed"
+    args = command("--workdir", str(workdir), "--data-dir", str(data_dir))
+    rng = np.random.default_rng(int(time.time()))
+    for _ in range(20):
+        process = subprocess.Popen(args, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+        before, deadline = (workdir / "metrics.jsonl"), time.monotonic() + 100
+        size = before.stat().st_size if before.exists() else 0
+        while process.poll() is None and time.monotonic() < deadline:  # until it trains
+            if before.exists() and before.stat().st_size > size:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.4)
+        process.kill()
+        process.wait()
+    done = run("--workdir", str(workdir), "--data-dir", str(data_dir))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(final_arrays(workdir), final_arrays(whole_run), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_gradients_that_stay_not_finite_end_the_run(data_dir, tmp_path):
+    """With the examples that were read, and without spoiling the last checkpoint."""
+    options = ["--optimizer.learning-rate", "1e30", "--max-skipped", "3", "--num-steps", "40", "--save-every", "100"]
+    done = run("--workdir", str(tmp_path / "w"), "--data-dir", str(data_dir), *options)
+    assert done.returncode != 0 and "gradients were not finite in 3 steps in a row" in done.stderr, done.stderr[-2000:]
+    addresses = json.loads((tmp_path / "w" / "not_finite.json").read_text())
+    assert [a["num_examples"] for a in addresses] == [16] * 4
+    assert [a["first_example"] for a in addresses] == [16 * (a["step"] - 1) for a in addresses]
+
+
 @pytest.mark.parametrize(
     "args,message",
     [
@@ -91,6 +124,9 @@ def test_killed_and_continued_equals_uninterrupted(whole_run, data_dir, tmp_path
         (["--model.width", "30"], "multiple of num_heads"),
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
         (["--mesh.fsdp", "3"], "does not use"),
+        (["--micro-batches", "3"], "must be a multiple of data x fsdp x micro_batches = 3"),
+        (["--profile", "9", "3"], "must be the first and the last step"),
+        (["--init-from", "runs/nothing"], "runs/nothing"),
         (["--datasets.0.source.variant", "simpel"], "simple"),
     ],
 )
