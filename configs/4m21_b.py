@@ -4,7 +4,8 @@
 
 Data: token shards of CC12M (all modalities), COYO-700M (those of 4M-7) and C4 (text). Hardware: 32 TPU v5e chips or 16
 GPUs of 80 GB; see `python -m m4 plan configs/4m21_b.py --topology v5e:8x8`.
-Expected cost, planned and not measured: COST
+Expected cost, planned and not measured: 238,419 steps, 3.4e20 model FLOPs:
+40 chip-days of TPU v5e at 50% MFU, or 9 H100-days at 45%.
 """
 
 import dataclasses

@@ -3,7 +3,8 @@
     python train.py configs/4m21_l.py
 
 Hardware: 64 TPU v5e chips or 32 GPUs of 80 GB; see `python -m m4 plan configs/4m21_l.py --topology v5e:8x8`.
-Expected cost, planned and not measured: COST
+Expected cost, planned and not measured: 238,419 steps, 1.1e21 model FLOPs:
+134 chip-days of TPU v5e at 50% MFU, or 30 H100-days at 45%.
 """
 
 import dataclasses

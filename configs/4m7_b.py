@@ -4,7 +4,8 @@
 
 Data: token shards of CC12M with the modalities below, by `python -m m4 pretokenize`.
 Hardware: 64 TPU v5e chips or 16 GPUs of 80 GB; see `python -m m4 plan configs/4m7_b.py --topology v5e:8x8`.
-Expected cost, planned and not measured: COST
+Expected cost, planned and not measured: 238,419 steps, 3.3e20 model FLOPs:
+38 chip-days of TPU v5e at 50% MFU, or 8 H100-days at 45%.
 """
 
 from m4 import fourm

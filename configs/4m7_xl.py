@@ -4,7 +4,8 @@
 
 Hardware: 256 TPU v5e or 128 v5p chips, or 128 GPUs of 80 GB; see
 `python -m m4 plan configs/4m7_xl.py --topology v5e:16x16`.
-Expected cost, planned and not measured: COST
+Expected cost, planned and not measured: 238,419 steps, 4.3e21 model FLOPs:
+510 chip-days of TPU v5e at 50% MFU, or 113 H100-days at 45%.
 """
 
 import dataclasses

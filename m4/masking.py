@@ -161,7 +161,7 @@ def check_strategies(strategies: tuple[Strategy, ...], modalities: Modalities) -
                     raise ValueError(f"masking names modality {name!r}; {closest(name, allowed)}")
                 if names is not kept and not value > 0:
                     raise ValueError(f"masking gives {name!r} concentration {value}; it must be positive")
-        for keep in kept.values() if kept else (strategy.keep,):
+        for keep in (strategy.keep,) if isinstance(strategy.keep, str) else kept.values():
             if keep not in Keep.__args__:
                 raise ValueError(f"masking has keep={keep!r}; {closest(keep, Keep.__args__)}")
     for m in modalities:

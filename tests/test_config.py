@@ -68,6 +68,12 @@ def test_a_new_modality_adds_rows_at_the_end(modalities):
     assert not any(m.vocab_size for m in modalities if isinstance(m, Features))
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_holds_together(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    load_config(str(path)).check()
+
+
 LAYERS = [
     ["components", "modality", "tokens", "workers"],
     ["masking", "nn"],
