@@ -220,7 +220,12 @@ def collectives(text: str) -> Iterator[tuple[str, int, int]]:
     called_by: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
     for name, lines in computations.items():
         for line in lines:
-            count = int(known[1]) if (known := re.search(r'known_trip_count.{0,4}\{.{0,2}n.{0,4}"(\d+)"', line)) else 1
+            count = 1
+            if known := re.search(r'known_trip_count.{0,4}\{.{0,2}n.{0,4}"(\d+)"', line):
+                count = int(known[1])
+            elif condition := re.search(r" while\(.*condition=%?([\w.-]+)", line):  # a TPU's does not say so
+                limits = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(condition[1], ())))
+                count = int(limits[0]) if len(limits) == 1 else 1
             for callee in re.findall(r"(?:body|to_apply|calls|condition)=%?([\w.-]+)", line):
                 called_by[callee].append((name, count if f"body=%{callee}" in line or f"body={callee}" in line else 1))
 
