@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -23,8 +25,10 @@ class OptimizerConfig:
         warmup = min(self.warmup_steps, max(1, num_steps // 2))
         return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, num_steps)
 
-    def make(self, num_steps: int) -> optax.GradientTransformation:
-        adamw = optax.adamw(self.schedule(num_steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=decays)
+    def make(self, num_steps: int, keep: Any = False) -> optax.GradientTransformation:
+        """`keep` (bool, may be traced) leaves the moments as they are: the step is to be skipped."""
+        b1, b2 = (jnp.where(keep, 1.0, b) for b in (self.b1, self.b2))
+        adamw = optax.adamw(self.schedule(num_steps), b1, b2, weight_decay=self.weight_decay, mask=decays)
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw) if self.clip_norm else adamw
 
 

@@ -127,18 +127,16 @@ class Trainer:
 
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        # Where moments and parameters keep their places in memory: a choice between old and new ones would copy them.
+        grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
+        updates, optimizer = c.optimizer.make(c.num_steps, keep=~finite).update(grads, state.optimizer, state.params)
+        optimizer = jax.tree.map(lambda x, old: x if x.ndim else jnp.where(finite, x, old), optimizer, state.optimizer)
+        params = jax.tree.map(lambda p, u: p + jnp.where(finite, u, 0), state.params, updates)
         average = state.average
         if average is not None:
             # Short at first, so that the random start is soon forgotten.
-            decay = jnp.minimum(c.average_decay, (1 + number) / (10 + number))
+            decay = jnp.where(finite, jnp.minimum(c.average_decay, (1 + number) / (10 + number)), 1.0)
             average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
-        params, optimizer, average = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, optimizer, average),
-            (state.params, state.optimizer, state.average),
-        )
         skipped = 1 - finite.astype(jnp.int32)
         new = TrainState(
             params, optimizer, average, state.num_skipped + skipped, (state.num_skipped_in_a_row + 1) * skipped
