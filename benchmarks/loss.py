@@ -33,7 +33,7 @@ def seconds(function, *args) -> float:
 def main() -> None:
     measure.keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--num-tokens", type=int, default=8192)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)

@@ -13,6 +13,7 @@ and their gradient is summed over the devices before it comes to the next.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 from typing import Literal
@@ -84,76 +85,86 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     ids, modality = ids.reshape(-1), modality.reshape(-1)
     columns = tuple(a for a in mesh_axes if a in TABLE)
+    groups = collections.defaultdict(list)  # modalities by size of vocabulary: one compiled loop for each size
+    for i, (first, last) in enumerate(itertools.pairwise(table_rows)):
+        groups[last - first].append(i)
+    groups.pop(0, None)
     if not block:  # about what a modality has
-        block = 2 ** int(np.clip(np.log2(len(ids) / max(np.count_nonzero(np.diff(table_rows)), 1)), 9, 12))
+        block = 2 ** int(np.clip(np.log2(len(ids) / sum(map(len, groups.values()))), 7, 12))
+    sizes = [-(-block * k // NUM_SIZES) for k in range(1, NUM_SIZES + 1)]
     order = jnp.argsort(modality)
     counts = jnp.bincount(modality, length=len(table_rows))
     starts = jnp.cumsum(counts) - counts
-    sums, d_hidden, d_table = [], jnp.zeros_like(hidden, jnp.float32), jnp.zeros_like(table, jnp.float32)
-    loss = jnp.zeros((), jnp.float32)
-    for i, (first, last) in enumerate(itertools.pairwise(table_rows)):
-        if first == last:
-            sums.append(jnp.zeros((), jnp.float32))
-            continue
-        # The barrier: else the rows of all modalities would be gathered, and held, before the first loop.
-        rows_of_table, d_hidden, loss = jax.lax.optimization_barrier((table[first:last], d_hidden, loss))
-        vocabulary = rows_of_table.astype(hidden.dtype)
-        if columns:
-            vocabulary = jax.lax.all_gather(vocabulary, columns, axis=1, tiled=True)
 
-        def block_of(begin, carry, size, i=i, vocabulary=vocabulary, first=first):
-            loss, total, d_hidden, d_rows = carry
+    def of_modality(i, first, vocabulary, carry):
+        """Adds one modality's part: its tokens in full blocks, then one block of a size that fits the rest."""
+
+        def of_block(begin, size, carry):
+            loss, sums, d_hidden, d_table = carry
             place = begin + jnp.arange(size)
             inside = place < counts[i]
             rows = order[jnp.where(inside, starts[i] + place, 0)]
             x = hidden[rows]
             logits = jnp.einsum("kd,vd->kv", x, vocabulary, preferred_element_type=jnp.float32)
-            target = jnp.clip(ids[rows], 0, vocabulary.shape[0] - 1)
-            largest = logits.max(-1, keepdims=True)
-            shifted = logits - largest
-            exp = jnp.exp(shifted)
-            norm = exp.sum(-1, keepdims=True)
-            log_norm = jnp.log(norm[:, 0])
+            target = jnp.clip(ids[rows], 0, len(vocabulary) - 1)
+            largest = logits.max(-1)
+            log_z = largest + jnp.log(jnp.exp(logits - largest[:, None]).sum(-1))
+            nll = log_z - jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
             scale = jnp.where(inside, weight[i], 0.0)
-            nll = log_norm - jnp.take_along_axis(shifted, target[:, None], axis=1)[:, 0]
-            log_z = log_norm + largest[:, 0]
-            total = total + (scale * nll).sum()
+            sums = sums.at[i].add((scale * nll).sum())
             loss = loss + (scale * (nll + z_loss * log_z**2 if z_loss else nll)).sum()
             if with_gradient:
                 is_target = jnp.arange(len(vocabulary))[None] == target[:, None]
                 up = scale * (1 + 2 * z_loss * log_z) if z_loss else scale
-                g = (exp * (up / norm[:, 0])[:, None] - jnp.where(is_target, scale[:, None], 0)).astype(x.dtype)
-                d_vocabulary = jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
-                offset = 0 if columns else first
-                d_rows = d_rows.at[offset : offset + len(d_vocabulary)].add(d_vocabulary)
+                p = jnp.exp(logits - log_z[:, None])
+                g = (p * up[:, None] - jnp.where(is_target, scale[:, None], 0)).astype(x.dtype)
+                d_rows = jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
                 d_x = jnp.einsum("kv,vd->kd", g, vocabulary, preferred_element_type=jnp.float32)
-                d_hidden = d_hidden.at[jnp.where(inside, rows, hidden.shape[0])].set(d_x, mode="drop")
-            return loss, total, d_hidden, d_rows
+                d_table = _add_rows(d_table, d_rows, 0 if columns else first)
+                d_hidden = d_hidden.at[jnp.where(inside, rows, len(hidden))].set(d_x, mode="drop")
+            return loss, sums, d_hidden, d_table
 
-        # Full blocks, then one for the rest, of the smallest of a few sizes that holds it.
-        sizes = sorted({-(-block * k // NUM_SIZES) for k in range(1, NUM_SIZES + 1)})
         num_full = counts[i] // block
-        rest = (counts[i] - num_full * block > jnp.asarray([0, *sizes[:-1]])).sum()
-        d_rows = jnp.zeros(vocabulary.shape, jnp.float32) if columns and with_gradient else d_table
-        carry = (loss, jnp.zeros((), jnp.float32), d_hidden, d_rows)
-        carry = jax.lax.fori_loop(0, num_full, lambda k, carry, one=block_of: one(k * block, carry, block), carry)
-        for j, size in enumerate(sizes):  # loops of no turn or one: XLA would copy all that a switch carries
+        rest = counts[i] - num_full * block
+        for size, smaller in zip(sizes, [0, *sizes], strict=False):
+            # A loop of no turn or one for the rest: XLA would copy all that a switch carries.
+            turns = ((smaller < rest) & (rest <= size)).astype(jnp.int32) + (num_full if size == block else 0)
+            begin = 0 if size == block else num_full * block
+            carry = jax.lax.fori_loop(
+                0, turns, lambda k, carry, begin=begin, size=size: of_block(begin + k * size, size, carry), carry
+            )
+        return carry
 
-            def rest_of(k, carry, one=block_of, begin=num_full * block, size=size):
-                return one(begin + k * size, carry, size)
+    carry = (
+        jnp.zeros((), jnp.float32),
+        jnp.zeros(len(weight), jnp.float32),
+        jnp.zeros_like(hidden, jnp.float32),
+        jnp.zeros_like(table, jnp.float32),
+    )
+    for size, members in groups.items():
 
-            carry = jax.lax.fori_loop(0, (rest == j + 1).astype(jnp.int32), rest_of, carry)
-        loss, total, d_hidden, d_rows = carry
-        sums.append(total)
-        if columns and with_gradient:
+        def of_group(n, carry, size=size, members=members):
+            i, first = jnp.asarray(members)[n], jnp.asarray([table_rows[i] for i in members])[n]
+            vocabulary = jax.lax.dynamic_slice_in_dim(table, first, size).astype(hidden.dtype)
+            if not columns:
+                return of_modality(i, first, vocabulary, carry)
+            vocabulary = jax.lax.all_gather(vocabulary, columns, axis=1, tiled=True)
+            *rest, d_table = carry
+            *rest, d_rows = of_modality(i, 0, vocabulary, (*rest, jnp.zeros(vocabulary.shape, jnp.float32)))
             d_rows = jax.lax.psum_scatter(d_rows, columns, scatter_dimension=1, tiled=True)
             d_rows = jax.lax.psum(d_rows, tuple(a for a in mesh_axes if a not in TABLE))
-            d_table = jax.lax.dynamic_update_slice_in_dim(d_table, d_rows, first, axis=0)
-        else:
-            d_table = d_rows
+            return *rest, _add_rows(d_table, d_rows, first)
+
+        carry = jax.lax.fori_loop(0, len(members), of_group, carry)
+    loss, sums, d_hidden, d_table = carry
     if not columns:  # every device holds the whole table
         d_table = jax.lax.psum(d_table, mesh_axes)
-    return jax.lax.psum((loss, jnp.stack(sums)), mesh_axes), d_hidden.reshape(shape), d_table
+    return jax.lax.psum((loss, sums), mesh_axes), d_hidden.reshape(shape), d_table
+
+
+def _add_rows(table, rows, first):
+    old = jax.lax.dynamic_slice_in_dim(table, first, len(rows))
+    return jax.lax.dynamic_update_slice_in_dim(table, old + rows, first, axis=0)
 
 
 def _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, block, with_gradient):
