@@ -1,5 +1,6 @@
 """What the benchmarks share: the allocator's setting, and the common part of a printed line."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,12 @@ def keep_freed_memory() -> None:
     if "GLIBC_TUNABLES" not in os.environ and platform.libc_ver()[0] == "glibc" and "-h" not in sys.argv[1:]:
         os.environ["GLIBC_TUNABLES"] = MALLOC  # read when a process starts
         os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def return_freed_memory() -> None:
+    """Gives memory that was freed back to the system: the compiler's, before the state is made."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def machine() -> dict:

@@ -17,7 +17,7 @@ base: Config = load_config("configs/4m21_b.py")
 config = dataclasses.replace(
     base,
     name="4m21_l",
-    model=fourm.released("large", dtype="bfloat16", remat="products", share_modality_embeddings=False),
+    model=fourm.released("large", dtype="bfloat16", share_modality_embeddings=False),
     mesh=MeshConfig(fsdp=16),
     micro_batches=1,
 )

@@ -17,7 +17,7 @@ base: Config = load_config("configs/4m7_b.py")
 config = dataclasses.replace(
     base,
     name="4m7_l",
-    model=fourm.released("large", dtype="bfloat16", remat="products"),
+    model=fourm.released("large", dtype="bfloat16"),
     mesh=MeshConfig(fsdp=16),
     micro_batches=1,
 )

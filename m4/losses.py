@@ -139,12 +139,14 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
         jnp.zeros((), jnp.float32),
         jnp.zeros(len(weight), jnp.float32),
         jnp.zeros_like(hidden, jnp.float32),
-        jnp.zeros_like(table, jnp.float32),
+        jnp.full_like(table, jnp.minimum(counts[0], 0), jnp.float32),  # zeros; XLA would share those of all tables
     )
     for size, members in groups.items():
 
         def of_group(n, carry, size=size, members=members):
-            i, first = jnp.asarray(members)[n], jnp.asarray([table_rows[i] for i in members])[n]
+            # The barrier: else the rows of all modalities would be gathered, and held, before the first loop.
+            first, carry = jax.lax.optimization_barrier((jnp.asarray([table_rows[i] for i in members])[n], carry))
+            i = jnp.asarray(members)[n]
             vocabulary = jax.lax.dynamic_slice_in_dim(table, first, size).astype(hidden.dtype)
             if not columns:
                 return of_modality(i, first, vocabulary, carry)

@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from m4.modality import Features, Modalities, Modality, Sequence
-from m4.nn import BATCH, BlockConfig, DecoderBlock, EncoderBlock, LayerNorm, Linear, cut, lookup
+from m4.nn import BATCH, BlockConfig, DecoderBlock, EncoderBlock, LayerNorm, Linear, Visible, cut, lookup
 from m4.tokens import MaskedBatch, Targets, Tokens
 
 NUM_SHOTS = 17  # the query and up to 16 in-context examples
@@ -49,7 +49,8 @@ class ModelConfig(BlockConfig):
     position_base is the longest wavelength of the sine-cosine positions over 2 pi: for small grids a smaller one tells
     neighbours apart sooner.
     num_registers: learned tokens before all inputs of the encoder (Darcet et al. 2023).
-    remat: what the backward pass computes again instead of keeping: nothing, all but matrix products, or whole blocks.
+    remat: what the backward pass computes again instead of keeping: whole "blocks" (a third more compute), or "none" of
+        them but norms, the MLPs' gates and attention weights.
     encoder_drop_path, decoder_drop_path: stochastic depth in training, from 0 in the first block to this in the last.
     """
 
@@ -64,7 +65,7 @@ class ModelConfig(BlockConfig):
     decoder_causal: bool = False
     encoder_drop_path: float = 0.0
     decoder_drop_path: float = 0.0
-    remat: Literal["none", "products", "blocks"] = "none"
+    remat: Literal["none", "blocks"] = "none"
 
     def __post_init__(self):
         super().__post_init__()
@@ -217,22 +218,21 @@ class Model(nnx.Module):
 
     def run_encoder(self, x: Float[Array, "B C D"], inputs_valid: Bool[Array, "B N"], key: PRNGKeyArray | None = None):
         c = self.config
-        visible = self.context_valid(inputs_valid)[:, None, :]
+        visible = Visible.keys(self.context_valid(inputs_valid))
         keep = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
         return self.encoder_norm(self._run(self.encoder, x, keep, visible))
 
     def _run(self, blocks: nnx.Module, x: Float[Array, "B T D"], keep: Array | None, *args) -> Float[Array, "B T D"]:
         """x through a stack of blocks."""
         graph, params = nnx.split(blocks, nnx.Param)
-        policies = {"products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "blocks": None}
 
         def run_one(x, layer):
             params, keep = layer
             block = nnx.merge(graph, params)
             return block(cut(x, BATCH), *args, keep=(None,) * block.num_branches if keep is None else keep), None
 
-        if self.config.remat != "none":
-            run_one = jax.checkpoint(run_one, policy=policies[self.config.remat], prevent_cse=False)
+        if self.config.remat == "blocks":
+            run_one = jax.checkpoint(run_one, prevent_cse=False)
         return jax.lax.scan(run_one, x, (params, keep))[0]
 
     def context(self, encoded: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
@@ -250,7 +250,7 @@ class Model(nnx.Module):
         """Hidden vectors from which `logits` are read, one for each target slot."""
         c = self.config
         x = self.decoder_input(targets)
-        visible, context_visible = self.decoder_visibility(targets), self.context_valid(inputs_valid)[:, None, :]
+        visible, context_visible = self.decoder_visibility(targets), Visible.keys(self.context_valid(inputs_valid))
         keep = survival(key, DecoderBlock.num_branches, c.decoder_depth, c.decoder_drop_path, len(x))
         return self.decoder_norm(self._run(self.decoder, x, keep, visible, context, context_visible))
 
@@ -262,19 +262,20 @@ class Model(nnx.Module):
             content = jnp.where((targets.previous >= 0)[..., None], known, content)
         return content + self.target_address(targets)
 
-    def decoder_visibility(self, targets: Targets) -> Bool[Array, "B M M"]:
+    def decoder_visibility(self, targets: Targets) -> Visible:
         """The rule in the drawing above."""
         c = self.config
+        slot = jnp.broadcast_to(jnp.arange(targets.ids.shape[1]), targets.ids.shape)
         ordered = jnp.asarray([isinstance(m, Sequence) for m in self.modalities])[targets.modality]
-        query, key = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
-        same = (query(targets.modality) == key(targets.modality)) & (query(targets.shot) == key(targets.shot))
-        visible = same & (~query(ordered) | (key(targets.position) <= query(targets.position)))
-        slot = jnp.arange(ordered.shape[1])[None]
+        segment, rank = targets.modality * NUM_SHOTS + targets.shot, jnp.where(ordered, targets.position, 0)
         if c.decoder_causal:
-            visible = (same | (not c.decoder_within_modality)) & (key(slot) <= query(slot))
-        elif not c.decoder_within_modality:
-            visible = visible | ~same & (key(slot) < query(slot))
-        return visible & key(targets.valid)
+            rank = slot
+        elif not c.decoder_within_modality:  # slots of a segment stand together, in order of position
+            same = segment[:, :, None] == segment[:, None]
+            rank = jnp.where(ordered, slot, jnp.where(same, slot[:, None], slot.shape[1]).min(-1))
+        if not c.decoder_within_modality:
+            segment = jnp.zeros_like(segment)
+        return Visible(segment, rank, jnp.where(targets.valid, segment, -1), rank)
 
     @property
     def table_rows(self) -> dict[str, tuple[int, ...]]:
@@ -312,7 +313,7 @@ class Model(nnx.Module):
 
         def keys_values(params):
             block = nnx.merge(graph, params)
-            return block.cross_attention.keys_values(block.context_norm(context))
+            return block.cross_attention.keys_values(context, block.context_norm)
 
         return (empty, empty, *jax.lax.map(keys_values, params))
 
@@ -320,8 +321,8 @@ class Model(nnx.Module):
         """One sequence position (target slots [B 1]) -> hidden [B 1 D] and the new cache."""
         x = self.decoder_input(target)
         length = cache[0].shape[2]
-        visible = jnp.broadcast_to(jnp.arange(length) <= index, (x.shape[0], 1, length))
-        context_visible = self.context_valid(inputs_valid)[:, None, :]
+        visible = Visible.keys((jnp.arange(length) <= index)[None])
+        context_visible = Visible.keys(self.context_valid(inputs_valid))
         graph, params = nnx.split(self.decoder, nnx.Param)
 
         def step_one(x, layer):

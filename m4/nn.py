@@ -6,7 +6,7 @@ B batch, T query tokens, S key tokens, D width, N heads, H head width, F hidden 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,14 +71,22 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (num_in, num_out), minval=-limit, maxval=limit))
         self.bias = nnx.Param(jnp.zeros(num_out)) if bias else None
 
-    def __call__(self, x: Float[Array, "*B D"], dtype: str | None = None) -> Float[Array, "*B F"]:
-        """Multiplied in the dtype of x; summed, and given back, in `dtype`."""
-        # Two axes: XLA's CPU weight gradients of [batch, tokens, width] operands are 1.7 times slower.
-        kernel, dtype = self.kernel[...].astype(x.dtype), dtype or x.dtype
-        y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+    def __call__(self, x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None):
+        """[*B F], multiplied in the dtype of x; summed, and given back, in `dtype`.
+
+        `norm` is applied to x first: the backward pass computes its result again, so that only x is kept.
+        """
+
+        def product(x, kernel):
+            x = norm(x) if norm else x
+            # Two axes: XLA's CPU weight gradients of [batch, tokens, width] operands are 1.7 times slower.
+            x = x.reshape(-1, x.shape[-1])
+            return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype or x.dtype)
+
+        y = (jax.checkpoint(product, prevent_cse=False) if norm else product)(x, self.kernel[...])
         if self.bias is not None:
-            y = y + self.bias[...].astype(dtype)[None]
-        return y.reshape(*x.shape[:-1], kernel.shape[-1])
+            y = y + self.bias[...].astype(y.dtype)[None]
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def _as_row(vector: Float[Array, " D"], like: Array) -> Array:
@@ -123,43 +131,72 @@ class LayerNorm(nnx.Module):
         return (y if self.bias is None else y + _as_row(self.bias[...], y)).astype(self.dtype)
 
 
-@jax.custom_vjp
-def softmax(scores: Float[Array, "*B S"]) -> Float[Array, "*B S"]:
-    """Softmax over the last axis whose backward pass reads the result only (XLA on CPU would redo the exponential)."""
-    exp = jnp.exp(scores - scores.max(-1, keepdims=True))
-    return exp / exp.sum(-1, keepdims=True)
+class Visible(NamedTuple):
+    """Which keys each query sees, as a rule: those of its own segment whose rank is not above its own.
 
+    A key of segment -1 is seen by none. Axes of one element stand for all.
+    """
 
-def _softmax_forward(scores):
-    p = softmax(scores)
-    return p, p
+    query_segment: Int[Array, "_ _"]  # [B T]
+    query_rank: Int[Array, "_ _"]
+    key_segment: Int[Array, "_ S"]  # [B S]
+    key_rank: Int[Array, "_ S"]
 
+    @classmethod
+    def keys(cls, valid: Bool[Array, "B S"]) -> Visible:
+        """All queries see the keys that are valid."""
+        zero = jnp.zeros((1, 1), jnp.int32)
+        return cls(zero, zero, jnp.where(valid, 0, -1), jnp.zeros_like(valid, jnp.int32))
 
-def _softmax_backward(p, g):
-    g = g * p
-    return (g - p * g.sum(-1, keepdims=True),)
-
-
-softmax.defvjp(_softmax_forward, _softmax_backward)
+    def mask(self) -> Bool[Array, "_ _ S"]:
+        same = self.query_segment[:, :, None] == self.key_segment[:, None]
+        return same & (self.key_rank[:, None] <= self.query_rank[:, :, None])
 
 
 def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S N H"],
-    v: Float[Array, "B S N H"],
-    visible: Bool[Array, "B _ S"],
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"], visible: Visible
 ) -> Float[Array, "B T N H"]:
-    """Scaled dot-product attention, softmax in float32; a query that sees no key at all gets zeros."""
+    """Scaled dot-product attention, softmax in float32; a query that sees no key at all gets zeros.
+
+    The backward pass computes the weights [B N T S] again (Dao et al. 2022, section 3.1): they are never kept.
+    """
     # XLA on CPU multiplies [.. T H] blocks twice as fast as strided ones, and undoes plain transposes.
     q, k, v = (jax.lax.optimization_barrier(rearrange(x, "b t n h -> b n t h")) for x in (q, k, v))
+    return rearrange(jax.lax.optimization_barrier(_attend(q, k, v, visible)), "b n t h -> b t n h")
+
+
+def _attention_weights(q, k, visible):
     scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = softmax(jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)).astype(v.dtype)
-    out = jax.lax.optimization_barrier(jnp.einsum("bnts,bnsh->bnth", weights, v))
-    return jnp.where(visible.any(-1)[:, :, None, None], rearrange(out, "b n t h -> b t n h"), 0)
+    mask = visible.mask()[:, None]
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    exp = jnp.where(mask, jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
+    return exp / jnp.maximum(exp.sum(-1, keepdims=True), 1e-30)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, visible):
+    return jnp.einsum("bnts,bnsh->bnth", _attention_weights(q, k, visible).astype(v.dtype), v)
+
+
+def _attend_forward(q, k, v, visible):
+    return _attend(q, k, v, visible), (q, k, v, visible)
+
+
+def _attend_backward(residuals, g):
+    q, k, v, visible = residuals
+    # The barrier: else XLA would keep the weights of the forward pass.
+    weights = _attention_weights(*jax.lax.optimization_barrier((q, k)), visible)
+    d_v = jnp.einsum("bnts,bnth->bnsh", weights.astype(g.dtype), g)
+    d = jnp.einsum("bnth,bnsh->bnts", g, v, preferred_element_type=jnp.float32) * weights
+    d = ((d - weights * d.sum(-1, keepdims=True)) * q.shape[-1] ** -0.5).astype(q.dtype)
+    return jnp.einsum("bnts,bnsh->bnth", d, k), jnp.einsum("bnts,bnth->bnsh", d, q), d_v, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of x to `context`."""
+    """Multi-head attention of x to `context`, each normalised by the `norm` given with it."""
 
     def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
         self.num_heads = c.num_heads
@@ -171,18 +208,18 @@ class Attention(nnx.Module):
         self.query_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
         self.key_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
 
-    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        q = rearrange(self.query(x), "b t (n h) -> b t n h", n=self.num_heads)
+    def queries(self, x: Float[Array, "B T D"], norm: LayerNorm) -> Float[Array, "B T N H"]:
+        q = rearrange(self.query(x, norm=norm), "b t (n h) -> b t n h", n=self.num_heads)
         return self.query_norm(q) if self.query_norm else q
 
-    def keys_values(self, context: Float[Array, "B S D"]) -> tuple[Array, Array]:
-        k, v = rearrange(self.key_value(context), "b s (two n h) -> two b s n h", two=2, n=self.num_heads)
+    def keys_values(self, context: Float[Array, "B S D"], norm: LayerNorm) -> tuple[Array, Array]:
+        k, v = rearrange(self.key_value(context, norm=norm), "b s (two n h) -> two b s n h", two=2, n=self.num_heads)
         return (self.key_norm(k) if self.key_norm else k), v
 
-    def __call__(self, x: Array, context: Array, visible: Array) -> Float[Array, "B T D"]:
-        return self.finish(self.queries(x), *self.keys_values(context), visible)
+    def __call__(self, x: Array, norm: LayerNorm, context: Array, context_norm: LayerNorm, visible: Visible):
+        return self.finish(self.queries(x, norm), *self.keys_values(context, context_norm), visible)
 
-    def finish(self, q: Array, k: Array, v: Array, visible: Array) -> Float[Array, "B T D"]:
+    def finish(self, q: Array, k: Array, v: Array, visible: Visible) -> Float[Array, "B T D"]:
         return self.out(rearrange(attend(q, k, v, visible), "b t n h -> b t (n h)"), "float32")
 
 
@@ -221,11 +258,11 @@ class MLP(nnx.Module):
         self.up = Linear(c.width, c.hidden * (1 + self.gated), fan_out=c.hidden, bias=c.mlp_bias, rngs=rngs)
         self.down = Linear(c.hidden, c.width, bias=c.mlp_bias, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        wide = self.up(x)
+    def __call__(self, x: Float[Array, "*B D"], norm: LayerNorm | None = None) -> Float[Array, "*B D"]:
+        wide = self.up(x, norm=norm)
         if not self.gated:
-            return self.down(jax.nn.gelu(wide.astype(jnp.float32), approximate=False).astype(x.dtype), "float32")
-        y = silu_gate_matmul(wide.reshape(-1, wide.shape[-1]), self.down.kernel[...].astype(x.dtype))
+            return self.down(jax.nn.gelu(wide.astype(jnp.float32), approximate=False).astype(wide.dtype), "float32")
+        y = silu_gate_matmul(wide.reshape(-1, wide.shape[-1]), self.down.kernel[...].astype(wide.dtype))
         return (y if self.down.bias is None else y + self.down.bias[...][None]).reshape(*x.shape[:-1], -1)
 
 
@@ -245,10 +282,9 @@ class EncoderBlock(nnx.Module):
         self.mlp_norm = LayerNorm(c)
         self.mlp = MLP(c, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], visible: Bool[Array, "B _ T"], keep=(None, None)):
-        y = self.attention_norm(x)
-        x = residual(x, self.attention(y, y, visible), keep[0])
-        return residual(x, self.mlp(self.mlp_norm(x)), keep[1])
+    def __call__(self, x: Float[Array, "B T D"], visible: Visible, keep=(None, None)):
+        x = residual(x, self.attention(x, self.attention_norm, x, self.attention_norm, visible), keep[0])
+        return residual(x, self.mlp(x, self.mlp_norm), keep[1])
 
 
 class DecoderBlock(nnx.Module):
@@ -266,20 +302,18 @@ class DecoderBlock(nnx.Module):
         self.mlp = MLP(c, rngs=rngs)
 
     def __call__(self, x, visible, context, context_visible, keep=(None, None, None)) -> Float[Array, "B T D"]:
-        y = self.self_norm(x)
-        x = residual(x, self.self_attention(y, y, visible), keep[0])
-        y = self.cross_attention(self.query_norm(x), self.context_norm(context), context_visible)
+        x = residual(x, self.self_attention(x, self.self_norm, x, self.self_norm, visible), keep[0])
+        y = self.cross_attention(x, self.query_norm, context, self.context_norm, context_visible)
         x = residual(x, y, keep[1])
-        return residual(x, self.mlp(self.mlp_norm(x)), keep[2])
+        return residual(x, self.mlp(x, self.mlp_norm), keep[2])
 
     def step(self, x: Float[Array, "B 1 D"], cache, index, visible, context_visible):
         """One position of autoregressive decoding: writes its key and value at `index` of the cache and reads all."""
         keys, values, context_keys, context_values = cache
-        y = self.self_norm(x)
-        k, v = self.self_attention.keys_values(y)
+        k, v = self.self_attention.keys_values(x, self.self_norm)
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=1)
-        x = x + self.self_attention.finish(self.self_attention.queries(y), keys, values, visible)
-        q = self.cross_attention.queries(self.query_norm(x))
+        x = x + self.self_attention.finish(self.self_attention.queries(x, self.self_norm), keys, values, visible)
+        q = self.cross_attention.queries(x, self.query_norm)
         x = x + self.cross_attention.finish(q, context_keys, context_values, context_visible)
-        return x + self.mlp(self.mlp_norm(x)), (keys, values, context_keys, context_values)
+        return x + self.mlp(x, self.mlp_norm), (keys, values, context_keys, context_values)

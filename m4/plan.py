@@ -195,7 +195,7 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
 
 def hardware_flops(config: Config, model_flops: float) -> float:
     """With what is computed again in the backward pass."""
-    return model_flops * {"none": 1.0, "products": 1.0, "blocks": 4 / 3}[config.model.remat]
+    return model_flops * {"none": 1.0, "blocks": 4 / 3}[config.model.remat]
 
 
 def _held(tree: Any) -> int:

@@ -86,17 +86,23 @@ class Trainer:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, self.mesh)
         )
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """By default XLA orders the program of a CPU for concurrency, at 1.3 times the memory."""
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
+
     def init(self) -> TrainState:
         """Made where it lives: no device ever holds the whole."""
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        return jax.jit(self._make, out_shardings=places)()
+        return jax.jit(self._make, out_shardings=places, compiler_options=self._options)()
 
     @functools.cached_property
     def step(self):
         """(state, batch, number) -> (state, scalars); the old state's memory is used again."""
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         whole = NamedSharding(self.mesh, P())
-        return jax.jit(self._step, donate_argnums=0, out_shardings=(places, whole))
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(places, whole), compiler_options=self._options)
 
     def _step(self, state: TrainState, batch: MaskedBatch, number: jax.Array) -> tuple[TrainState, dict[str, Any]]:
         c, graph = self.c, self._split[0]

@@ -99,7 +99,7 @@ def forward(model: Model, meta: dict, batch: MaskedBatch) -> dict[str, np.ndarra
             "decoder_input": jnp.where(targets.valid[..., None], model.decoder_input(targets), 0),
             "decoder_mask": ~targets.valid[:, None],
             "target_ids": targets.ids,
-            "decoder_attention_mask": ~model.decoder_visibility(targets),
+            "decoder_attention_mask": ~model.decoder_visibility(targets).mask(),
             "decoder_mod_mask": modality_of(targets),
             "decoder_output": hidden,
         }

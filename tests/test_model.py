@@ -214,7 +214,7 @@ def test_embedding_only_selected_tokens_needs_no_full_grid(model, batch):
 def test_other_rules_of_visibility(small_model, modalities, batch, within, causal):
     config = dataclasses.replace(small_model, decoder_within_modality=within, decoder_causal=causal)
     t = jax.device_get(batch.targets)
-    visible = np.asarray(Model(config, modalities, rngs=nnx.Rngs(0)).decoder_visibility(batch.targets))
+    visible = np.asarray(Model(config, modalities, rngs=nnx.Rngs(0)).decoder_visibility(batch.targets).mask())
     caption = modalities.index("caption")
     for b, q, k in np.ndindex(visible.shape):
         same = t.modality[b, q] == t.modality[b, k]

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m4.nn import BlockConfig, EncoderBlock, LayerNorm, Linear
+from m4.nn import BlockConfig, EncoderBlock, LayerNorm, Linear, Visible
 
 NUM_MOVES = 9  # of a grid by at most one patch: a mixing block's groups of features
 
@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
         h, w = x.shape[1:3]
         x = x + resize_table(self.positions[...], (h, w))[None]
         x = einops.rearrange(x, "b h w f -> b (h w) f")
-        visible = jnp.ones((len(x), 1, h * w), bool)
+        visible = Visible.keys(jnp.ones((1, h * w), bool))
         for block in self.blocks:
             x = block(x, visible)
         x = x if self.post_mlp is None else self.post_mlp(x)

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from m4.nn import Linear, attend
+from m4.nn import Linear, Visible, attend
 from m4_tokenizers.networks import Table, resize_table, sine_cosine_grid, to_patches, to_pixels
 
 NUM_GROUPS = 32  # of group normalisation
@@ -157,7 +157,7 @@ class SelfAttention(nnx.Module):
         context = x if context is None else context
         q = einops.rearrange(self.query(x), "b t (n h) -> b t n h", n=self.num_heads)
         k, v = einops.rearrange(self.key_value(context), "b s (two n h) -> two b s n h", two=2, n=self.num_heads)
-        visible = jnp.ones((len(k), 1, k.shape[1]), bool) if visible is None else visible
+        visible = Visible.keys(jnp.ones((1, k.shape[1]), bool)) if visible is None else visible
         return self.out(einops.rearrange(attend(q, k, v, visible), "b t n h -> b t (n h)"))
 
 
@@ -317,7 +317,7 @@ class UViTMiddle(nnx.Module):
         else:
             x = x + flat(nearest(self.positions[...][None], shape))
             context = flat(codes)
-            visible = None if masked is None else ~masked.reshape(len(masked), 1, -1)
+            visible = None if masked is None else Visible.keys(~masked.reshape(len(masked), -1))
         half, skips = len(self.blocks) // 2, []
         for i, block in enumerate(self.blocks):
             late = self.config.long_skips and i > half
