@@ -53,7 +53,7 @@ def setting(args: argparse.Namespace) -> Config:
     strategies = tuple(
         Strategy(inputs=inputs, targets=targets) for inputs in ({"rgb@224": 0.5}, {m.name: 0.5 for m in modalities})
     )
-    model = fourm.released(size, dtype=dtype, remat=args.remat)
+    model = fourm.released(size, dtype=dtype, remat=args.remat, unroll=args.unroll)
     depth = {} if not args.depth else {"encoder_depth": args.depth, "decoder_depth": args.depth}
     return Config(
         name=args.setting,
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=0, help="default: the setting's")
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--remat", choices=["none", "blocks"], default="none")
+    parser.add_argument("--unroll", type=int, default=1, help="blocks compiled as one piece")
     parser.add_argument("--depth", type=int, default=0, help="blocks of encoder and decoder, if not all fit")
     parser.add_argument("--fsdp", type=int, default=1)
     parser.add_argument("--clip-norm", type=float, default=0.0, help="0: gradients are not clipped")
@@ -117,6 +118,7 @@ def main() -> None:
     line = {
         "setting": args.setting,
         "remat": args.remat,
+        "unroll": args.unroll,
         "batch_size": config.batch_size,
         "num_inputs": args.num_inputs,
         "num_targets": args.num_targets,

@@ -51,6 +51,8 @@ class ModelConfig(BlockConfig):
     num_registers: learned tokens before all inputs of the encoder (Darcet et al. 2023).
     remat: what the backward pass computes again instead of keeping: whole "blocks" (a third more compute), or "none" of
         them but norms, the MLPs' gates and attention weights.
+    unroll: blocks that are compiled as one piece: more of them are faster on CPU (fewer copies), and take more memory and
+        longer to compile.
     encoder_drop_path, decoder_drop_path: stochastic depth in training, from 0 in the first block to this in the last.
     """
 
@@ -66,10 +68,11 @@ class ModelConfig(BlockConfig):
     encoder_drop_path: float = 0.0
     decoder_drop_path: float = 0.0
     remat: Literal["none", "blocks"] = "none"
+    unroll: int = 1
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.width, self.num_heads, self.encoder_depth, self.decoder_depth, self.hidden) < 1:
+        if min(self.width, self.num_heads, self.encoder_depth, self.decoder_depth, self.hidden, self.unroll) < 1:
             raise ValueError(f"every size must be at least 1: {self}")
         if not (0 <= self.encoder_drop_path < 1 and 0 <= self.decoder_drop_path < 1):
             raise ValueError(f"encoder_drop_path and decoder_drop_path must lie within [0, 1): {self}")
@@ -232,8 +235,8 @@ class Model(nnx.Module):
             return block(cut(x, BATCH), *args, keep=(None,) * block.num_branches if keep is None else keep), None
 
         if self.config.remat == "blocks":
-            run_one = jax.checkpoint(run_one, prevent_cse=False)
-        return jax.lax.scan(run_one, x, (params, keep))[0]
+            run_one = jax.checkpoint(run_one)
+        return jax.lax.scan(run_one, x, (params, keep), unroll=self.config.unroll)[0]
 
     def context(self, encoded: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
         """The encoder's output projected, and the addresses of the inputs once more."""

@@ -83,7 +83,7 @@ class Linear(nnx.Module):
             x = x.reshape(-1, x.shape[-1])
             return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype or x.dtype)
 
-        y = (jax.checkpoint(product, prevent_cse=False) if norm else product)(x, self.kernel[...])
+        y = (jax.checkpoint(product) if norm else product)(x, self.kernel[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)[None]
         return y.reshape(*x.shape[:-1], -1)

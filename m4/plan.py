@@ -274,10 +274,8 @@ def _advice(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
     advice = []
     if mesh.shape["fsdp"] < mesh.size and config.model.width % (2 * mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0:
         advice.append(f"cut parameters over more devices: --mesh.fsdp {min(mesh.size, 2 * mesh.shape['fsdp'])}")
-    if config.model.remat != "blocks":
-        advice.append(
-            f"keep less for the backward pass: --model.remat {'products' if config.model.remat == 'none' else 'blocks'}"
-        )
+    if config.model.remat == "none":
+        advice.append("keep less for the backward pass: --model.remat blocks")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size // (ways * config.micro_batches) >= 2:
         advice.append(f"compute a batch in more parts: --micro-batches {2 * config.micro_batches}")
