@@ -59,6 +59,7 @@ config = Config(
         decoder_depth=3,
         mimetic_init=True,
         embedding_scale=14.0,
+        unroll=3,
         position_base=30.0,
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),

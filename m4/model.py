@@ -51,7 +51,7 @@ class ModelConfig(BlockConfig):
     num_registers: learned tokens before all inputs of the encoder (Darcet et al. 2023).
     remat: what the backward pass computes again instead of keeping: whole "blocks" (a third more compute), or "none" of
         them but norms, the MLPs' gates and attention weights.
-    unroll: blocks that are compiled as one piece: more of them are faster on CPU (fewer copies), and take more memory and
+    unroll: blocks that are compiled as one piece: several are faster on CPU (fewer copies), and take more memory and
         longer to compile.
     encoder_drop_path, decoder_drop_path: stochastic depth in training, from 0 in the first block to this in the last.
     """
