@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,15 +64,16 @@ class MeshConfig:
         devices = jax.devices() if devices is None else list(devices)
         shape = self.shape(len(devices))
         groups = {getattr(d, "slice_index", 0) or 0 for d in devices}
+        if shape[0] % len(groups):
+            raise ValueError(f"data={shape[0]} must be a multiple of the number of slices, {len(groups)}")
         if len(groups) > 1:
-            from jax.experimental import mesh_utils
-
-            if shape[0] % len(groups):
-                raise ValueError(f"data={shape[0]} must be a multiple of the number of slices, {len(groups)}")
             within = (shape[0] // len(groups), *shape[1:])
-            array = mesh_utils.create_hybrid_device_mesh(within, (len(groups), 1, 1), devices)
-            return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+            array = mesh_utils.create_hybrid_device_mesh(
+                within, (len(groups), 1, 1), devices, allow_split_physical_axes=True
+            )
+        else:
+            array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from m4 import losses
 from m4.model import Model, survival
+from m4.nn import Visible, attend
 from m4.sampling import Autoregressive, MaskGIT, Sampler, pack
 from m4.tokens import MaskedBatch, Targets, Tokens
 
@@ -208,6 +209,47 @@ def test_embedding_only_selected_tokens_needs_no_full_grid(model, batch):
     length = model.config.num_registers + batch.inputs.ids.shape[1]
     assert model.encode(batch.inputs, batch.features).shape[1] == length
     assert isinstance(batch, MaskedBatch) and isinstance(batch.inputs, Tokens)
+
+
+def test_attention_equals_its_definition():
+    """Outputs and gradients; a query that sees nothing gets zeros and gives no gradient."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, up = (jax.random.normal(key, (2, 5, 3, 4)) for key in keys)
+    segment, rank = jnp.asarray([[0, 0, 1, 1, 2]] * 2), jnp.asarray([[0, 0, 0, 1, 0]] * 2)
+    visible = Visible(segment, rank, jnp.where(segment == 2, -1, segment), rank)
+    expected = np.zeros((5, 5), bool)
+    expected[:2, :2] = expected[2, 2] = expected[3, 2:4] = True
+    assert (np.asarray(visible.mask()) == expected).all()
+
+    def definition(q, k, v):
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / 2
+        exp = jnp.where(expected[None, None], jnp.exp(scores), 0)
+        return jnp.einsum("bnts,bsnh->btnh", exp / jnp.maximum(exp.sum(-1, keepdims=True), 1e-9), v)
+
+    def run(attention):
+        return jax.value_and_grad(lambda *x: (attention(*x) * up).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    (out, grads), (out2, grads2) = run(lambda q, k, v: attend(q, k, v, visible)), run(definition)
+    np.testing.assert_allclose(out, out2, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, grads2)
+    assert not attend(q, k, v, visible)[:, 4].any()
+
+
+@pytest.mark.parametrize("options", [{"remat": "blocks"}, {"unroll": 2}])
+def test_what_is_kept_and_how_it_is_compiled_change_nothing(model, batch, options):
+    graph, params = nnx.split(model, nnx.Param)
+
+    def run(config):
+        def loss(params):
+            model = nnx.merge(graph, params)
+            model.config = config
+            return losses.cross_entropy(model, model(batch), batch.targets)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (loss, grads), (other, other_grads) = run(model.config), run(dataclasses.replace(model.config, **options))
+    np.testing.assert_allclose(loss, other, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, other_grads)
 
 
 @pytest.mark.parametrize("within,causal", [(True, True), (False, True), (False, False)])
