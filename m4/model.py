@@ -111,28 +111,24 @@ def survival(key: PRNGKeyArray | None, num_branches: int, depth: int, rate: floa
     return jax.random.bernoulli(key, stays, (depth, num_branches, batch)) / stays
 
 
-class Keys:
-    """Random keys with numbers first, first + 1, ... of one key, as nnx.Rngs(key) would give."""
-
-    def __init__(self, key: PRNGKeyArray, first: Int[Array, ""] | int):
-        self.key, self.first, self.count = key, first, 0
-
-    def params(self) -> PRNGKeyArray:
-        self.count += 1
-        return jax.random.fold_in(self.key, self.first + self.count - 1)
-
-
 def stack(block: type[nnx.Module], c: ModelConfig, depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """Blocks as one module whose parameters have a first axis of `depth`: compiled once, run by `jax.lax.scan`.
 
     Their random numbers are those of blocks made one after another.
     """
     key, first = rngs.params.key[...], rngs.params.count[...]
-    one = Keys(key, 0)
-    graph, _ = nnx.eval_shape(lambda: nnx.split(block(c, rngs=one), nnx.Param))
-    numbers = first + one.count * jnp.arange(depth, dtype=first.dtype)
-    rngs.params.count[...] = first + one.count * depth
-    return nnx.merge(graph, jax.vmap(lambda i: nnx.split(block(c, rngs=Keys(key, i)), nnx.Param)[1])(numbers))
+
+    def make(count):
+        own = nnx.Rngs(params=key)
+        own.params.count[...] = count
+        return nnx.split(block(c, rngs=own), nnx.Param)
+
+    graph, params = nnx.eval_shape(lambda: make(first))
+    draws = sum("kernel" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    rngs.params.count[...] = first + draws * depth
+    return nnx.merge(
+        graph, jax.vmap(lambda count: make(count)[1])(first + draws * jnp.arange(depth, dtype=first.dtype))
+    )
 
 
 class Model(nnx.Module):
