@@ -265,14 +265,25 @@ def start(*args, **variables):
     return subprocess.Popen(command(*args), cwd=ROOT, env=environ, **pipes)
 
 
+def jax_job(count: int) -> list[dict[str, str]]:
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+    return [{**job, "JAX_PROCESS_ID": str(i)} for i in range(count)]
+
+
+def slurm_job(count: int) -> list[dict[str, str]]:
+    """What `srun` sets for the tasks of one node; JAX takes the port from the job's number."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
+    return [{**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(data_dir, tmp_path):
+@pytest.mark.parametrize("job", [jax_job, slurm_job])
+def test_two_processes_equal_one(job, data_dir, tmp_path):
     """The same losses at every step, and checkpoints that one process resumes."""
 
     def run(workdir, count=1):
         arguments = ["--workdir", str(tmp_path / workdir), "--data-dir", str(data_dir), *STEPS]
-        job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
-        processes = [start(*arguments, **(job if count > 1 else {}), JAX_PROCESS_ID=str(i)) for i in range(count)]
+        processes = [start(*arguments, **variables) for variables in (job(count) if count > 1 else [{}])]
         outputs = [p.communicate(timeout=300)[0] for p in processes]
         assert not any(p.returncode for p in processes), "\n".join(o[-3000:] for o in outputs)
         return outputs
