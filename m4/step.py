@@ -86,11 +86,17 @@ class Trainer:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, self.mesh)
         )
 
-    @property
+    @functools.cached_property
     def _options(self) -> dict[str, Any]:
-        """By default XLA orders the program of a CPU for concurrency, at 1.3 times the memory."""
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
+        """By default XLA orders a CPU's program for concurrency, at 1.3 times the memory. Old versions cannot choose."""
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        if self.mesh.devices.flat[0].platform != "cpu":
+            return {}
+        try:
+            jax.jit(lambda: 0, compiler_options=options).lower().compile()
+        except jax.errors.JaxRuntimeError:
+            return {}
+        return options
 
     def init(self) -> TrainState:
         """Made where it lives: no device ever holds the whole."""
