@@ -3,9 +3,9 @@
 N target tokens, D width, V vocabulary of one modality, K block of tokens
 
 Targets are sorted by modality and each modality's run is cut into blocks of K tokens; a loop whose length is known at
-run time multiplies each block by its own [V D] table. No token is dropped whatever
-the draw, shapes are static, and no more than K x V logits exist at a time. The gradient is computed in the same sweep
-(the loss is a scalar, so that the backward pass only scales it).
+run time multiplies each block by its own [V D] table. No token is dropped whatever the draw, shapes are static, and no
+more than K x V logits exist at a time. The gradient is computed in the same sweep (the loss is a scalar, so that the
+backward pass only scales it).
 
 On a mesh each device does so with its own tokens, cut over all devices. It gathers the rows of one modality at a time,
 and their gradient is summed over the devices before it comes to the next.
@@ -91,7 +91,7 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
     groups.pop(0, None)
     if not block:  # about what a modality has
         block = 2 ** int(np.clip(np.log2(len(ids) / sum(map(len, groups.values()))), 7, 12))
-    sizes = [-(-block * k // NUM_SIZES) for k in range(1, NUM_SIZES + 1)]
+    sizes = sorted({-(-block * k // NUM_SIZES) for k in range(1, NUM_SIZES + 1)})
     order = jnp.argsort(modality)
     counts = jnp.bincount(modality, length=len(table_rows))
     starts = jnp.cumsum(counts) - counts
@@ -148,9 +148,10 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
             first, carry = jax.lax.optimization_barrier((jnp.asarray([table_rows[i] for i in members])[n], carry))
             i = jnp.asarray(members)[n]
             vocabulary = jax.lax.dynamic_slice_in_dim(table, first, size).astype(hidden.dtype)
-            if not columns:
+            if columns:
+                vocabulary = jax.lax.all_gather(vocabulary, columns, axis=1, tiled=True)
+            if not (columns and with_gradient):
                 return of_modality(i, first, vocabulary, carry)
-            vocabulary = jax.lax.all_gather(vocabulary, columns, axis=1, tiled=True)
             *rest, d_table = carry
             *rest, d_rows = of_modality(i, 0, vocabulary, (*rest, jnp.zeros(vocabulary.shape, jnp.float32)))
             d_rows = jax.lax.psum_scatter(d_rows, columns, scatter_dimension=1, tiled=True)
@@ -159,7 +160,7 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
 
         carry = jax.lax.fori_loop(0, len(members), of_group, carry)
     loss, sums, d_hidden, d_table = carry
-    if not columns:  # every device holds the whole table
+    if with_gradient and not columns:  # every device holds the whole table
         d_table = jax.lax.psum(d_table, mesh_axes)
     return jax.lax.psum((loss, sums), mesh_axes), d_hidden.reshape(shape), d_table
 

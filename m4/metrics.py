@@ -89,7 +89,7 @@ class Metrics:
             print(f"step {step}: {note}", flush=True)
 
     def _notes(self, scalars: dict[str, float]) -> list[str]:
-        notes, loss = [], scalars.get("loss", float("nan"))
+        notes, loss = [], scalars.get("loss", float("nan"))  # `write` leaves out what is NaN
         if len(self.recent) >= 10:
             middle = statistics.median(self.recent)
             spread = max(statistics.median(abs(x - middle) for x in self.recent), 0.002 * abs(middle))

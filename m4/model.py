@@ -124,6 +124,7 @@ def stack(block: type[nnx.Module], c: ModelConfig, depth: int, rngs: nnx.Rngs) -
         return nnx.split(block(c, rngs=own), nnx.Param)
 
     graph, params = nnx.eval_shape(lambda: make(first))
+    # Kernels alone are drawn, each with one key.
     draws = sum("kernel" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
     rngs.params.count[...] = first + draws * depth
     return nnx.merge(

@@ -37,7 +37,6 @@ ENVIRONMENT = {  # libtpu would look for a TPU otherwise
 }  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 AS_4M = "num_parameters_as_4m_counts"
-DTYPE_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 
 
 class CannotTry(ValueError):
@@ -244,7 +243,7 @@ def collectives(text: str) -> Iterator[tuple[str, int, int]]:
             if channel:
                 seen.add((kind, channel[1]))
             sizes = [
-                DTYPE_BYTES.get(dtype, 4 if dtype[1:] == "32" else 1) * math.prod(int(n) for n in dims.split(",") if n)
+                _dtype_bytes(dtype) * math.prod(int(n) for n in dims.split(",") if n)
                 for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
             ]
             # Of an asynchronous operation the shapes of operand and result; else those of the results, summed.
@@ -256,6 +255,12 @@ def collectives(text: str) -> Iterator[tuple[str, int, int]]:
                 kind = "reduce-scatter"
             factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
             yield kind, int(size * (factor[kind] if kind in factor else (n - 1) / n)), times(name)
+
+
+def _dtype_bytes(dtype: str) -> int:
+    """Of XLA's names, which say the bits: bf16, s32, f8e4m3fn; pred takes a byte."""
+    bits = re.search(r"\d+", dtype)
+    return max(int(bits[0]) // 8, 1) if bits else 1
 
 
 def _group_size(line: str) -> int:

@@ -17,6 +17,7 @@ The same code runs on one CPU and on many hosts. Enter the mesh (`jax.set_mesh`)
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import os
@@ -125,10 +126,10 @@ def check_sizes(batch_size: int, num_targets: int, micro_batches: int, width: in
 
 def bytes_by_device(tree: Any) -> dict[Any, int]:
     """How much of the arrays each local device holds."""
-    held: dict[Any, int] = {}
+    held = collections.Counter()
     for x in jax.tree.leaves(tree):
         for shard in x.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+            held[shard.device] += shard.data.nbytes
     return held
 
 

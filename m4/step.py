@@ -88,7 +88,10 @@ class Trainer:
 
     @functools.cached_property
     def _options(self) -> dict[str, Any]:
-        """By default XLA orders a CPU's program for concurrency, at 1.3 times the memory. Old ones cannot choose."""
+        """Of XLA. By default it orders a CPU's program for concurrency, at 1.3 times the memory.
+
+        A version without the choice keeps its default.
+        """
         options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
         if self.mesh.devices.flat[0].platform != "cpu":
             return {}

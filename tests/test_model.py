@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from m4 import losses
-from m4.model import Model, survival
-from m4.nn import Visible, attend
+from m4.model import Model, stack, survival
+from m4.nn import DecoderBlock, Visible, attend
 from m4.sampling import Autoregressive, MaskGIT, Sampler, pack
 from m4.tokens import MaskedBatch, Targets, Tokens
 
@@ -136,7 +136,7 @@ def plain_loss(model, hidden, targets, weighting):
 
 
 @pytest.mark.parametrize("weighting", ["modality", "token"])
-@pytest.mark.parametrize("block", [4, 512])
+@pytest.mark.parametrize("block", [3, 4, 512])
 def test_loss_and_gradients_equal_the_definition(model, batch, weighting, block, monkeypatch):
     graph, params = nnx.split(model, nnx.Param)
     sums = losses.summed_cross_entropy
@@ -209,6 +209,15 @@ def test_embedding_only_selected_tokens_needs_no_full_grid(model, batch):
     length = model.config.num_registers + batch.inputs.ids.shape[1]
     assert model.encode(batch.inputs, batch.features).shape[1] == length
     assert isinstance(batch, MaskedBatch) and isinstance(batch.inputs, Tokens)
+
+
+def test_stacked_blocks_are_those_made_one_after_another(small_model):
+    rngs, one_by_one = nnx.Rngs(0), nnx.Rngs(0)
+    stacked = nnx.state(stack(DecoderBlock, small_model, 3, rngs))
+    for i in range(3):
+        block = nnx.state(DecoderBlock(small_model, rngs=one_by_one))
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), stacked, block)
+    assert rngs.params.count[...] == one_by_one.params.count[...]
 
 
 def test_attention_equals_its_definition():
