@@ -138,7 +138,7 @@ def generate(argv: list[str]) -> None:
         given[name] = value
     from tqdm import tqdm
 
-    from m4.sampling import Sampler, check_plan
+    from m4.sampler import Sampler, check_plan
 
     sampler = Sampler.load(args.run, batch_size=args.batch_size)
     stages = sampler.plan(args.targets)

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from m4.modality import Features, Modalities, Modality, Sequence
 from m4.nn import BATCH, BlockConfig, DecoderBlock, EncoderBlock, LayerNorm, Linear, Visible, cut, lookup
 from m4.tokens import MaskedBatch, Targets, Tokens
 
+STACKS = ("encoder", "decoder")  # parameters whose first axis is the number of the block
 NUM_SHOTS = 17  # the query and up to 16 in-context examples
 
 
@@ -132,6 +134,15 @@ def stack(block: type[nnx.Module], c: ModelConfig, depth: int, rngs: nnx.Rngs) -
     )
 
 
+class Decoding(NamedTuple):
+    """The decoder as autoregressive decoding reads it: by block, keys and values of the context, of earlier tokens."""
+
+    blocks: list[DecoderBlock]
+    context: list[tuple[Array, Array]]  # [B C N H]
+    context_visible: Visible
+    cache: list[tuple[Array, Array]]  # [B L N H], empty
+
+
 class Model(nnx.Module):
     """On one device, or on the mesh that is set: activations are cut by example between blocks."""
 
@@ -205,9 +216,9 @@ class Model(nnx.Module):
         )
 
     def input_content(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B N D"]:
-        """What the inputs are: rows of the table of embeddings, or projected features."""
+        """What the inputs are: rows of the table of embeddings, or projected features (none: all are tokens)."""
         content = self._tokens(self.token_embedding, self.input_rows, inputs.ids, inputs.modality)
-        for name, projection in self.feature_projections.items():
+        for name, projection in self.feature_projections.items() if features else ():
             rows = projection(features[name].astype(self.config.dtype), "float32")
             rows = jnp.take_along_axis(rows, inputs.ids[..., None], axis=1, mode="clip")
             content = jnp.where((inputs.modality == self.modalities.index(name))[..., None], rows, content)
@@ -219,16 +230,23 @@ class Model(nnx.Module):
 
     def encoder_input(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B C D"]:
         """Registers, then content + address; slots that are not valid hold meaningless numbers."""
-        c = self.config
-        x = self.input_content(inputs, features) + self.input_address(inputs)
+        return self._after_registers(self.input_content(inputs, features) + self.input_address(inputs))
+
+    def _after_registers(self, x: Float[Array, "B N D"]) -> Float[Array, "B C D"]:
         if self.registers is None:
             return x
+        c = self.config
         registers = jnp.broadcast_to(self.registers[...], (len(x), c.num_registers, c.width))
         return jnp.concatenate([registers, x], axis=1)
 
     def encode(self, inputs: Tokens, features: dict, key: PRNGKeyArray | None = None) -> Float[Array, "B C D"]:
         """What the decoder reads of the inputs."""
-        return self.context(self.run_encoder(self.encoder_input(inputs, features), inputs.valid, key), inputs)
+        address = self.input_address(inputs)
+        return self.encode_embedded(self.input_content(inputs, features) + address, address, inputs.valid, key)
+
+    def encode_embedded(self, x: Float[Array, "B N D"], address: Float[Array, "B N D"], valid: Array, key=None):
+        """`encode` of inputs whose content + address is x."""
+        return self.context(self.run_encoder(self._after_registers(x), valid, key), address)
 
     def run_encoder(self, x: Float[Array, "B C D"], inputs_valid: Bool[Array, "B N"], key: PRNGKeyArray | None = None):
         c = self.config
@@ -238,6 +256,10 @@ class Model(nnx.Module):
 
     def _run(self, blocks: nnx.Module, x: Float[Array, "B T D"], keep: Array | None, *args) -> Float[Array, "B T D"]:
         """x through a stack of blocks."""
+        if isinstance(blocks, nnx.List):
+            for block in blocks:
+                x = block(cut(x, BATCH), *args)
+            return x
         graph, params = nnx.split(blocks, nnx.Param)
 
         def run_one(x, layer):
@@ -249,9 +271,17 @@ class Model(nnx.Module):
             run_one = jax.checkpoint(run_one)
         return jax.lax.scan(run_one, x, (params, keep), unroll=self.config.unroll)[0]
 
-    def context(self, encoded: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
+    def unstack(self) -> None:
+        """Takes the stacks of blocks apart, once for many passes: a scan would copy each block's parameters in each."""
+        for name in STACKS:
+            graph, params = nnx.split(getattr(self, name), nnx.Param)
+            depth = jax.tree.leaves(params)[0].shape[0]
+            blocks = (nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], params)) for i in range(depth))
+            setattr(self, name, nnx.List(blocks))
+
+    def context(self, encoded: Float[Array, "B C D"], address: Float[Array, "B N D"]) -> Float[Array, "B C D"]:
         """The encoder's output projected, and the addresses of the inputs once more."""
-        address = jnp.pad(self.input_address(inputs), ((0, 0), (self.config.num_registers, 0), (0, 0)))
+        address = jnp.pad(address, ((0, 0), (self.config.num_registers, 0), (0, 0)))
         return self.context_projection(encoded, "float32") + address
 
     def context_valid(self, valid: Bool[Array, "B N"]) -> Bool[Array, "B C"]:
@@ -315,34 +345,28 @@ class Model(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"], name: str) -> Float[Array, "*B V"]:
         """float32."""
+        return self.logits_of(name)(hidden)
+
+    def logits_of(self, name: str) -> Callable[[Float[Array, "*B D"]], Float[Array, "*B V"]]:
+        """`logits` of one modality; a loop that makes it outside reads its rows of the table only once."""
         i = self.modalities.index(name)
-        vocabulary = self.output_table[self.output_rows[i] : self.output_rows[i + 1]].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
+        vocabulary = self.output_table[self.output_rows[i] : self.output_rows[i + 1]].astype(self.config.dtype)
+        return lambda hidden: jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
 
-    def start_cache(self, context: Float[Array, "B C D"], max_length: int):
-        """Empty self-attention caches of `max_length` positions, and the context's keys and values, of all blocks."""
-        c = self.config
-        graph, params = nnx.split(self.decoder, nnx.Param)
-        empty = jnp.zeros((c.decoder_depth, len(context), max_length, c.num_heads, c.width // c.num_heads), c.dtype)
+    def start_decoding(self, context: Float[Array, "B C D"], inputs_valid: Bool[Array, "B N"], length: int) -> Decoding:
+        """What `decode_step` of an unstacked model needs to decode `length` positions, one after the other."""
+        c, blocks = self.config, list(self.decoder)
+        context_keys_values = [b.cross_attention.keys_values(context, b.context_norm) for b in blocks]
+        empty = jnp.zeros((len(context), length, c.num_heads, c.width // c.num_heads), c.dtype)
+        cache = [(empty, empty)] * c.decoder_depth
+        return Decoding(blocks, context_keys_values, Visible.keys(self.context_valid(inputs_valid)), cache)
 
-        def keys_values(params):
-            block = nnx.merge(graph, params)
-            return block.cross_attention.keys_values(context, block.context_norm)
-
-        return (empty, empty, *jax.lax.map(keys_values, params))
-
-    def decode_step(self, target: Targets, cache, index: Int[Array, ""], inputs_valid: Bool[Array, "B N"]):
+    def decode_step(self, target: Targets, decoding: Decoding, cache: list, index: Int[Array, ""]):
         """One sequence position (target slots [B 1]) -> hidden [B 1 D] and the new cache."""
         x = self.decoder_input(target)
-        length = cache[0].shape[2]
-        visible = Visible.keys((jnp.arange(length) <= index)[None])
-        context_visible = Visible.keys(self.context_valid(inputs_valid))
-        graph, params = nnx.split(self.decoder, nnx.Param)
-
-        def step_one(x, layer):
-            params, cache = layer
-            x, (keys, values, *_) = nnx.merge(graph, params).step(x, cache, index, visible, context_visible)
-            return x, (keys, values)
-
-        x, (keys, values) = jax.lax.scan(step_one, x, (params, cache))
-        return self.decoder_norm(x), (keys, values, *cache[2:])
+        visible = Visible.keys((jnp.arange(cache[0][0].shape[1]) <= index)[None])
+        new = []
+        for block, context, old in zip(decoding.blocks, decoding.context, cache, strict=True):
+            x, kept = block.step(x, old, context, index, visible, decoding.context_visible)
+            new.append(kept)
+        return self.decoder_norm(x), new

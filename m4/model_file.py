@@ -24,7 +24,7 @@ from flax import nnx
 
 from m4.components import closest, from_json, replacing, to_json
 from m4.modality import Modalities
-from m4.model import Model
+from m4.model import STACKS, Model
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -126,9 +126,6 @@ def write(path: Path, header: str, tensors: Iterable[Iterable[np.ndarray]]) -> N
             for piece in pieces:
                 # As bytes: numpy's buffer protocol does not know bfloat16.
                 f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-
-
-STACKS = ("encoder", "decoder")  # whose arrays have the number of the block as their first axis
 
 
 def parameters(state: Any) -> dict[str, Any]:

@@ -307,13 +307,13 @@ class DecoderBlock(nnx.Module):
         x = residual(x, y, keep[1])
         return residual(x, self.mlp(x, self.mlp_norm), keep[2])
 
-    def step(self, x: Float[Array, "B 1 D"], cache, index, visible, context_visible):
+    def step(self, x: Float[Array, "B 1 D"], cache, context_keys_values, index, visible, context_visible):
         """One position of autoregressive decoding: writes its key and value at `index` of the cache and reads all."""
-        keys, values, context_keys, context_values = cache
-        k, v = self.self_attention.keys_values(x, self.self_norm)
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=1)
+        new = self.self_attention.keys_values(x, self.self_norm)
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(c, n, index, axis=1) for c, n in zip(cache, new, strict=True)
+        )
         x = x + self.self_attention.finish(self.self_attention.queries(x, self.self_norm), keys, values, visible)
         q = self.cross_attention.queries(x, self.query_norm)
-        x = x + self.cross_attention.finish(q, context_keys, context_values, context_visible)
-        return x + self.mlp(x, self.mlp_norm), (keys, values, context_keys, context_values)
+        x = x + self.cross_attention.finish(q, *context_keys_values, context_visible)
+        return x + self.mlp(x, self.mlp_norm), (keys, values)

@@ -1,10 +1,14 @@
-"""Conditional generation: any subset of signals in, any others out, one compiled loop for each stage.
+"""Conditional generation of tokens: any subset of modalities in, one modality out, one compiled loop.
 
-B batch, N context slots, n tokens of the target modality, V vocabulary
+B rows, P passes of guidance, N context slots, n tokens of the target, K known ones, O open ones, S steps, V vocabulary
 
-A plan is a list of stages, one target each; what a stage generated is context for the next. A scheme is a frozen
-dataclass with `generate`; adding one edits nothing else. Randomness belongs to (seed, index of the sample, stage), so
-that a sample's result does not depend on its batch.
+    MaskGIT         predicts all open tokens of a grid at once, keeps those it is surest of, and so on
+    ROAR            predicts the tokens of a grid in random order, some at once
+    Autoregressive  predicts a sequence left to right
+
+A scheme is a frozen dataclass; adding one edits nothing else. A stage generates one target; what it generated is
+context of the next. Guidance runs its passes as further rows of the same batch. Random numbers belong to (seed, row,
+stage, step, position), so that a row's result depends neither on its batch nor on what else is generated.
 """
 
 from __future__ import annotations
@@ -13,313 +17,542 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from m4.checkpoints import load_run
-from m4.modality import Features, Grid, Modalities, Modality, Sequence, Tokenizer
+from m4.modality import Grid, Modality, Sequence
 from m4.model import Model
-from m4.tokens import Targets, Tokens, concatenate, pad
+from m4.tokens import Targets, Tokens
+
+NUM_SHAPES = 8  # at most so many sizes of step are compiled for a grid; smaller steps are padded to the next
+DRAW, CHOICE = 0, 1  # what random numbers are for
+
+
+class Prompt(NamedTuple):
+    """What a stage reads. Pass 0 of guidance lacks what is dropped; without guidance it is the only one.
+
+    `given`: the target's own tokens, -1 where one is to be generated (grids). Of sequences: the number of spans to
+    generate, whether something of the sequence is kept, and whether its end is open.
+    """
+
+    inputs: Tokens  # [B P N]
+    features: dict[str, Float[Array, "B K F"]]
+    given: Int[Array, "B n"]
+    num_spans: Int[Array, " B"]
+    keeps: Bool[Array, " B"]
+    open_end: Bool[Array, " B"]
+    grammar: Grammar | None = None
+
+    @property
+    def num_passes(self) -> int:
+        return self.inputs.ids.shape[1]
+
+    def rows(self) -> tuple[Tokens, dict]:
+        """Inputs [B*P N] and features, as the model reads them."""
+        inputs = Tokens(*(x.reshape(-1, x.shape[-1]) for x in self.inputs))
+        return inputs, {name: jnp.repeat(x, self.num_passes, axis=0) for name, x in self.features.items()}
 
 
 class Generated(NamedTuple):
-    """Ids of one modality, and the log-probability that the model gave each of them."""
+    """Ids, the log-probability with which each was drawn, and the step (from 0) in which; -1: it was given."""
 
     ids: Int[Array, "B n"]
     log_probability: Float[Array, "B n"]
+    step: Int[Array, "B n"]
+
+
+class Replay(NamedTuple):
+    """Recorded randomness, in place of keys: an order of a grid's positions; Gumbel noise by step and position."""
+
+    order: Int[Array, "B n"] | None = None
+    noise: Float[Array, "S B *n V"] | None = None
+
+
+# ---- Guidance -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance (Ho & Salimans 2022): logits = without + scale x (with - without).
+
+    `scale` is one number for all conditions together, or pairs (name, weight) for several, each alone beside what no
+    pair names (Liu et al. 2022; negative weights lead away): without + sum_i weight_i x (with condition i - without).
+    `drop`: what one number drops; (): all inputs, and with `grow` also what earlier stages generated. A name may be
+    that of an input given twice ("caption#not"), which is read by its own pass alone. `schedule` of the scales over the
+    steps: constant, or rising from 1 (linear, cosine). `dropped_sequences`: a dropped sequence is "absent", or leaves
+    its first sentinel as if it were masked whole, which is what 4M does.
+    """
+
+    scale: float | tuple[tuple[str, float], ...] = 3.0
+    drop: tuple[str, ...] = ()
+    grow: bool = False
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    dropped_sequences: Literal["absent", "masked"] = "absent"
+
+    def passes(self, inputs: Seq[str], generated: Seq[str], find: Any) -> list[set[str]]:
+        """Names that each pass lacks; `find` makes the names of modalities out of the user's."""
+        own = {n for n in inputs if "#" in n}
+        if isinstance(self.scale, tuple):
+            named = [find(name) for name, _ in self.scale]
+            return [own | {*named}, *((own | {*named}) - {name} for name in named)]
+        dropped = {find(name) for name in self.drop} or {*inputs, *(generated if self.grow else ())}
+        return [own | dropped, own]
+
+    def weights(self, progress: Float[Array, "*S"]) -> Float[Array, "*S P"]:
+        """Factors of the passes' logits, which add up to 1, at a share of the way in [0, 1]."""
+        rise = {"constant": jnp.ones_like(progress), "linear": progress, "cosine": (1 - jnp.cos(jnp.pi * progress)) / 2}
+        scales = [weight for _, weight in self.scale] if isinstance(self.scale, tuple) else [self.scale]
+        start = 0 if self.schedule == "constant" else 1
+        factors = [start + (scale - start) * rise[self.schedule] for scale in scales]
+        return jnp.stack([1 - sum(factors), *factors], axis=-1)
+
+
+def _guided(hidden: Float[Array, "B*P O D"], weights: Float[Array, "B P"]) -> Float[Array, "B O D"]:
+    """Logits are linear in the hidden vectors: weighing these instead, all passes share one output layer."""
+    if weights.shape[1] == 1:
+        return hidden
+    passes = hidden.reshape(*weights.shape, *hidden.shape[1:])
+    return jnp.einsum("bpod,bp->bod", passes.astype(jnp.float32), weights).astype(hidden.dtype)
+
+
+# ---- Drawing tokens -------------------------------------------------------------------------------------------------
+
+
+def _smallest(fits: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
+    """The smallest number t in [0, 1] with fits(t), which is true from some t on: bisection over floats' bits."""
+    low, high = jnp.zeros(shape, jnp.int32), jnp.full(shape, np.float32(1).view(np.int32))
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) // 2
+        ok = fits(jax.lax.bitcast_convert_type(middle, jnp.float32))
+        return jnp.where(ok, low, middle + 1), jnp.where(ok, middle, high)
+
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, (low, high))[1], jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one token is drawn from its distribution.
+
+    Filters, in this order, act on the probabilities at temperature 1, as in 4M: `top_k` keeps the k most likely tokens
+    (below 1: a share of the vocabulary; Fan et al. 2018), `top_p` the smallest set that holds this much probability
+    (Holtzman et al. 2020), `min_p` those at least so likely relative to the likeliest (Nguyen et al. 2024). Then
+    logits are divided by the temperature; 0 takes the most likely token.
+    """
+
+    temperature: float = 1.0
+    top_k: float = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def check(self, modality: Modality) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p < 1:
+            raise ValueError(
+                f"{self}: temperature and top_k must be at least 0, top_p within (0, 1], min_p within [0, 1)"
+            )
+
+    def filtered(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+        """Logits; -inf where a token is filtered out. Of equally likely tokens at a border all are kept."""
+        size, least = logits.shape[-1], jnp.finfo(jnp.float32).min
+        for kind, value in (("top_k", self.top_k), ("top_p", self.top_p), ("min_p", self.min_p)):
+            if value == (1 if kind == "top_p" else 0):
+                continue
+            p = jax.nn.softmax(logits)
+            if kind == "top_k":
+                k = min(max(int(value * size if value < 1 else value), 1), size)
+                least = _smallest(lambda t, p=p, k=k: (p > t[..., None]).sum(-1) < k, p.shape[:-1])
+            elif kind == "top_p":
+                least = _smallest(lambda t, p=p, v=value: jnp.where(p > t[..., None], p, 0).sum(-1) <= v, p.shape[:-1])
+            else:
+                least = value * p.max(-1)
+            logits = jnp.where(p >= least[..., None], logits, -jnp.inf)
+        return logits
+
+    def draw(
+        self, logits: Float[Array, "*B V"], temperature: Float[Array, "..."], random: Float[Array, "*B"]
+    ) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
+        """Ids, and the log-probability with which each is drawn (at temperature 0: that of temperature 1).
+
+        `random` is uniform in [0, 1), or Gumbel noise for all of the vocabulary.
+        """
+        if self.temperature == 0:
+            log_probability = jax.nn.log_softmax(logits)
+            ids = jnp.argmax(logits, -1)
+        else:
+            log_probability = jax.nn.log_softmax(self.filtered(logits) / temperature)
+            if random.ndim == logits.ndim:
+                ids = jnp.argmax(log_probability + random, -1)
+            else:
+                ids = _inverse_distribution(jnp.exp(log_probability), random)
+        return ids, jnp.take_along_axis(log_probability, ids[..., None], axis=-1)[..., 0]
+
+
+def _inverse_distribution(p: Float[Array, "*B V"], u: Float[Array, "*B"]) -> Int[Array, "*B"]:
+    """The first token up to which the probabilities exceed u: in blocks of 128, then within one."""
+    blocks = jnp.pad(p, ((0, 0),) * (p.ndim - 1) + ((0, -p.shape[-1] % 128),)).reshape(*p.shape[:-1], -1, 128)
+
+    def find(weights, u):
+        total = jnp.cumsum(weights, -1)
+        # Never past the last that has any weight, whatever the rounding.
+        return jnp.minimum((total <= u[..., None]).sum(-1), jnp.argmax(total >= total[..., -1:], -1)), total
+
+    sums = blocks.sum(-1)
+    u = u * sums.sum(-1)
+    block, total = find(sums, u)
+    rest = u - jnp.take_along_axis(total - sums, block[..., None], axis=-1)[..., 0]
+    within, _ = find(jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :], rest)
+    return block * 128 + within
+
+
+def _uniform(keys: PRNGKeyArray, *index: Int[Array, "..."]) -> Float[Array, "B ..."]:
+    """One number for each key and index; indices are folded in, the last of them [B O]."""
+    for i in index[:-1]:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+    fold = jax.vmap(jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(key, i)), (None, 0)))
+    return fold(keys, index[-1])
+
+
+# ---- Schemes --------------------------------------------------------------------------------------------------------
 
 
 class Scheme(Protocol):
     def check(self, modality: Modality) -> None:
-        """ValueError if the scheme cannot generate this kind of modality."""
+        """ValueError if the scheme cannot generate this kind of modality, or a field is out of range."""
+
+    def prepare(self, modality: Modality, prompt: Prompt) -> tuple[Any, Any]:
+        """What is known before anything is computed: static (hashable) sizes, and arrays."""
 
     def generate(
-        self, model: Model, modality: Modality, inputs: Tokens, features: Any, keys: PRNGKeyArray
-    ) -> Generated: ...
+        self, model: Model, modality: Modality, prompt: Prompt, guidance: Guidance | None, keys: PRNGKeyArray,
+        static: Any, arrays: Any, replay: Replay,
+    ) -> Generated: ...  # fmt: skip
 
 
-def sample(logits: Float[Array, "*B V"], temperature: float, top_p: float, noise: Float[Array, "*B V"]):
-    """Draws ids by Gumbel noise among the smallest set of tokens that holds `top_p` of the probability.
+def token_schedule(kind: Literal["cosine", "linear"], num_steps: int, num_tokens: int) -> Int[np.ndarray, " S"]:
+    """Tokens that each step decodes, in all `num_tokens`, as 4M counts them.
 
-    Returns ids and the log-probability of each under temperature 1. Temperature 0 takes the most likely.
+    "cosine": few at first and few at last, by half a wave; a step may have none. "linear": equally many; steps that
+    would have none are left out.
     """
-    log_probability = jax.nn.log_softmax(logits)
-    if temperature == 0:
-        ids = jnp.argmax(logits, -1)
-    else:
-        scaled = jax.nn.log_softmax(logits / temperature)
-        if top_p < 1:
-            ordered = jnp.sort(scaled, axis=-1, descending=True)
-            before = jnp.cumsum(jnp.exp(ordered), -1) - jnp.exp(ordered)
-            threshold = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
-            scaled = jnp.where(scaled >= threshold, scaled, -jnp.inf)
-        ids = jnp.argmax(scaled + noise, -1)
-    return ids, jnp.take_along_axis(log_probability, ids[..., None], axis=-1)[..., 0]
+    if kind == "linear":
+        counts = np.sort(np.diff(np.linspace(0, num_tokens, num_steps + 1, dtype=int)))[::-1]
+        return counts[counts > 0]
+    left = 0.5 * (1 + np.cos(np.pi * np.arange(num_steps) / num_steps))
+    counts = np.array([round(num_tokens * x) for x in (left[:-1] - left[1:]).tolist()], int)
+    return np.append(counts, num_tokens - counts.sum())
 
 
-def _check_sampling(scheme: Any) -> None:
-    if scheme.temperature < 0 or not 0 < scheme.top_p <= 1:
-        raise ValueError(f"{scheme}: temperature must be at least 0 and top_p within (0, 1]")
+def temperature_schedule(
+    kind: Literal["constant", "linear", "power"], counts: Seq[int], first: float, last: float, power: float
+) -> Float[np.ndarray, " S"]:
+    """Temperature of each step. "linear" falls with the share of tokens that are known; "power" (4M's onex) much
+    faster, as one over a power of the step."""
+    counts = np.asarray(counts)
+    left = 1 - np.cumsum(counts) / counts.sum()
+    if kind == "constant":
+        return np.full(len(counts), first)
+    if kind == "linear":
+        return np.maximum(last + (first - last) * np.append(1.0, left[:-1]), 1e-9)
+    curve = 1 / np.linspace(1, 100, counts.sum()) ** power
+    curve = (curve - curve.min()) / max((curve - curve.min()).max(), 1e-30)
+    return np.maximum(last + (first - last) * left * curve[: len(counts)], 1e-9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskGIT:
-    """Parallel decoding of a grid (Chang et al. 2022, section 3.2, as used by 4M, section 2.3).
-
-    Each step predicts all open positions, and keeps those it is surest of; the number kept follows a cosine. Sureness
-    is the log-probability of the drawn token plus Gumbel noise times `choice_temperature`, which falls linearly to
-    zero: without it background, being easiest, comes first and then crowds out what is rare. A very large value keeps
-    positions in random order.
-    """
+class _Parallel(Sampling):
+    """A grid in several steps, each of which decodes some of its tokens; see MaskGIT and ROAR."""
 
     steps: int = 8
-    temperature: float = 1.0
-    top_p: float = 1.0
-    choice_temperature: float = 0.0
+    schedule: Literal["cosine", "linear"] = "cosine"
+    temperature_schedule: Literal["constant", "linear", "power"] = "constant"
+    final_temperature: float = 0.0
+    temperature_power: float = 0.5
 
     def check(self, modality: Modality) -> None:
-        _check_sampling(self)
+        super().check(modality)
+        name = type(self).__name__
         if not isinstance(modality, Grid):
-            raise ValueError(f"MaskGIT generates grids; {modality.name!r} is a {type(modality).__name__}")
-        if self.steps < 1 or self.choice_temperature < 0:
-            raise ValueError(f"{self}: steps must be at least 1 and choice_temperature at least 0")
+            raise ValueError(
+                f"{name} generates grids; {modality.name!r} is a {type(modality).__name__}, which Autoregressive does"
+            )
+        if self.steps < 1 or self.final_temperature < 0:
+            raise ValueError(f"{self}: steps must be at least 1 and final_temperature at least 0")
 
-    def num_kept(self, num_tokens: int) -> np.ndarray:
-        """Tokens fixed by each step: int [steps], each at least 1, sum = num_tokens."""
-        steps = min(self.steps, num_tokens)
-        known = np.floor(num_tokens * (1 - np.cos(np.pi / 2 * np.arange(1, steps + 1) / steps)) + 1e-6).astype(int)
-        known = np.maximum(known, np.arange(1, steps + 1))
-        known[-1] = num_tokens
-        return np.diff(known, prepend=0)
+    def counts(self, num_open: int) -> Int[np.ndarray, " S"]:
+        """Tokens that each step decodes, for a grid of which so many are open."""
+        return token_schedule(self.schedule, min(self.steps, max(num_open, 1)), num_open)
 
-    def generate(
-        self, model: Model, modality: Modality, inputs: Tokens, features: Any, keys: PRNGKeyArray
-    ) -> Generated:
-        batch, num = inputs.ids.shape[0], modality.max_tokens
-        shape = (batch, num)
-        position = jnp.broadcast_to(jnp.arange(num), shape)
-        index = jnp.full(shape, model.modalities.index(modality.name))
-        zeros = jnp.zeros(shape, jnp.int32)
+    def prepare(self, modality: Modality, prompt: Prompt):
+        """Sizes of each run of steps: (steps, K, O); and by step: counts, temperatures, share of the way [S B]; number.
 
-        def step(carry, count_and_left):
-            count, left = count_and_left
-            ids, log_probability, known, keys = carry
-            keys, now, choice = jnp.swapaxes(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 0, 1)
-            so_far = concatenate(inputs, Tokens(ids, index, position, zeros, known))
-            context = model.encode(so_far, features)
-            targets = Targets(ids, jnp.full(shape, -1), index, position, zeros, ~known)
-            logits = model.logits(model.decode(targets, context, so_far.valid), modality.name)
-            noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(now)
-            drawn, sure = sample(logits, self.temperature, self.top_p, noise)
-            luck = self.choice_temperature * left * jax.vmap(lambda k: jax.random.gumbel(k, (num,)))(choice)
-            order = jnp.argsort(jnp.where(known, -jnp.inf, sure + luck), axis=-1, descending=True)
-            rank = jnp.argsort(order, axis=-1)
-            new = ~known & (rank < count)
-            return (jnp.where(new, drawn, ids), jnp.where(new, sure, log_probability), known | new, keys), None
+        Each row has the schedule of its own number of open tokens.
+        """
+        given = np.asarray(prompt.given) >= 0
+        num, num_open = modality.max_tokens, (~given).sum(1)
+        rows = [self._row(n) for n in num_open.tolist()]
+        length = max(len(r) for r in rows)
+        counts, temperatures, progress = np.stack(
+            [np.pad(r, ((0, length - len(r)), (0, 0)), constant_values=((0, 0), (0, 0))) for r in rows], axis=2
+        ).swapaxes(0, 1)
+        counts = counts.astype(np.int32)
+        (used,) = np.nonzero(counts.sum(1))
+        counts, temperatures, progress = counts[used], temperatures[used], progress[used]
+        before = num_open - np.cumsum(counts, axis=0) + counts  # open before each step
+        known, opened = num - before.min(1), before.max(1) if self.by_confidence else counts.max(1)
+        if given.any():  # few shapes, for other masks to find them compiled
+            coarse = -(-num // NUM_SHAPES)
+            known, opened = (np.minimum(-(-x // coarse) * coarse, num) for x in (known, opened))
+        parts = np.array_split(np.arange(len(used)), min(NUM_SHAPES, len(used)) or 1)
+        sizes = tuple((len(p), int(known[p].max()), int(opened[p].max())) for p in parts if len(p))
+        return sizes, (counts, temperatures.astype(np.float32), progress.astype(np.float32), used.astype(np.int32))
 
-        start = (zeros, jnp.zeros(shape), jnp.zeros(shape, bool), keys)
-        kept = self.num_kept(num)
-        left = 1 - np.arange(1, len(kept) + 1, dtype=np.float32) / len(kept)
-        (ids, log_probability, _, _), _ = jax.lax.scan(step, start, (jnp.asarray(kept), jnp.asarray(left)))
-        return Generated(ids, log_probability)
+    def _row(self, num_open: int) -> Float[np.ndarray, "S 3"]:
+        """Of each step of a row with so many open tokens: tokens to decode, temperature, share of the way."""
+        counts = self.counts(num_open)
+        if not num_open:
+            return np.array([[0.0, 1.0, 0.0]])
+        temperatures = temperature_schedule(
+            self.temperature_schedule, counts, self.temperature, self.final_temperature, self.temperature_power
+        )
+        return np.stack([counts, temperatures, np.arange(len(counts)) / max(len(counts) - 1, 1)], axis=1)
+
+    by_confidence = False
+    choice_temperature = 0.0
+
+    def generate(self, model, modality, prompt, guidance, keys, static, arrays, replay) -> Generated:
+        batch, num = prompt.given.shape
+        inputs, features = prompt.rows()
+        passes = prompt.num_passes
+        row, index = jnp.arange(batch)[:, None], model.modalities.index(modality.name)
+        address = model.input_address(inputs)
+        embedded = model.input_content(inputs, features) + address
+        logits_of = model.logits_of(modality.name)
+        by_confidence = self.by_confidence and replay.order is None
+        known = prompt.given >= 0
+        # Positions: those that are known first, then the open ones in the order in which they will be.
+        rank = jnp.broadcast_to(jnp.arange(num), (batch, num))
+        if replay.order is not None:
+            order = replay.order
+        elif by_confidence:
+            order = jnp.argsort(jnp.where(known, -1, rank), axis=1)
+        else:
+            order = jnp.argsort(jnp.where(known, -1.0, _uniform(keys, CHOICE, rank)), axis=1)
+
+        def step(carry, now, num_known_slots, num_open_slots):
+            ids, order, log_probability, decoded_in, num_known = carry
+            count, temperature, number, weights, random, luck = now
+
+            def tokens(position, ids, valid):
+                shape = position.shape
+                values = (ids, jnp.full(shape, index), position, jnp.zeros(shape, jnp.int32), valid)
+                return Tokens(*(jnp.repeat(x, passes, axis=0) for x in values))
+
+            at = order[:, :num_known_slots]
+            so_far = tokens(at, ids[row, at], jnp.arange(num_known_slots)[None] < num_known[:, None])
+            where = model.input_address(so_far)
+            join = lambda a, b: jnp.concatenate([a, b], axis=1)  # noqa: E731
+            valid = join(inputs.valid, so_far.valid)
+            known = join(embedded, model.input_content(so_far, {}) + where)
+            context = model.encode_embedded(known, join(address, where), valid)
+            place = num_known[:, None] + jnp.arange(num_open_slots)[None]
+            limit = num if self.by_confidence else (num_known + count)[:, None]
+            at, is_open = order[row, jnp.minimum(place, num - 1)], place < limit
+            t = tokens(at, jnp.zeros_like(at), is_open)
+            hidden = model.decode(Targets(t.ids, jnp.full_like(t.ids, -1), *t[1:]), context, valid)
+            logits = logits_of(_guided(hidden, weights))
+            drawn, sure = self.draw(logits, temperature[:, None, None], random[row, at])
+            if by_confidence:
+                left = 1 - (num_known + count) / num
+                sureness = sure + self.choice_temperature * left[:, None] * luck[row, at]
+                best = jnp.argsort(jnp.where(is_open, sureness, -jnp.inf), axis=1, descending=True)
+                at, drawn, sure = at[row, best], drawn[row, best], sure[row, best]
+                order = order.at[row, jnp.where(place < num, place, num)].set(at, mode="drop")
+            chosen = jnp.where(jnp.arange(num_open_slots)[None] < count[:, None], at, num)
+            write = lambda old, new: old.at[row, chosen].set(new, mode="drop")  # noqa: E731
+            ids, log_probability = write(ids, drawn), write(log_probability, sure)
+            return (ids, order, log_probability, write(decoded_in, number), num_known + count), None
+
+        counts, temperatures, progress, numbers = (jnp.asarray(x) for x in arrays)
+        weights = guidance.weights(progress) if guidance else jnp.ones((*progress.shape, 1))
+        # By step and position, once for all steps.
+        uniform = lambda use: jax.vmap(lambda number: _uniform(keys, number, use, rank))(numbers)  # noqa: E731
+        random = uniform(DRAW) if replay.noise is None else replay.noise[numbers]
+        luck = -jnp.log(-jnp.log(jnp.clip(uniform(CHOICE), 1e-7, 1 - 1e-7)))
+        carry = (
+            jnp.maximum(prompt.given, 0), order, jnp.zeros((batch, num)), jnp.full((batch, num), -1), known.sum(1)
+        )  # fmt: skip
+        by_step, first = (counts, temperatures, numbers, weights, random, luck), 0
+        for length, num_known_slots, num_open_slots in static:
+            part = jax.tree.map(lambda x, steps=slice(first, first + length): x[steps], by_step)
+            one = functools.partial(step, num_known_slots=num_known_slots, num_open_slots=num_open_slots)
+            carry, _ = jax.lax.scan(one, carry, part)
+            first += length
+        ids, _, log_probability, decoded_in, _ = carry
+        return Generated(ids, log_probability, decoded_in)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Autoregressive:
-    """Left to right with a key/value cache, from the opening sentinel until every row has closed its span."""
+class MaskGIT(_Parallel):
+    """Parallel decoding of a grid (Chang et al. 2022, section 3.2, as used by 4M, section 2.3).
 
-    temperature: float = 0.0
-    top_p: float = 1.0
+    Each step predicts all open positions, and keeps those it is surest of. Sureness is the log-probability with which
+    the token was drawn plus Gumbel noise times `choice_temperature`, which falls linearly to zero: without it
+    background, being easiest, comes first and then crowds out what is rare. A very large value keeps positions in
+    random order.
+    """
+
+    choice_temperature: float = 0.0
+    by_confidence = True
 
     def check(self, modality: Modality) -> None:
-        _check_sampling(self)
-        if not isinstance(modality, Sequence):
-            raise ValueError(f"Autoregressive generates sequences; {modality.name!r} is a {type(modality).__name__}")
-
-    def generate(
-        self, model: Model, modality: Modality, inputs: Tokens, features: Any, keys: PRNGKeyArray
-    ) -> Generated:
-        batch, length = inputs.ids.shape[0], modality.max_length + 1
-        context = model.encode(inputs, features)
-        one = jnp.ones((batch, 1), jnp.int32)
-        index = one * model.modalities.index(modality.name)
-
-        def unfinished(carry):
-            step, _, _, _, done, _, _ = carry
-            return (step < length) & ~done.all()
-
-        def body(carry):
-            step, previous, ids, log_probability, done, cache, keys = carry
-            keys, now = jnp.swapaxes(jax.vmap(lambda k: jax.random.split(k, 2))(keys), 0, 1)
-            target = Targets(previous, previous, index, one * step, 0 * one, one > 0)
-            hidden, cache = model.decode_step(target, cache, step, inputs.valid)
-            logits = model.logits(hidden[:, 0], modality.name)
-            noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(now)
-            drawn, sure = sample(logits, self.temperature, self.top_p, noise)
-            drawn = jnp.where(done, 0, drawn)
-            ids = ids.at[:, step].set(drawn)
-            log_probability = log_probability.at[:, step].set(jnp.where(done, 0.0, sure))
-            done = done | (drawn == modality.end_id) | (drawn == modality.first_sentinel + 1)
-            return step + 1, drawn[:, None], ids, log_probability, done, cache, keys
-
-        ids = jnp.zeros((batch, length), jnp.int32)
-        start = (0, one * modality.first_sentinel, ids, jnp.zeros((batch, length)), jnp.zeros(batch, bool),
-                 model.start_cache(context, length), keys)  # fmt: skip
-        _, _, ids, log_probability, _, _, _ = jax.lax.while_loop(unfinished, body, start)
-        return Generated(ids, log_probability)
+        super().check(modality)
+        if self.choice_temperature < 0:
+            raise ValueError(f"{self}: choice_temperature must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One target (a signal or an exact modality name) and how to generate it."""
+class ROAR(_Parallel):
+    """Random-order autoregression of a grid (4M, section 2.3): each step decodes the next tokens of a random order.
 
-    target: str
-    scheme: Any
+    Only these are computed, so that many steps are cheap; with as many steps as tokens each sees all before it.
+    """
 
-
-def default_scheme(modality: Modality) -> Scheme:
-    return Autoregressive() if isinstance(modality, Sequence) else MaskGIT(temperature=0.7, top_p=0.9)
+    schedule: Literal["cosine", "linear"] = "linear"
 
 
-def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities) -> None:
-    """ValueError for unknown or repeated names, input-only targets and schemes that do not fit."""
-    given = {modalities.as_input(name).signal for name in inputs}
-    if not stages:
-        raise ValueError(f"no targets given; allowed: {', '.join(modalities.signals)}")
-    for stage in stages:
-        modality = modalities.as_target(stage.target)
-        stage.scheme.check(modality)
-        if modality.signal in given:
-            raise ValueError(f"{stage.target!r} is already given or generated; each signal may appear once")
-        given.add(modality.signal)
+class Grammar(NamedTuple):
+    """What a sequence may be: an automaton over classes of tokens that begins in state 0 and ends in the last one.
 
+    token_class [V] int32; next_state [states classes] int32, -1: not allowed; distance [states] int32: how many tokens
+    are needed at least from there to the end.
+    """
 
-def pack(records: Seq[Mapping[str, np.ndarray]], modalities: Modalities, *, length: int) -> tuple[Tokens, dict]:
-    """Stored arrays by modality -> Tokens [B length], features. A sequence goes in whole, as in training."""
-    rows: list[list[np.ndarray]] = []
-    features = {
-        m.name: np.zeros((len(records), m.max_tokens, m.size), np.float32)
-        for m in modalities
-        if isinstance(m, Features)
-    }
-    for b, record in enumerate(records):
-        ids, modality, position = [], [], []
-        for name, stored in record.items():
-            m = modalities.named(name)
-            ids.append(np.arange(len(stored)) if isinstance(m, Features) else stored)
-            modality.append(np.full(len(stored), modalities.index(name)))
-            position.append(np.arange(len(stored)))
-            if isinstance(m, Features):
-                features[name][b] = m.normalize(stored)
-        valid = np.arange(length) < sum(len(i) for i in ids)
-        rows.append([pad(ids, length), pad(modality, length), pad(position, length), np.zeros(length, np.int32), valid])
-    return Tokens(*(np.stack(column) for column in zip(*rows, strict=True))), features
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _run_stage(graph, params, scheme: Scheme, modality: Modality, inputs: Tokens, features: Any, keys) -> Generated:
-    return scheme.generate(nnx.merge(graph, params), modality, inputs, features, keys)
-
-
-@dataclasses.dataclass
-class Sampler:
-    """A trained model ready to generate: `Sampler.load("runs/quickstart")({"rgb": [image]}, ["depth", "boxes"])`."""
-
-    model: Model
-    tokenizers: dict[str, Tokenizer]
-    batch_size: int = 64
-
-    def __post_init__(self):
-        self.modalities = self.model.modalities
-        self.graph, self.params = nnx.split(self.model)
+    token_class: Int[Array, " V"]
+    next_state: Int[Array, "states classes"]
+    distance: Int[Array, " states"]
 
     @classmethod
-    def load(cls, path: str | Path, *, batch_size: int = 64) -> Sampler:
-        """From a run's folder."""
-        run = load_run(Path(path))
-        return cls(run.model, run.tokenizers, batch_size)
+    def make(cls, token_class: Int[np.ndarray, " V"], rules: Seq[Mapping[int, int]], end_id: int) -> Grammar:
+        """rules[state]: the state after each class; state -1 is the end, whose class is that of `end_id` alone.
 
-    def plan(self, targets: Seq[str | Stage]) -> list[Stage]:
-        """Names become stages with the default scheme of their kind."""
-        named = lambda t: Stage(target=t, scheme=default_scheme(self.modalities.as_target(t)))  # noqa: E731
-        return [t if isinstance(t, Stage) else named(t) for t in targets]
-
-    def __call__(
-        self,
-        inputs: Mapping[str, Seq[Any]],
-        targets: Seq[str | Stage],
-        *,
-        seed: int = 0,
-        progress: Any = lambda batches: batches,
-    ) -> dict[str, list[Any]]:
-        """Raw signals in (equally long lists by name), raw signals out (lists by name).
-
-        Stages run in the given order, and each sees the results of those before. `progress` may wrap the list of
-        batches (tqdm).
+        ValueError if the end cannot be reached from some state.
         """
-        stages = self.plan(targets)
-        check_plan(stages, list(inputs), self.modalities)
-        lengths = {name: len(signals) for name, signals in inputs.items()}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"inputs must be non-empty lists of one length; got {lengths}")
-        records = self.encode(inputs)
-        out: dict[str, list[Any]] = {s.target: [] for s in stages}
-        starts = range(0, len(records), self.batch_size)
-        for first in progress(starts):
-            for name, results in self.generate(records[first : first + self.batch_size], stages, seed, first).items():
-                out[name].extend(results)
-        return out
+        token_class = np.asarray(token_class, np.int32)
+        next_state = np.full((len(rules) + 1, token_class.max() + 1), -1, np.int32)
+        for state, after in enumerate(rules):
+            for kind, to in after.items():
+                next_state[state, kind] = len(rules) if to == -1 else to
+        next_state[-1, token_class[end_id]] = len(rules)
+        far = len(rules) + 1
+        distance = np.full(far, far)
+        distance[-1] = 0
+        for _ in rules:
+            after = np.where(next_state >= 0, distance[next_state] + 1, far)
+            distance[:-1] = np.minimum(distance, after.min(1))[:-1]
+        if (distance >= far).any():
+            raise ValueError(f"a grammar never ends from the states {np.flatnonzero(distance >= far).tolist()}")
+        return cls(token_class, next_state, distance.astype(np.int32))
 
-    def encode(self, inputs: Mapping[str, Seq[Any]]) -> list[dict[str, np.ndarray]]:
-        """Raw signals -> stored arrays by modality, one dict a sample."""
-        names = {self.modalities.as_input(name).name: signals for name, signals in inputs.items()}
-        encoded = {name: self.tokenizers[name].encode(list(signals)) for name, signals in names.items()}
-        return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
+    def allowed(self, state: Int[Array, " B"], room: Int[Array, ""]) -> Bool[Array, "B V"]:
+        """Tokens after which `room` - 1 more can still reach the end."""
+        after = jnp.asarray(self.next_state)[state]
+        fits = (after >= 0) & (jnp.asarray(self.distance)[after] < room)
+        return jnp.take(fits, self.token_class, axis=1)
 
-    def generate(
-        self, records: Seq[dict[str, np.ndarray]], stages: Seq[Stage], seed: int, first: int
-    ) -> dict[str, list]:
-        """One batch of encoded conditions through all stages; `first` is the index of its first sample."""
-        records = [dict(r) for r in records]
-        num = len(records)
-        # A short batch is filled up with its last row, so that one compilation serves every batch.
-        padded = records + [records[-1]] * (self.batch_size - num if num < self.batch_size and first else 0)
-        records = [dict(r) for r in padded]
-        out = {}
-        for s, stage in enumerate(stages):
-            modality = self.modalities.as_target(stage.target)
-            length = sum(self.modalities.named(n).max_tokens for n in dict.fromkeys(n for r in records for n in r))
-            inputs, features = pack(records, self.modalities, length=length)
-            key = lambda i, s=s: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), s)  # noqa: E731
-            keys = jnp.stack([key(first + i) for i in range(len(records))])
-            generated = jax.device_get(
-                _run_stage(self.graph, self.params, stage.scheme, modality, inputs, features, keys)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Autoregressive(Sampling):
+    """Left to right with a key/value cache, from the opening sentinel until every row has closed its last span.
+
+    What is kept of a sequence stays: each masked span is generated up to its closing sentinel. `max_length` bounds the
+    number of generated ids (0: by the modality). `constrained`: outputs follow the tokenizer's grammar, if it has one.
+    """
+
+    temperature: float = 0.0
+    max_length: int = 0
+    constrained: bool = True
+
+    def check(self, modality: Modality) -> None:
+        super().check(modality)
+        if not isinstance(modality, Sequence):
+            raise ValueError(
+                f"Autoregressive generates sequences; {modality.name!r} is a {type(modality).__name__}, "
+                "which MaskGIT and ROAR do"
             )
-            ids = [_trim(row, modality) for row in generated.ids]
-            for record, row in zip(records, ids, strict=True):
-                record[modality.name] = row
-            out[stage.target] = self._decode(modality, ids[:num], generated.log_probability)
-        return out
+        if not 0 <= self.max_length <= modality.max_length:
+            raise ValueError(f"{self}: max_length must be within 0 and {modality.max_length}, that of {modality.name}")
 
-    def _decode(
-        self, modality: Modality, ids: list[np.ndarray], log_probability: Float[np.ndarray, "B n"]
-    ) -> list[Any]:
-        tokenizer = self.tokenizers[modality.name]
-        if hasattr(tokenizer, "decode_with_scores"):
-            return [tokenizer.decode_with_scores(i, lp[: len(i)]) for i, lp in zip(ids, log_probability, strict=False)]
-        return tokenizer.decode(ids)
+    def prepare(self, modality: Modality, prompt: Prompt):
+        return (self.max_length or modality.max_length) + 1, ()
 
+    def generate(self, model, modality, prompt, guidance, keys, static, arrays, replay) -> Generated:
+        length, grammar = static, prompt.grammar if self.constrained else None
+        inputs, features = prompt.rows()
+        batch, passes = len(prompt.given), prompt.num_passes
+        decoder = model.start_decoding(model.encode(inputs, features), inputs.valid, length)
+        logits_of = model.logits_of(modality.name)
+        index = jnp.full((batch * passes, 1), model.modalities.index(modality.name))
+        weights = guidance.weights(jnp.ones(batch)) if guidance else jnp.ones((batch, 1))
+        ids = jnp.arange(modality.vocab_size)[None]
+        is_sentinel = (ids >= modality.first_sentinel) & (ids < modality.first_sentinel + modality.num_sentinels)
 
-def _trim(ids: Int[np.ndarray, " n"], modality: Modality) -> np.ndarray:
-    """A sequence up to its end token, which is added if the model closed the span without one or ran out of room."""
-    if not isinstance(modality, Sequence):
-        return ids
-    stop = np.flatnonzero((ids == modality.end_id) | (ids == modality.first_sentinel + 1))
-    kept = ids[: stop[0] if len(stop) else modality.max_length - 1]
-    return np.append(kept[: modality.max_length - 1], modality.end_id)
+        def unfinished(carry):
+            return (carry["step"] < length) & ~carry["done"].all()
+
+        def body(carry):
+            step = carry["step"]
+            previous = jnp.repeat(carry["previous"][:, None], passes, axis=0)
+            position, zero = jnp.full_like(index, step), jnp.zeros_like(index)
+            target = Targets(previous, previous, index, position, zero, zero == 0)
+            hidden, cache = model.decode_step(target, decoder, carry["cache"], step)
+            logits = logits_of(_guided(hidden, weights)[:, 0])
+            # What is kept stays in its place: sentinels come in order, and the end in the last span, if it is open.
+            closing = modality.first_sentinel + 1 + carry["span"]
+            last = carry["span"] == prompt.num_spans - 1
+            ordered = ~is_sentinel | (ids == closing[:, None])
+            ordered &= (ids != modality.end_id) | (last & prompt.open_end)[:, None]
+            logits = jnp.where(ordered | ~prompt.keeps[:, None], logits, -jnp.inf)
+            if grammar is not None:
+                allowed = grammar.allowed(carry["state"], length - 1 - step)
+                logits = jnp.where(allowed | carry["done"][:, None] | prompt.keeps[:, None], logits, -jnp.inf)
+            here = jnp.full((batch, 1), step)
+            random = _uniform(keys, DRAW, here)[:, 0] if replay.noise is None else replay.noise[step]
+            drawn, sure = self.draw(logits, jnp.float32(self.temperature), random)
+            span = carry["span"] + (drawn == closing)
+            done = carry["done"] | (drawn == modality.end_id) | (span == prompt.num_spans)
+            state = carry["state"]
+            if grammar is not None:
+                state = jnp.maximum(jnp.asarray(grammar.next_state)[state, jnp.asarray(grammar.token_class)[drawn]], 0)
+            return {
+                "step": step + 1,
+                "previous": drawn,
+                "ids": carry["ids"].at[:, step].set(drawn),
+                "log_probability": carry["log_probability"].at[:, step].set(sure),
+                "span": span,
+                "state": state,
+                "done": done,
+                "cache": cache,
+            }
+
+        zeros = jnp.zeros(batch, jnp.int32)
+        end = jax.lax.while_loop(
+            unfinished,
+            body,
+            {
+                "step": jnp.int32(0),
+                "previous": zeros + modality.first_sentinel,
+                "ids": jnp.zeros((batch, length), jnp.int32),
+                "log_probability": jnp.zeros((batch, length)),
+                "span": zeros,
+                "state": zeros,
+                "done": zeros > 0,
+                "cache": decoder.cache,
+            },
+        )
+        steps = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        return Generated(end["ids"], end["log_probability"], steps)

@@ -2,11 +2,12 @@
 
 The fixture gives inputs and weights (see tests/parity/README.md); what comes out has the names and the layout of its
 outputs.npz, and for fm_* the original's two losses as loss.mod and loss.token. Nothing else of the fixture is read.
-Fixtures: the encoder-decoder (fm_*), VQVAEs and DiVAEs, diffusion schedules, quantizers in training.
+Fixtures: the encoder-decoder (fm_*), generation, VQVAEs and DiVAEs, diffusion schedules, quantizers in training.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +27,11 @@ import make_checkpoint  # noqa: E402
 from m4 import fourm, losses  # noqa: E402
 from m4.components import load_tokenizer  # noqa: E402
 from m4.convert import convert  # noqa: E402
+from m4.modality import Features, Grid, Sequence  # noqa: E402
 from m4.model import Model  # noqa: E402
 from m4.model_file import load_model  # noqa: E402
+from m4.sampler import make_prompt, run_stage  # noqa: E402
+from m4.sampling import ROAR, Autoregressive, Guidance, MaskGIT, Replay  # noqa: E402
 from m4.tokens import MaskedBatch  # noqa: E402
 from m4_tokenizers import released  # noqa: E402
 from m4_tokenizers.diffusion import Schedule  # noqa: E402
@@ -86,7 +91,7 @@ def forward(model: Model, meta: dict, batch: MaskedBatch) -> dict[str, np.ndarra
         encoder_input = jnp.where(valid[..., None], model.encoder_input(inputs, batch.features), 0)
         address = jnp.where(inputs.valid[..., None], model.input_address(inputs), 0)
         encoded = model.run_encoder(encoder_input, inputs.valid)
-        context = model.context(encoded, inputs)
+        context = model.context(encoded, model.input_address(inputs))
         hidden = model.decode(targets, context, inputs.valid)
         modality_of = lambda t: jnp.where(t.valid, ids[np.asarray(t.modality)], -1)  # noqa: E731
         return {
@@ -278,7 +283,112 @@ def quantizer_training(folder: Path, meta: dict) -> dict[str, np.ndarray]:
     return out
 
 
+def generation(folder: Path) -> dict[str, np.ndarray]:
+    """A chain of generated modalities, with the recorded orders and noise, through the stages that users run.
+
+    A target sequence stands in the context as its first sentinel from the start, and so does one that guidance drops.
+    """
+    case, model = json.loads((folder / "case.json").read_text()), converted_model(folder.parent.parent / "fm_mod7")
+    graph, params = nnx.split(model)
+    arrays, modalities = np.load(folder / "inputs.npz"), model.modalities
+    records, batch = [{} for _ in range(case["batch"])], range(case["batch"])
+    for name in case["conditions"]:
+        m = modalities.named(name)
+        for b in batch:
+            if isinstance(m, Features):
+                pixels = arrays[f"{name}.tensor_u8"][b]
+                records[b][name] = rearrange(pixels, "c (h p) (w q) -> (h w) (p q c)", h=m.shape[0], w=m.shape[1])
+            else:
+                records[b][name] = arrays[f"{name}.tensor"][b][~arrays[f"{name}.input_mask"][b]]
+    sequences = [n for n in case["targets"] if isinstance(modalities.named(n), Sequence)]
+    for record, name in itertools.product(records, sequences):
+        record[name] = np.array([modalities.named(name).first_sentinel])
+    noise = [
+        make_checkpoint.gumbel(case["noise_seed"], case["noise_name"].replace("CALL", str(i)), shape)
+        if "Gumbel" in case["sampling"] else np.zeros(shape)
+        for i, shape in enumerate(case["multinomial_shapes"])
+    ]  # fmt: skip
+    recorded = {
+        f: np.load(folder / f"{f}.npz") for f in ("step_of_position", "roar_order") if (folder / f"{f}.npz").exists()
+    }
+    out, args, keys = {}, case["builder_args"], jax.random.split(jax.random.key(0), len(batch))
+    for i, name in enumerate(case["targets"]):
+        m, kind = modalities.named(name), args["autoregression_schemes"][i]
+        steps = [s for s in case["schedule"] if s["target_domain"] == name]
+        guidance = None
+        if args["cfg_scales"][i] != 1:
+            drop = tuple(steps[0]["cfg_cond_domains"])
+            guidance = Guidance(scale=args["cfg_scales"][i], drop=drop, dropped_sequences="masked")
+        common = {"temperature": args["temps"][i], "top_k": case["top_k"], "top_p": case["top_p"] or 1.0}
+        partial, replay = [None] * len(batch), Replay()
+        if kind == "autoregressive":
+            length = arrays[f"{name}.tensor"].shape[1] - 2
+            scheme = Autoregressive(**common, max_length=length, constrained=False)
+            partial = [np.array([-1])] * len(batch)
+            records = [{k: v for k, v in r.items() if k != name} for r in records]
+            if noise:
+                padded = np.zeros((length + 1, *noise[0].shape), np.float32)
+                padded[: len(noise)] = noise
+                replay = Replay(noise=jnp.asarray(padded))
+        else:
+            schedule, _, numbers = args["temp_schedules"][i].partition(":")
+            final, power = map(float, numbers.split(":")) if numbers else (0.0, 0.5)
+            fields = {
+                "steps": args["decoding_steps"][i],
+                "temperature_schedule": {"onex": "power"}.get(schedule, schedule),
+                "final_temperature": final,
+                "temperature_power": power,
+            }
+            if kind == "maskgit":
+                scheme = MaskGIT(**common, **fields, schedule=args["token_decoding_schedules"][i])
+            else:
+                scheme = ROAR(**common, **fields)
+            replay = grid_replay(recorded, name, kind, noise, case, m)
+        prompt = make_prompt(records, partial, m, modalities, guidance)
+        ids, _, step = map(np.asarray, run_stage(graph, params, scheme, m, prompt, keys, guidance, replay))
+        if isinstance(m, Sequence):
+            closing = m.first_sentinel + 1
+            ends = [int(np.flatnonzero(row == closing)[0]) if closing in row else length for row in ids]
+            number = sum(key.startswith("ar_pred_ids") for key in out)
+            out[f"ar_pred_ids.{number}"] = np.pad(
+                ids[:, : max(ends) + 1], ((0, 0), (1, 0)), constant_values=m.first_sentinel
+            )
+            valid = np.arange(max(ends)) < np.array(ends)[:, None]
+            ids = np.where(valid, ids[:, : max(ends)], 0)
+            out |= {f"{name}.input_mask": ~valid, f"{name}.target_mask": ~valid}
+            rows = [row[:n] for row, n in zip(ids, ends, strict=True)]
+        else:
+            out |= {f"{name}.input_mask": np.zeros(ids.shape, bool), f"{name}.target_mask": np.ones(ids.shape, bool)}
+            out[f"{name}.step_of_position"] = (step + case["schedule"].index(steps[0])).astype(np.int16)
+            rows = list(ids)
+        out[f"{name}.tensor"] = ids
+        for record, row in zip(records, rows, strict=True):
+            record[name] = row
+    return out
+
+
+def grid_replay(recorded, name: str, kind: str, noise: list[np.ndarray], case: dict, m: Grid) -> Replay:
+    """The recorded order (where sureness does not decide: at temperature 0, and in random orders), and noise by step
+    and position. Rows of noise are (example, slot), slots in the order of the step's positions."""
+    steps = recorded["step_of_position"][f"{name}.step_of_position"]
+    if not noise:
+        return Replay(order=jnp.asarray(np.argsort(steps, axis=1, kind="stable")))
+    counts = [s["num_tokens"] for s in case["schedule"] if s["target_domain"] == name]
+    if kind == "roar":
+        order = np.concatenate([row[:n] for row, n in zip(recorded["roar_order"]["order"], counts, strict=True)])
+        order = np.broadcast_to(order.astype(np.int32), steps.shape)
+    by_position = np.zeros((len(counts), len(steps), m.max_tokens, m.vocab_size), np.float32)
+    for s, rows in enumerate(noise):
+        rows = rows.reshape(len(steps), -1, m.vocab_size)
+        for b, part in enumerate(rows):
+            slots = order[b, sum(counts[:s]) :][: len(part)] if kind == "roar" else np.flatnonzero(steps[b] >= s)
+            by_position[s, b, slots] = part
+    return Replay(order=jnp.asarray(order) if kind == "roar" else None, noise=jnp.asarray(by_position))
+
+
 def run(folder: Path) -> dict[str, np.ndarray]:
+    if (folder / "case.json").exists():
+        return generation(folder)
     if not (folder / "meta.json").exists():
         raise ValueError(f"{folder} is no fixture: it has no meta.json")
     meta = json.loads((folder / "meta.json").read_text())

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from m4.checkpoints import load_run
 from m4.components import write_atomically
-from m4.sampling import Sampler, Stage
+from m4.sampler import Sampler, Stage
 
 NUM_BASELINE = 2000  # training examples that the trivial baselines see
 

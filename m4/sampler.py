@@ -1,0 +1,505 @@
+"""A trained model ready to use: raw signals in, raw signals out.
+
+    from m4 import Sampler
+
+    sampler = Sampler.load("runs/quickstart")
+    results = sampler({"rgb": "photo.png"}, ["depth", "caption"])
+    print(results["caption"])
+    results.draw("depth")          # uint8 picture
+    results.write("out")           # files
+
+B rows, P passes of guidance, N context slots, n tokens of the target, Q queries, G gallery, D width
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float, Int
+
+from m4.checkpoints import load_run
+from m4.components import closest
+from m4.modality import Features, Grid, Modalities, Modality, Sequence, Tokenizer
+from m4.model import Model
+from m4.sampling import Autoregressive, Generated, Guidance, MaskGIT, Prompt, Replay, Scheme
+from m4.sharding import MeshConfig
+from m4.tokens import Tokens, pad
+
+MASK = "[MASK]"  # in a text: any number of words that are to be generated
+BUCKET = 16  # prompts are padded to a multiple of so many tokens, for other lengths to find them compiled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One target (a signal or an exact modality name) and how to generate it.
+
+    `ensemble`: so many samples of each row are averaged by the target's tokenizer (dense outputs: depth, pictures).
+    """
+
+    target: str
+    scheme: Any
+    guidance: Guidance | None = None
+    ensemble: int = 1
+
+
+def default_scheme(modality: Modality) -> Scheme:
+    return Autoregressive() if isinstance(modality, Sequence) else MaskGIT(temperature=0.7, top_p=0.9)
+
+
+def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kept: Seq[str] = ()) -> None:
+    """ValueError for unknown or repeated names, input-only targets, schemes that do not fit, guidance by nothing.
+
+    `kept`: signals that are given in part, and may be a target too.
+    """
+    given = {modalities.as_input(name.partition("#")[0]).signal for name in inputs}
+    partial = {modalities.as_target(name).signal for name in kept}
+    names = {*inputs}
+    if not stages:
+        raise ValueError(f"no targets given; allowed: {', '.join(modalities.signals)}")
+    for stage in stages:
+        modality = modalities.as_target(stage.target)
+        stage.scheme.check(modality)
+        if modality.signal in given - partial:
+            raise ValueError(f"{stage.target!r} is already given or generated; each signal may appear once")
+        if stage.ensemble < 1:
+            raise ValueError(f"ensemble={stage.ensemble} of {stage.target} must be at least 1")
+        g = stage.guidance
+        for name in () if g is None else g.drop or ([n for n, _ in g.scale] if isinstance(g.scale, tuple) else ()):
+            if name not in names:
+                raise ValueError(f"guidance of {stage.target} names {name!r}; {closest(name, sorted(names))}")
+        given.add(modality.signal)
+        partial.discard(modality.signal)
+        names.add(stage.target)
+
+
+# ---- From records to prompts ----------------------------------------------------------------------------------------
+
+
+def pack(rows: Seq[Mapping[str, np.ndarray]], modalities: Modalities, *, length: int) -> Tokens:
+    """Stored arrays by modality -> Tokens [B length]. A sequence goes in whole, as in training; "caption#x" is one."""
+    packed: list[list[np.ndarray]] = []
+    for row in rows:
+        ids, modality, position = [], [], []
+        for name, stored in row.items():
+            m = modalities.named(name.partition("#")[0])
+            ids.append(np.arange(len(stored)) if isinstance(m, Features) else stored)
+            modality.append(np.full(len(stored), modalities.index(m.name)))
+            position.append(np.arange(len(stored)))
+        valid = np.arange(length) < sum(map(len, ids))
+        packed.append(
+            [pad(ids, length), pad(modality, length), pad(position, length), np.zeros(length, np.int32), valid]
+        )
+    return Tokens(*(np.stack(column) for column in zip(*packed, strict=True)))
+
+
+def pack_features(records: Seq[Mapping[str, np.ndarray]], modalities: Modalities) -> dict[str, np.ndarray]:
+    """Normalised vectors of all continuous modalities, float32 [B K F], zeros where a record has none."""
+    features = {}
+    for m in modalities:
+        if isinstance(m, Features):
+            features[m.name] = np.zeros((len(records), m.max_tokens, m.size), np.float32)
+            for b, record in enumerate(records):
+                if m.name in record:
+                    features[m.name][b, : len(record[m.name])] = m.normalize(record[m.name])
+    return features
+
+
+def show_spans(ids: Int[np.ndarray, " n"], modality: Sequence) -> tuple[Int[np.ndarray, " m"], int, bool]:
+    """A sequence with -1 for each run of tokens to generate -> the input as in training (a sentinel for each run), the
+    number of runs, and whether its end is among them.
+
+    ValueError if there are more runs than sentinels, or none.
+    """
+    masked = ids < 0
+    starts = masked & ~np.append(False, masked[:-1])
+    num_spans = int(starts.sum())
+    if not 1 <= num_spans < modality.num_sentinels:
+        raise ValueError(
+            f"{num_spans} spans to generate in {modality.name}; allowed: 1 to {modality.num_sentinels - 1}"
+        )
+    shown = np.where(starts, modality.first_sentinel + np.cumsum(starts) - 1, ids)[starts | ~masked]
+    return shown.astype(np.int32), num_spans, bool(masked[-1])
+
+
+def fill_spans(shown: Int[np.ndarray, " m"], generated: Int[np.ndarray, " k"], modality: Sequence):
+    """The inverse: each sentinel of `shown` replaced by what was generated for it. int32 [n]."""
+    spans, current = {modality.first_sentinel: []}, modality.first_sentinel
+    for i in generated.tolist():
+        if i == current + 1:
+            current = i
+            spans[current] = []
+        else:
+            spans[current].append(i)
+    last = modality.first_sentinel + modality.num_sentinels
+    filled = [spans.get(i, []) if modality.first_sentinel <= i < last else [i] for i in shown.tolist()]
+    return np.array([i for span in filled for i in span], np.int32)
+
+
+def make_prompt(
+    records: Seq[Mapping[str, np.ndarray]], partial: Seq[np.ndarray | None], modality: Modality,
+    modalities: Modalities, guidance: Guidance | None = None, generated: Seq[str] = (), grammar: Any = None,
+) -> Prompt:  # fmt: skip
+    """What a stage reads: records by modality (or modality#tag), and what there is of the target already, if anything.
+
+    `generated`: names of records that earlier stages made.
+    """
+    names = list(dict.fromkeys(n for r in records for n in r))
+    tagged = {n for n in names if "#" in n}
+    lacks = [tagged]
+    if guidance is not None:
+        find = lambda name: _key(name, modalities, names)  # noqa: E731
+        lacks = guidance.passes([n for n in names if n not in generated], generated, find)
+    first_shown = guidance is not None and guidance.dropped_sequences == "masked"
+    rows, num_spans, keeps, open_end, given = [], [], [], [], []
+    for record, part in zip(records, partial, strict=True):
+        shown = {}
+        if isinstance(modality, Sequence):
+            spans, opened = 1, True
+            if part is not None:
+                shown[modality.name], spans, opened = show_spans(part, modality)
+            num_spans.append(spans)
+            keeps.append(part is not None and bool((part >= 0).any()))
+            open_end.append(opened)
+        given.append(part if part is not None and isinstance(modality, Grid) else np.full(modality.max_tokens, -1))
+        for lack in lacks:
+            row = {name: ids for name, ids in record.items() if name not in lack}
+            for name in [n for n in record if n in lack and first_shown and n not in tagged]:
+                if isinstance(m := modalities.named(name), Sequence):
+                    row[name] = np.array([m.first_sentinel])
+            rows.append({**row, **shown})
+    longest = max(sum(map(len, row.values())) for row in rows)
+    inputs = pack(rows, modalities, length=max(-(-longest // BUCKET) * BUCKET, 1))
+    features = pack_features(records, modalities)
+    zeros = np.zeros(len(records), np.int32)
+    return Prompt(
+        Tokens(*(x.reshape(len(records), len(lacks), -1) for x in inputs)), features, np.stack(given).astype(np.int32),
+        np.array(num_spans or zeros, np.int32), np.array(keeps or zeros, bool), np.array(open_end or zeros, bool),
+        grammar,
+    )  # fmt: skip
+
+
+def _key(name: str, modalities: Modalities, present: Seq[str]) -> str:
+    """The record's name for what users call `name`: an input or an earlier target, perhaps with a tag."""
+    base, hash_, tag = name.partition("#")
+    found = [modalities.as_input(base).name]
+    found += [m.name for m in modalities if m.signal == base]
+    return next((n for n in (f + hash_ + tag for f in found) if n in present), found[0] + hash_ + tag)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5))
+def _run(graph, params, scheme, modality, guidance, static, prompt, keys, arrays, replay) -> Generated:
+    model = nnx.merge(graph, params)
+    model.unstack()
+    return scheme.generate(model, modality, prompt, guidance, keys, static, arrays, replay)
+
+
+def run_stage(
+    graph: Any, params: Any, scheme: Scheme, modality: Modality, prompt: Prompt, keys: Any,
+    guidance: Guidance | None = None, replay: Replay | None = None,
+) -> Generated:  # fmt: skip
+    """One stage on the device; `graph` and `params` are `nnx.split(model)`."""
+    static, arrays = scheme.prepare(modality, prompt)
+    return _run(graph, params, scheme, modality, guidance, static, prompt, keys, arrays, replay or Replay())
+
+
+# ---- Signals --------------------------------------------------------------------------------------------------------
+
+
+class Results(dict):
+    """Signals by target: lists, or single ones if single ones were given.
+
+    `tokens`: ids by target's modality, one array a sample. `history`: by target's modality the step in which each token
+    was decoded. `inputs` as they were read.
+    """
+
+    def __init__(self, sampler: Sampler, targets: Seq[str], inputs: Mapping[str, list[Any]], single: bool):
+        super().__init__({name: [] for name in targets})
+        self.sampler, self.inputs, self.single = sampler, inputs, single
+        self.tokens: dict[str, list[np.ndarray]] = {}
+        self.history: dict[str, list[np.ndarray]] = {}
+
+    def signals(self, name: str) -> list[Any]:
+        return [self[name]] if self.single else self[name]
+
+    def __len__(self) -> int:
+        return super().__len__()
+
+    def image(self, i: int = 0) -> np.ndarray | None:
+        """A picture to draw on: the rgb input or target."""
+        for name, signals in [*self.inputs.items(), *((n, self.signals(n)) for n in self)]:
+            if name.split("_")[0] == "rgb" and signals[i] is not None:
+                return signals[i]
+        return None
+
+    def draw(self, name: str, i: int = 0) -> np.ndarray:
+        """uint8 picture [H W 3] of a target's sample i."""
+        return self.sampler.tokenizer(name).draw(self.signals(name)[i], image=self.image(i))
+
+    def write(self, folder: str | Path, i: int = 0) -> None:
+        """Files of all targets of sample i."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in self:
+            self.sampler.tokenizer(name).write(self.signals(name)[i], Path(folder), image=self.image(i))
+
+
+@dataclasses.dataclass
+class Sampler:
+    """A trained model and its tokenizers. With several devices the rows of a batch are cut over them."""
+
+    model: Model
+    tokenizers: dict[str, Tokenizer]
+    batch_size: int = 64
+    devices: Seq[Any] | None = None  # default: all of this process
+
+    def __post_init__(self):
+        self.modalities = self.model.modalities
+        devices = list(self.devices or jax.local_devices())
+        self.mesh = MeshConfig().make(devices) if len(devices) > 1 else None
+        self.graph, params = nnx.split(self.model)
+        self.params = params if self.mesh is None else jax.device_put(params, NamedSharding(self.mesh, P()))
+
+    @classmethod
+    def load(cls, path: str | Path, *, batch_size: int = 64) -> Sampler:
+        """From a run's folder, or by the name of a model that comes with m4."""
+        run = load_run(Path(path))
+        return cls(run.model, run.tokenizers, batch_size)
+
+    def tokenizer(self, target: str) -> Tokenizer:
+        return self.tokenizers[self.modalities.as_target(target).name]
+
+    def plan(self, targets: Seq[str | Stage]) -> list[Stage]:
+        """Names become stages with the default scheme of their kind."""
+        named = lambda t: Stage(target=t, scheme=default_scheme(self.modalities.as_target(t)))  # noqa: E731
+        return [t if isinstance(t, Stage) else named(t) for t in targets]
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Any],
+        targets: Seq[str | Stage],
+        *,
+        keep: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        progress: Callable[[range], Any] = lambda batches: batches,
+        listener: Callable[[str, Generated], None] | None = None,
+    ) -> Results:
+        """Raw signals in (a list by name, of one length; or single ones), raw signals out.
+
+        A signal is what its tokenizer takes, or the path of a file (None: this sample lacks it). Names may be of
+        signals or modalities; "caption#not" is another caption, for guidance. Stages run in the given order, and each
+        sees what those before made. `seed`: the same gives the same, whatever the batches and devices.
+
+        `keep`: what stays of an input that is also a target: a mask (bool [H W] of pixels or tokens, True = stays), or
+        the share of its tokens that stay, at random (variations). A text keeps what is not [MASK].
+        `progress` may wrap the batches (tqdm); `listener` is told each stage's tokens as soon as they are there.
+        """
+        keep = dict(keep or {})
+        texts = {n: v if isinstance(v, list) else [v] for n, v in inputs.items()}
+        masked = {n for n, v in texts.items() if any(isinstance(t, str) and MASK in t for t in v)}
+        for name in keep:
+            if name not in inputs:
+                raise ValueError(f"keep names {name!r}, which is not given; {closest(name, list(inputs))}")
+        stages = self.plan(targets)
+        check_plan(stages, list(inputs), self.modalities, [*keep, *masked])
+        single = not any(isinstance(v, list) for v in inputs.values())
+        lengths = {name: len(v) for name, v in texts.items()}
+        if len(set(lengths.values())) > 1 or 0 in lengths.values():
+            raise ValueError(f"inputs must be non-empty lists of one length; got {lengths}")
+        count = max(lengths.values(), default=1)
+        read = {n: [self._read(n, s) for s in v] for n, v in texts.items()}
+        kept = {name: self._keep(name, value, count) for name, value in {**dict.fromkeys(masked), **keep}.items()}
+        partial = self._partial(read, kept, seed)
+        records = self.encode({n: v for n, v in read.items() if n not in kept}, count)
+        out = Results(self, [s.target for s in stages], read, single)
+        for first in progress(range(0, count, self.batch_size)):
+            part = slice(first, first + self.batch_size)
+            known = {name: values[part] for name, values in partial.items()}
+            self._generate(records[part], known, stages, seed, first, out, listener)
+        for name in out if single else ():
+            out[name] = out[name][0]
+        return out
+
+    def _read(self, name: str, signal: Any) -> Any:
+        if not isinstance(signal, str | Path):
+            return signal
+        return self.tokenizers[self.modalities.as_input(name.partition("#")[0]).name].read(str(signal))
+
+    def encode(self, inputs: Mapping[str, Seq[Any]], count: int = 0) -> list[dict[str, np.ndarray]]:
+        """Raw signals -> stored arrays by modality, one dict a sample, without what is None."""
+        records: list[dict[str, np.ndarray]] = [{} for _ in range(count or max(map(len, inputs.values()), default=0))]
+        for name, signals in inputs.items():
+            base, hash_, tag = name.partition("#")
+            m = self.modalities.as_input(base)
+            if tag and isinstance(m, Features):
+                raise ValueError(
+                    f"{name!r}: of {m.name} there can be only one; allowed: tokens, such as those of texts"
+                )
+            there = [i for i, s in enumerate(signals) if s is not None]
+            encoded = self.tokenizers[m.name].encode([signals[i] for i in there])
+            for i, ids in zip(there, encoded, strict=True):
+                records[i][m.name + hash_ + tag] = ids
+        return records
+
+    def _keep(self, name: str, value: Any, count: int) -> list[Any]:
+        """One mask (or share) for each sample."""
+        if isinstance(value, list):
+            if len(value) != count:
+                raise ValueError(f"keep of {name!r} has {len(value)} masks for {count} samples")
+            return value
+        return [value] * count
+
+    def _partial(self, read, kept, seed: int) -> dict[str, list[np.ndarray]]:
+        """By modality: ids of what is given in part, -1 where they are to be generated."""
+        partial = {}
+        for name, masks in kept.items():
+            m = self.modalities.as_target(name)
+            if isinstance(m, Sequence):
+                partial[m.name] = [self._partial_text(m, text) for text in read[name]]
+                continue
+            encoded = self.tokenizers[m.name].encode(read[name])
+            if any(mask is None for mask in masks):
+                raise ValueError(f"{name!r} is given in part: keep must say which of its tokens stay")
+            shares = [_token_mask(mask, m, np.random.default_rng([seed, i])) for i, mask in enumerate(masks)]
+            partial[m.name] = [np.where(k, ids, -1) for k, ids in zip(shares, encoded, strict=True)]
+        return partial
+
+    def _partial_text(self, m: Sequence, text: str) -> np.ndarray:
+        """[MASK] -> -1; the end is open only behind a [MASK]."""
+        if MASK not in text:
+            raise ValueError(f"{m.name} {text!r} is given in part, but has no {MASK}")
+        pieces = text.split(MASK)
+        encoded = self.tokenizers[m.name].encode(pieces)
+        ids = [np.append(e[:-1], -1) for e in encoded[:-1]]
+        return np.concatenate([*ids, encoded[-1] if pieces[-1] else encoded[-1][:-1]]).astype(np.int32)
+
+    def generate(self, records: Seq[dict[str, np.ndarray]], stages: Seq[Stage], seed: int, first: int) -> Results:
+        """One batch of encoded conditions through all stages; `first` is the index of its first sample."""
+        out = Results(self, [s.target for s in stages], {}, False)
+        self._generate(records, {}, stages, seed, first, out, None)
+        return out
+
+    def _generate(self, records, partial, stages, seed, first, out: Results, listener) -> None:
+        records, made = [dict(r) for r in records], []
+        for s, stage in enumerate(stages):
+            m = self.modalities.as_target(stage.target)
+            tokenizer = self.tokenizers[m.name]
+            grammar = getattr(tokenizer, "grammar", None)
+            known = partial.get(m.name, [None] * len(records))
+            samples = []
+            for member in range(stage.ensemble):
+                numbers = [seed, s, member]
+                prompt = make_prompt(records, known, m, self.modalities, stage.guidance, made, grammar)
+                generated = self._on_device(stage, m, prompt, numbers, first)
+                samples.append(self._finish(m, generated, known))
+                if listener is not None:
+                    listener(stage.target, generated)
+            ids, log_probability, history = samples[0]
+            if stage.ensemble > 1:
+                decoded = [tokenizer.decode(ids) for ids, _, _ in samples]
+                signals = [tokenizer.average(list(group)) for group in zip(*decoded, strict=True)]
+                ids = tokenizer.encode(signals)
+            else:
+                signals = self._decode(tokenizer, ids, log_probability)
+            for record, row in zip(records, ids, strict=True):
+                record[m.name] = row
+            made.append(m.name)
+            out[stage.target].extend(signals)
+            out.tokens.setdefault(m.name, []).extend(ids)
+            out.history.setdefault(m.name, []).extend(history)
+
+    def _on_device(self, stage: Stage, m: Modality, prompt: Prompt, numbers: list[int], first: int) -> Generated:
+        """One compilation serves every batch: a short one is filled up with its last row."""
+        num = len(prompt.given)
+        full = self.batch_size if first else num
+        if self.mesh is not None:
+            full = math.ceil(full / self.mesh.size) * self.mesh.size
+        rows = np.minimum(np.arange(full), num - 1)
+        grammar = prompt.grammar
+        prompt = jax.tree.map(lambda x: np.asarray(x)[rows], prompt._replace(grammar=None))._replace(grammar=grammar)
+        keys = _keys(numbers, first + np.arange(full))
+        if self.mesh is None:
+            out = run_stage(self.graph, self.params, stage.scheme, m, prompt, keys, stage.guidance)
+        else:
+            cut = NamedSharding(self.mesh, P("data"))
+            prompt = jax.device_put(prompt._replace(grammar=None), cut)._replace(grammar=grammar)
+            with jax.set_mesh(self.mesh):
+                keys = jax.device_put(keys, cut)
+                out = run_stage(self.graph, self.params, stage.scheme, m, prompt, keys, stage.guidance)
+        return Generated(*(x[:num] for x in jax.device_get(out)))
+
+    def _finish(self, m: Modality, generated: Generated, known: Seq[np.ndarray | None]):
+        """Ids as tokenizers take them, their log-probabilities, and the step in which each was decoded."""
+        if not isinstance(m, Sequence):
+            return list(generated.ids), generated.log_probability, list(generated.step)
+        ids = []
+        for row, part in zip(generated.ids, known, strict=True):
+            if part is None:
+                ids.append(_trim(row, m))
+            else:
+                shown, num_spans, _ = show_spans(part, m)
+                (stop,) = np.nonzero((row == m.end_id) | (row == m.first_sentinel + num_spans))
+                row = row[: stop[0] + (row[stop[0]] == m.end_id)] if len(stop) else row
+                filled = fill_spans(shown, row, m)
+                ids.append(filled if filled[-1:] == m.end_id else np.append(filled, m.end_id))
+        return ids, generated.log_probability, [np.arange(len(i)) for i in ids]
+
+    def _decode(self, tokenizer: Tokenizer, ids: list[np.ndarray], log_probability: Float[np.ndarray, "B n"]) -> list:
+        if hasattr(tokenizer, "decode_with_scores"):
+            return [tokenizer.decode_with_scores(i, lp[: len(i)]) for i, lp in zip(ids, log_probability, strict=True)]
+        return tokenizer.decode(ids)
+
+
+def _keys(numbers: Seq[int], rows: Int[np.ndarray, " B"]) -> Any:
+    """One key for each row, of (seed, row, stage, member of an ensemble)."""
+    seed, *rest = numbers
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(rows))
+    for number in rest:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    return keys
+
+
+def _token_mask(mask: Any, m: Grid, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
+    """Tokens that stay: all of their pixels do; or a random share of them."""
+    if isinstance(mask, int | float) and not isinstance(mask, bool):
+        if not 0 <= mask <= 1:
+            raise ValueError(f"keep={mask} of {m.name} must be a share within [0, 1]")
+        return rng.permutation(m.max_tokens) < round(mask * m.max_tokens)
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.ndim != len(m.shape) or any(a % b for a, b in zip(mask.shape, m.shape, strict=True)):
+        raise ValueError(
+            f"a mask of {mask.dtype} {list(mask.shape)} was given for {m.name}; allowed: bool, a multiple of "
+            f"{list(m.shape)}, True where it stays"
+        )
+    blocks = [n for a, b in zip(mask.shape, m.shape, strict=True) for n in (b, a // b)]
+    return mask.reshape(blocks).all(axis=tuple(range(1, len(blocks), 2))).ravel()
+
+
+def _trim(ids: Int[np.ndarray, " n"], modality: Sequence) -> np.ndarray:
+    """A sequence up to its end token, which is added if the model closed the span without one or ran out of room."""
+    stop = np.flatnonzero((ids == modality.end_id) | (ids == modality.first_sentinel + 1))
+    kept = ids[: stop[0] if len(stop) else modality.max_length - 1]
+    return np.append(kept[: modality.max_length - 1], modality.end_id)
+
+
+def retrieve(
+    queries: Float[np.ndarray, "Q D"], gallery: Float[np.ndarray, "G D"], k: int = 5
+) -> tuple[Int[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
+    """The k nearest of a gallery by cosine similarity, nearest first: indices and similarities.
+
+    Queries are global embeddings that a model generated from any modality (4M-21, section 4.2).
+    """
+    unit = [x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (queries, gallery)]
+    similarity = unit[0] @ unit[1].T
+    best = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return best, np.take_along_axis(similarity, best, axis=1)
