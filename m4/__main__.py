@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -113,66 +112,16 @@ def generate(argv: list[str]) -> None:
     """RUN --inputs NAME=VALUE ... --targets NAME ... --out OUT: any signals in, any others out.
 
     VALUE is a file (rgb=photo.png, depth=depth.png, boxes=boxes.json), a folder of such files (one sample each), or the
-    text itself (caption="a small red cube"). Targets are generated in the order given, each seeing those before it.
+    text itself (caption="a small red cube"; [MASK] in it stands for words to generate). A file PROMPTS.jsonl instead
+    holds one sample a line, of any inputs each. Targets are generated in the order given, each seeing those before it.
     """
     parser = argparse.ArgumentParser(
         prog="python -m m4 generate", description=generate.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="the folder of a run, e.g. runs/quickstart")
-    parser.add_argument("--inputs", nargs="+", required=True, metavar="NAME=VALUE")
-    parser.add_argument("--targets", nargs="+", required=True, metavar="NAME")
-    parser.add_argument("--out", required=True, help="folder for the results: OUT/<sample>/rgb.png, depth.png, ...")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-samples", type=int, default=1, help="results for each input (different draws)")
-    parser.add_argument("--batch-size", type=int, default=16)
-    args = parser.parse_args(argv)
-    if args.num_samples < 1 or args.batch_size < 1:
-        raise ValueError(f"--num-samples {args.num_samples} and --batch-size {args.batch_size} must be at least 1")
-    given = {}
-    for item in args.inputs:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--inputs takes NAME=VALUE, got {item!r}")
-        if name in given:
-            raise ValueError(f"input {name!r} is given twice; a folder holds several samples")
-        given[name] = value
-    from tqdm import tqdm
+    from m4 import generate as generation
 
-    from m4.sampler import Sampler, check_plan
-
-    sampler = Sampler.load(args.run, batch_size=args.batch_size)
-    stages = sampler.plan(args.targets)
-    check_plan(stages, list(given), sampler.modalities)
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write into --out {out}: {error.strerror}") from error
-    readers = {name: sampler.tokenizers[sampler.modalities.as_input(name).name].read for name in given}
-    files = {name: _files(name, value) for name, value in given.items()}
-    longest = max(files.values(), key=len)
-    for name, values in files.items():
-        if len(values) not in (1, len(longest)):
-            raise ValueError(f"input {name!r} has {len(values)} samples, another has {len(longest)}; give 1 or as many")
-    names = _sample_names(longest, args.num_samples)
-    inputs = {}
-    for name, values in files.items():
-        signals = [readers[name](v) for v in values]
-        signals = signals * len(longest) if len(signals) == 1 else signals
-        inputs[name] = [s for s in signals for _ in range(args.num_samples)]
-    progress = lambda batches: tqdm(batches, desc="generating", unit="batch", file=sys.stderr, disable=len(batches) < 2)  # noqa: E731
-    results = sampler(inputs, stages, seed=args.seed, progress=progress)
-    image_name = next((n for n in (*inputs, *results) if n.split("_")[0] == "rgb"), None)
-    images = {**inputs, **results}[image_name] if image_name else [None] * len(names)
-    for i, sample in enumerate(names):
-        folder = out / sample
-        folder.mkdir(exist_ok=True)
-        for stage in stages:
-            modality = sampler.modalities.as_target(stage.target)
-            sampler.tokenizers[modality.name].write(results[stage.target][i], folder, image=images[i])
-            if isinstance(results[stage.target][i], str):
-                print(results[stage.target][i])
-    print(f"{len(names)} sample(s) in {out}", file=sys.stderr)
+    generation.add_arguments(parser)
+    generation.main(parser.parse_args(argv))
 
 
 def convert(argv: list[str]) -> None:
@@ -193,26 +142,6 @@ def convert(argv: list[str]) -> None:
 
     declared = load_config(args.declare, "modalities") if args.declare else ()
     print(convert_file(Path(args.source), Path(args.out), declared))
-
-
-def _files(name: str, value: str) -> list[str]:
-    """The values of one input: the sorted files of a folder, or the one value."""
-    folder = Path(value)
-    if len(value) > 200 or not folder.is_dir():
-        return [value]
-    files = sorted(str(p) for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise ValueError(f"input {name}={value} is an empty folder")
-    return files
-
-
-def _sample_names(values: list[str], num_samples: int) -> list[str]:
-    """The stem of each input file, or 0000, 0001, ...; with several samples an index is added."""
-    stems = [Path(v).stem if len(v) < 200 and Path(v).is_file() else "" for v in values]
-    if not all(stems) or len(set(stems)) < len(stems):
-        stems = [f"{i:04d}" for i in range(len(values))]
-    stems = [re.sub(r"[^\w.-]", "_", s) for s in stems]
-    return [f"{s}_{k}" if num_samples > 1 else s for s in stems for k in range(num_samples)]
 
 
 VERBS = {f.__name__: f for f in (pretokenize, data, plan, generate, evaluate, convert)}

@@ -216,9 +216,10 @@ class Model(nnx.Module):
         )
 
     def input_content(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B N D"]:
-        """What the inputs are: rows of the table of embeddings, or projected features (none: all are tokens)."""
+        """What the inputs are: rows of the table of embeddings, or projected features (those that there are)."""
         content = self._tokens(self.token_embedding, self.input_rows, inputs.ids, inputs.modality)
-        for name, projection in self.feature_projections.items() if features else ():
+        for name in [n for n in self.feature_projections if n in features]:
+            projection = self.feature_projections[name]
             rows = projection(features[name].astype(self.config.dtype), "float32")
             rows = jnp.take_along_axis(rows, inputs.ids[..., None], axis=1, mode="clip")
             content = jnp.where((inputs.modality == self.modalities.index(name))[..., None], rows, content)

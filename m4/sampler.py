@@ -19,10 +19,9 @@ import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -33,7 +32,7 @@ from m4.checkpoints import load_run
 from m4.components import closest
 from m4.modality import Features, Grid, Modalities, Modality, Sequence, Tokenizer
 from m4.model import Model
-from m4.sampling import Autoregressive, Generated, Guidance, MaskGIT, Prompt, Replay, Scheme
+from m4.sampling import ROAR, Autoregressive, Generated, Guidance, MaskGIT, Prompt, Replay, Scheme
 from m4.sharding import MeshConfig
 from m4.tokens import Tokens, pad
 
@@ -54,8 +53,9 @@ class Stage:
     ensemble: int = 1
 
 
-def default_scheme(modality: Modality) -> Scheme:
-    return Autoregressive() if isinstance(modality, Sequence) else MaskGIT(temperature=0.7, top_p=0.9)
+def default_scheme(modality: Modality, of_grids: Literal["maskgit", "roar"] = "maskgit") -> Scheme:
+    grids = {"maskgit": MaskGIT(temperature=0.7, top_p=0.9), "roar": ROAR(steps=16, temperature=0.7, top_p=0.9)}
+    return Autoregressive() if isinstance(modality, Sequence) else grids[of_grids]
 
 
 def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kept: Seq[str] = ()) -> None:
@@ -105,10 +105,10 @@ def pack(rows: Seq[Mapping[str, np.ndarray]], modalities: Modalities, *, length:
 
 
 def pack_features(records: Seq[Mapping[str, np.ndarray]], modalities: Modalities) -> dict[str, np.ndarray]:
-    """Normalised vectors of all continuous modalities, float32 [B K F], zeros where a record has none."""
+    """Normalised vectors of the continuous modalities that any record has, float32 [B K F], elsewhere zeros."""
     features = {}
     for m in modalities:
-        if isinstance(m, Features):
+        if isinstance(m, Features) and any(m.name in record for record in records):
             features[m.name] = np.zeros((len(records), m.max_tokens, m.size), np.float32)
             for b, record in enumerate(records):
                 if m.name in record:
@@ -198,20 +198,28 @@ def _key(name: str, modalities: Modalities, present: Seq[str]) -> str:
     return next((n for n in (f + hash_ + tag for f in found) if n in present), found[0] + hash_ + tag)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5))
-def _run(graph, params, scheme, modality, guidance, static, prompt, keys, arrays, replay) -> Generated:
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5, 6))
+def _run(graph, params, scheme, modality, guidance, static, tell, prompt, arrays, replay) -> Generated:
     model = nnx.merge(graph, params)
     model.unstack()
-    return scheme.generate(model, modality, prompt, guidance, keys, static, arrays, replay)
+    return scheme.generate(model, modality, prompt, guidance, static, arrays, replay, tell)
 
 
 def run_stage(
-    graph: Any, params: Any, scheme: Scheme, modality: Modality, prompt: Prompt, keys: Any,
-    guidance: Guidance | None = None, replay: Replay | None = None,
+    graph: Any, params: Any, scheme: Scheme, modality: Modality, prompt: Prompt, seeds: Int[np.ndarray, "B k"],
+    guidance: Guidance | None = None, replay: Replay | None = None, tell: Callable | None = None,
 ) -> Generated:  # fmt: skip
-    """One stage on the device; `graph` and `params` are `nnx.split(model)`."""
-    static, arrays = scheme.prepare(modality, prompt)
-    return _run(graph, params, scheme, modality, guidance, static, prompt, keys, arrays, replay or Replay())
+    """One stage on the device; `graph` and `params` are `nnx.split(model)`; tell(ids, known) hears of every step."""
+    static, arrays = scheme.prepare(modality, prompt, seeds)
+    return _run(graph, params, scheme, modality, guidance, static, tell, prompt, arrays, replay or Replay())
+
+
+_listener: list[Callable] = []  # of the stage that runs, for a new listener not to compile it anew
+
+
+def _tell(ids: np.ndarray, known: np.ndarray) -> None:
+    for hear in _listener:
+        hear(ids, known)
 
 
 # ---- Signals --------------------------------------------------------------------------------------------------------
@@ -264,6 +272,7 @@ class Sampler:
     devices: Seq[Any] | None = None  # default: all of this process
 
     def __post_init__(self):
+        self.num_rows = 0  # of the last batch that was compiled
         self.modalities = self.model.modalities
         devices = list(self.devices or jax.local_devices())
         self.mesh = MeshConfig().make(devices) if len(devices) > 1 else None
@@ -291,8 +300,9 @@ class Sampler:
         *,
         keep: Mapping[str, Any] | None = None,
         seed: int = 0,
+        indices: Seq[int] | None = None,
         progress: Callable[[range], Any] = lambda batches: batches,
-        listener: Callable[[str, Generated], None] | None = None,
+        listener: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
     ) -> Results:
         """Raw signals in (a list by name, of one length; or single ones), raw signals out.
 
@@ -302,7 +312,8 @@ class Sampler:
 
         `keep`: what stays of an input that is also a target: a mask (bool [H W] of pixels or tokens, True = stays), or
         the share of its tokens that stay, at random (variations). A text keeps what is not [MASK].
-        `progress` may wrap the batches (tqdm); `listener` is told each stage's tokens as soon as they are there.
+        `indices`: each sample's number (default: 0, 1, ...), to which its random numbers belong. `progress` may wrap
+        the batches (tqdm); listener(target, ids [B n], known [B n]) hears of every step while it runs.
         """
         keep = dict(keep or {})
         texts = {n: v if isinstance(v, list) else [v] for n, v in inputs.items()}
@@ -318,14 +329,15 @@ class Sampler:
             raise ValueError(f"inputs must be non-empty lists of one length; got {lengths}")
         count = max(lengths.values(), default=1)
         read = {n: [self._read(n, s) for s in v] for n, v in texts.items()}
+        numbers = np.arange(count) if indices is None else np.asarray(indices)
         kept = {name: self._keep(name, value, count) for name, value in {**dict.fromkeys(masked), **keep}.items()}
-        partial = self._partial(read, kept, seed)
+        partial = self._partial(read, kept, seed, numbers)
         records = self.encode({n: v for n, v in read.items() if n not in kept}, count)
         out = Results(self, [s.target for s in stages], read, single)
         for first in progress(range(0, count, self.batch_size)):
             part = slice(first, first + self.batch_size)
             known = {name: values[part] for name, values in partial.items()}
-            self._generate(records[part], known, stages, seed, first, out, listener)
+            self._generate(records[part], known, stages, seed, numbers[part], out, listener)
         for name in out if single else ():
             out[name] = out[name][0]
         return out
@@ -359,7 +371,7 @@ class Sampler:
             return value
         return [value] * count
 
-    def _partial(self, read, kept, seed: int) -> dict[str, list[np.ndarray]]:
+    def _partial(self, read, kept, seed: int, numbers: Seq[int]) -> dict[str, list[np.ndarray]]:
         """By modality: ids of what is given in part, -1 where they are to be generated."""
         partial = {}
         for name, masks in kept.items():
@@ -370,7 +382,8 @@ class Sampler:
             encoded = self.tokenizers[m.name].encode(read[name])
             if any(mask is None for mask in masks):
                 raise ValueError(f"{name!r} is given in part: keep must say which of its tokens stay")
-            shares = [_token_mask(mask, m, np.random.default_rng([seed, i])) for i, mask in enumerate(masks)]
+            random = [np.random.default_rng([seed, i]) for i in numbers]
+            shares = [_token_mask(mask, m, rng) for mask, rng in zip(masks, random, strict=True)]
             partial[m.name] = [np.where(k, ids, -1) for k, ids in zip(shares, encoded, strict=True)]
         return partial
 
@@ -383,13 +396,15 @@ class Sampler:
         ids = [np.append(e[:-1], -1) for e in encoded[:-1]]
         return np.concatenate([*ids, encoded[-1] if pieces[-1] else encoded[-1][:-1]]).astype(np.int32)
 
-    def generate(self, records: Seq[dict[str, np.ndarray]], stages: Seq[Stage], seed: int, first: int) -> Results:
-        """One batch of encoded conditions through all stages; `first` is the index of its first sample."""
+    def generate(
+        self, records: Seq[dict[str, np.ndarray]], stages: Seq[Stage], seed: int, indices: Seq[int]
+    ) -> Results:
+        """One batch of encoded conditions through all stages; `indices`: the samples' numbers."""
         out = Results(self, [s.target for s in stages], {}, False)
-        self._generate(records, {}, stages, seed, first, out, None)
+        self._generate(records, {}, stages, seed, np.asarray(indices), out, None)
         return out
 
-    def _generate(self, records, partial, stages, seed, first, out: Results, listener) -> None:
+    def _generate(self, records, partial, stages, seed, indices, out: Results, listener) -> None:
         records, made = [dict(r) for r in records], []
         for s, stage in enumerate(stages):
             m = self.modalities.as_target(stage.target)
@@ -400,10 +415,11 @@ class Sampler:
             for member in range(stage.ensemble):
                 numbers = [seed, s, member]
                 prompt = make_prompt(records, known, m, self.modalities, stage.guidance, made, grammar)
-                generated = self._on_device(stage, m, prompt, numbers, first)
-                samples.append(self._finish(m, generated, known))
                 if listener is not None:
-                    listener(stage.target, generated)
+                    _listener[:] = [functools.partial(listener, stage.target)]
+                generated = self._on_device(stage, m, prompt, numbers, indices, listener is not None)
+                _listener.clear()
+                samples.append(self._finish(m, generated, known))
             ids, log_probability, history = samples[0]
             if stage.ensemble > 1:
                 decoded = [tokenizer.decode(ids) for ids, _, _ in samples]
@@ -418,25 +434,30 @@ class Sampler:
             out.tokens.setdefault(m.name, []).extend(ids)
             out.history.setdefault(m.name, []).extend(history)
 
-    def _on_device(self, stage: Stage, m: Modality, prompt: Prompt, numbers: list[int], first: int) -> Generated:
+    def _on_device(self, stage, m, prompt: Prompt, numbers: list[int], indices, told: bool) -> Generated:
         """One compilation serves every batch: a short one is filled up with its last row."""
-        num = len(prompt.given)
-        full = self.batch_size if first else num
+        num = full = len(indices)
+        if num < self.num_rows <= 4 * num:
+            full = self.num_rows
         if self.mesh is not None:
             full = math.ceil(full / self.mesh.size) * self.mesh.size
-        rows = np.minimum(np.arange(full), num - 1)
-        grammar = prompt.grammar
-        prompt = jax.tree.map(lambda x: np.asarray(x)[rows], prompt._replace(grammar=None))._replace(grammar=grammar)
-        keys = _keys(numbers, first + np.arange(full))
+        self.num_rows = full
+        rows, grammar = np.minimum(np.arange(full), num - 1), prompt.grammar
+        prompt = jax.tree.map(lambda x: np.asarray(x)[rows], prompt._replace(grammar=None))
+        seed, *rest = numbers
+        static, arrays = stage.scheme.prepare(m, prompt, np.array([[seed, i, *rest] for i in indices[rows]]))
+        run = functools.partial(
+            _run, self.graph, self.params, stage.scheme, m, stage.guidance, static, _tell if told else None
+        )
         if self.mesh is None:
-            out = run_stage(self.graph, self.params, stage.scheme, m, prompt, keys, stage.guidance)
+            out = run(prompt._replace(grammar=grammar), arrays, Replay())
         else:
-            cut = NamedSharding(self.mesh, P("data"))
-            prompt = jax.device_put(prompt._replace(grammar=None), cut)._replace(grammar=grammar)
+            prompt = jax.device_put(prompt, NamedSharding(self.mesh, P("data")))
             with jax.set_mesh(self.mesh):
-                keys = jax.device_put(keys, cut)
-                out = run_stage(self.graph, self.params, stage.scheme, m, prompt, keys, stage.guidance)
-        return Generated(*(x[:num] for x in jax.device_get(out)))
+                out = run(prompt._replace(grammar=grammar), arrays, Replay())
+        out = jax.device_get(out)
+        jax.effects_barrier()
+        return Generated(*(x[:num] for x in out))
 
     def _finish(self, m: Modality, generated: Generated, known: Seq[np.ndarray | None]):
         """Ids as tokenizers take them, their log-probabilities, and the step in which each was decoded."""
@@ -445,7 +466,7 @@ class Sampler:
         ids = []
         for row, part in zip(generated.ids, known, strict=True):
             if part is None:
-                ids.append(_trim(row, m))
+                ids.append(trim(row, m))
             else:
                 shown, num_spans, _ = show_spans(part, m)
                 (stop,) = np.nonzero((row == m.end_id) | (row == m.first_sentinel + num_spans))
@@ -458,15 +479,6 @@ class Sampler:
         if hasattr(tokenizer, "decode_with_scores"):
             return [tokenizer.decode_with_scores(i, lp[: len(i)]) for i, lp in zip(ids, log_probability, strict=True)]
         return tokenizer.decode(ids)
-
-
-def _keys(numbers: Seq[int], rows: Int[np.ndarray, " B"]) -> Any:
-    """One key for each row, of (seed, row, stage, member of an ensemble)."""
-    seed, *rest = numbers
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(rows))
-    for number in rest:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-    return keys
 
 
 def _token_mask(mask: Any, m: Grid, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
@@ -485,7 +497,7 @@ def _token_mask(mask: Any, m: Grid, rng: np.random.Generator) -> Bool[np.ndarray
     return mask.reshape(blocks).all(axis=tuple(range(1, len(blocks), 2))).ravel()
 
 
-def _trim(ids: Int[np.ndarray, " n"], modality: Sequence) -> np.ndarray:
+def trim(ids: Int[np.ndarray, " n"], modality: Sequence) -> np.ndarray:
     """A sequence up to its end token, which is added if the model closed the span without one or ran out of room."""
     stop = np.flatnonzero((ids == modality.end_id) | (ids == modality.first_sentinel + 1))
     kept = ids[: stop[0] if len(stop) else modality.max_length - 1]

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from m4.modality import Grid, Modality, Sequence
 from m4.model import Model
@@ -66,7 +66,7 @@ class Generated(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """Recorded randomness, in place of keys: an order of a grid's positions; Gumbel noise by step and position."""
+    """Recorded randomness, in place of seeds: an order of a grid's positions; Gumbel noise by step and position."""
 
     order: Int[Array, "B n"] | None = None
     noise: Float[Array, "S B *n V"] | None = None
@@ -209,12 +209,13 @@ def _inverse_distribution(p: Float[Array, "*B V"], u: Float[Array, "*B"]) -> Int
     return block * 128 + within
 
 
-def _uniform(keys: PRNGKeyArray, *index: Int[Array, "..."]) -> Float[Array, "B ..."]:
-    """One number for each key and index; indices are folded in, the last of them [B O]."""
-    for i in index[:-1]:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-    fold = jax.vmap(jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(key, i)), (None, 0)))
-    return fold(keys, index[-1])
+def uniform(seeds: Int[np.ndarray, "B k"], num_steps: int, shape: tuple[int, ...]) -> Float[np.ndarray, "S B *shape"]:
+    """Numbers in [0, 1) that belong to a row's seeds, the step and the place, whatever else is in the batch.
+
+    Drawn on the host: they are few, and random bits are what takes XLA longest to compile.
+    """
+    rows = [np.random.default_rng(row).random((num_steps, *shape), np.float32) for row in np.asarray(seeds).tolist()]
+    return np.stack(rows, axis=1)
 
 
 # ---- Schemes --------------------------------------------------------------------------------------------------------
@@ -224,12 +225,12 @@ class Scheme(Protocol):
     def check(self, modality: Modality) -> None:
         """ValueError if the scheme cannot generate this kind of modality, or a field is out of range."""
 
-    def prepare(self, modality: Modality, prompt: Prompt) -> tuple[Any, Any]:
-        """What is known before anything is computed: static (hashable) sizes, and arrays."""
+    def prepare(self, modality: Modality, prompt: Prompt, seeds: Int[np.ndarray, "B k"]) -> tuple[Any, Any]:
+        """What is known before anything is computed: static (hashable) sizes, and arrays. `seeds`: of each row."""
 
     def generate(
-        self, model: Model, modality: Modality, prompt: Prompt, guidance: Guidance | None, keys: PRNGKeyArray,
-        static: Any, arrays: Any, replay: Replay,
+        self, model: Model, modality: Modality, prompt: Prompt, guidance: Guidance | None,
+        static: Any, arrays: Any, replay: Replay, tell: Callable | None,
     ) -> Generated: ...  # fmt: skip
 
 
@@ -287,8 +288,9 @@ class _Parallel(Sampling):
         """Tokens that each step decodes, for a grid of which so many are open."""
         return token_schedule(self.schedule, min(self.steps, max(num_open, 1)), num_open)
 
-    def prepare(self, modality: Modality, prompt: Prompt):
-        """Sizes of each run of steps: (steps, K, O); and by step: counts, temperatures, share of the way [S B]; number.
+    def prepare(self, modality: Modality, prompt: Prompt, seeds):
+        """Sizes of each run of steps: (steps, K, O); and by step: counts, temperatures, share of the way [S B];
+        number; random numbers.
 
         Each row has the schedule of its own number of open tokens.
         """
@@ -309,7 +311,8 @@ class _Parallel(Sampling):
             known, opened = (np.minimum(-(-x // coarse) * coarse, num) for x in (known, opened))
         parts = np.array_split(np.arange(len(used)), min(NUM_SHAPES, len(used)) or 1)
         sizes = tuple((len(p), int(known[p].max()), int(opened[p].max())) for p in parts if len(p))
-        return sizes, (counts, temperatures.astype(np.float32), progress.astype(np.float32), used.astype(np.int32))
+        random = uniform(seeds, length, (2, num))[used]
+        return sizes, (counts, *(x.astype(np.float32) for x in (temperatures, progress)), used.astype(np.int32), random)
 
     def _row(self, num_open: int) -> Float[np.ndarray, "S 3"]:
         """Of each step of a row with so many open tokens: tokens to decode, temperature, share of the way."""
@@ -324,7 +327,7 @@ class _Parallel(Sampling):
     by_confidence = False
     choice_temperature = 0.0
 
-    def generate(self, model, modality, prompt, guidance, keys, static, arrays, replay) -> Generated:
+    def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> Generated:
         batch, num = prompt.given.shape
         inputs, features = prompt.rows()
         passes = prompt.num_passes
@@ -341,7 +344,7 @@ class _Parallel(Sampling):
         elif by_confidence:
             order = jnp.argsort(jnp.where(known, -1, rank), axis=1)
         else:
-            order = jnp.argsort(jnp.where(known, -1.0, _uniform(keys, CHOICE, rank)), axis=1)
+            order = jnp.argsort(jnp.where(known, -1.0, arrays[-1][0, :, CHOICE]), axis=1)
 
         def step(carry, now, num_known_slots, num_open_slots):
             ids, order, log_probability, decoded_in, num_known = carry
@@ -374,15 +377,19 @@ class _Parallel(Sampling):
                 order = order.at[row, jnp.where(place < num, place, num)].set(at, mode="drop")
             chosen = jnp.where(jnp.arange(num_open_slots)[None] < count[:, None], at, num)
             write = lambda old, new: old.at[row, chosen].set(new, mode="drop")  # noqa: E731
-            ids, log_probability = write(ids, drawn), write(log_probability, sure)
-            return (ids, order, log_probability, write(decoded_in, number), num_known + count), None
+            ids, log_probability, decoded_in = (
+                write(ids, drawn),
+                write(log_probability, sure),
+                write(decoded_in, number),
+            )
+            if tell is not None:
+                jax.debug.callback(tell, ids, (prompt.given >= 0) | (decoded_in >= 0), ordered=True)
+            return (ids, order, log_probability, decoded_in, num_known + count), None
 
-        counts, temperatures, progress, numbers = (jnp.asarray(x) for x in arrays)
+        counts, temperatures, progress, numbers, random = (jnp.asarray(x) for x in arrays)
         weights = guidance.weights(progress) if guidance else jnp.ones((*progress.shape, 1))
-        # By step and position, once for all steps.
-        uniform = lambda use: jax.vmap(lambda number: _uniform(keys, number, use, rank))(numbers)  # noqa: E731
-        random = uniform(DRAW) if replay.noise is None else replay.noise[numbers]
-        luck = -jnp.log(-jnp.log(jnp.clip(uniform(CHOICE), 1e-7, 1 - 1e-7)))
+        luck = -jnp.log(-jnp.log(jnp.clip(random[:, :, CHOICE], 1e-7, 1 - 1e-7)))
+        random = random[:, :, DRAW] if replay.noise is None else replay.noise[numbers]
         carry = (
             jnp.maximum(prompt.given, 0), order, jnp.zeros((batch, num)), jnp.full((batch, num), -1), known.sum(1)
         )  # fmt: skip
@@ -487,10 +494,11 @@ class Autoregressive(Sampling):
         if not 0 <= self.max_length <= modality.max_length:
             raise ValueError(f"{self}: max_length must be within 0 and {modality.max_length}, that of {modality.name}")
 
-    def prepare(self, modality: Modality, prompt: Prompt):
-        return (self.max_length or modality.max_length) + 1, ()
+    def prepare(self, modality: Modality, prompt: Prompt, seeds):
+        length = (self.max_length or modality.max_length) + 1
+        return length, uniform(seeds, length, ())
 
-    def generate(self, model, modality, prompt, guidance, keys, static, arrays, replay) -> Generated:
+    def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> Generated:
         length, grammar = static, prompt.grammar if self.constrained else None
         inputs, features = prompt.rows()
         batch, passes = len(prompt.given), prompt.num_passes
@@ -520,9 +528,12 @@ class Autoregressive(Sampling):
             if grammar is not None:
                 allowed = grammar.allowed(carry["state"], length - 1 - step)
                 logits = jnp.where(allowed | carry["done"][:, None] | prompt.keeps[:, None], logits, -jnp.inf)
-            here = jnp.full((batch, 1), step)
-            random = _uniform(keys, DRAW, here)[:, 0] if replay.noise is None else replay.noise[step]
+            random = jnp.asarray(arrays if replay.noise is None else replay.noise)[step]
             drawn, sure = self.draw(logits, jnp.float32(self.temperature), random)
+            ids_so_far = carry["ids"].at[:, step].set(drawn)
+            if tell is not None:
+                known = jnp.broadcast_to(jnp.arange(length)[None] <= step, ids_so_far.shape)
+                jax.debug.callback(tell, ids_so_far, known, ordered=True)
             span = carry["span"] + (drawn == closing)
             done = carry["done"] | (drawn == modality.end_id) | (span == prompt.num_spans)
             state = carry["state"]
@@ -531,7 +542,7 @@ class Autoregressive(Sampling):
             return {
                 "step": step + 1,
                 "previous": drawn,
-                "ids": carry["ids"].at[:, step].set(drawn),
+                "ids": ids_so_far,
                 "log_probability": carry["log_probability"].at[:, step].set(sure),
                 "span": span,
                 "state": state,

@@ -311,7 +311,7 @@ def generation(folder: Path) -> dict[str, np.ndarray]:
     recorded = {
         f: np.load(folder / f"{f}.npz") for f in ("step_of_position", "roar_order") if (folder / f"{f}.npz").exists()
     }
-    out, args, keys = {}, case["builder_args"], jax.random.split(jax.random.key(0), len(batch))
+    out, args, seeds = {}, case["builder_args"], np.arange(len(batch))[:, None]
     for i, name in enumerate(case["targets"]):
         m, kind = modalities.named(name), args["autoregression_schemes"][i]
         steps = [s for s in case["schedule"] if s["target_domain"] == name]
@@ -345,7 +345,7 @@ def generation(folder: Path) -> dict[str, np.ndarray]:
                 scheme = ROAR(**common, **fields)
             replay = grid_replay(recorded, name, kind, noise, case, m)
         prompt = make_prompt(records, partial, m, modalities, guidance)
-        ids, _, step = map(np.asarray, run_stage(graph, params, scheme, m, prompt, keys, guidance, replay))
+        ids, _, step = map(np.asarray, run_stage(graph, params, scheme, m, prompt, seeds, guidance, replay))
         if isinstance(m, Sequence):
             closing = m.first_sentinel + 1
             ends = [int(np.flatnonzero(row == closing)[0]) if closing in row else length for row in ids]

@@ -198,11 +198,11 @@ def test_a_sample_does_not_depend_on_its_batch(model, modalities, make_example, 
     records = [{"rgb_pixels": make_example(i)["rgb_pixels"]} for i in range(4)]
     sampler = Sampler(model, {m.name: Plain() for m in modalities}, batch_size=4)
     stages = [Stage(target=target, scheme=scheme)]
-    together = sampler.generate(records, stages, 7, 0)[target]
+    together = sampler.generate(records, stages, 7, range(4))[target]
     for i in range(4):
-        alone = sampler.generate(records[i : i + 1], stages, 7, i)[target]
+        alone = sampler.generate(records[i : i + 1], stages, 7, [i])[target]
         np.testing.assert_array_equal(alone[0], together[i])
-    other = sampler.generate(records, stages, 8, 0)[target]
+    other = sampler.generate(records, stages, 8, range(4))[target]
     assert any(len(a) != len(b) or (a != b).any() for a, b in zip(together, other, strict=True))
 
 

@@ -9,6 +9,7 @@ text tokenizer, fitted on the labels, so that each of them is one token and any 
 
 import colorsys
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -23,6 +24,7 @@ from PIL import Image, ImageDraw
 from m4.modality import Sequence
 from m4_tokenizers.coordinates import json_text
 from m4_tokenizers.text import (
+    ALPHABET,
     EOS,
     NUM_COORDINATES,
     Layout,
@@ -34,6 +36,7 @@ from m4_tokenizers.text import (
 
 Boxes = dict[str, Any]  # {"bbox": float32 [n 4] as (ymin, xmin, ymax, xmax) in [0, 1], "label": n strings}
 AS_TOKENS = [1, 0, 3, 2]  # (ymin, xmin, ymax, xmax) <-> (xmin, ymin, xmax, ymax)
+LABEL, OTHER, END = range(NUM_COORDINATES, NUM_COORDINATES + 3)  # classes of tokens beside the four coordinates
 SMALLEST_PICTURE = 256  # pixels: labels on anything smaller cannot be read
 
 
@@ -193,6 +196,24 @@ class BoxTokenizer:
             else:
                 i += 1
         return spans
+
+    @functools.cached_property
+    def grammar(self) -> Any:
+        """Boxes of four coordinates in order and a label, as many as there is room for."""
+        from m4.sampling import Grammar  # here: what only reads data must not load JAX
+
+        ids = np.arange(self.modality.vocab_size)
+        place = ids - self.layout.first_coordinate
+        kinds = np.where((place >= 0) & (place < NUM_COORDINATES * self.num_bins), place // self.num_bins, OTHER)
+        text = ids - self.layout.first_text
+        # Where whole labels are known, a label is one of them; else any text.
+        first = len(ALPHABET) if self.text.num_pieces > len(ALPHABET) and not self.recipe.wordpiece else 0
+        kinds[(text >= first) & (text < self.text.num_pieces)] = LABEL
+        kinds[EOS] = END
+        more = {} if first else {LABEL: 5}
+        return Grammar.make(
+            kinds, [{0: 1, END: -1}, {1: 2}, {2: 3}, {3: 4}, {LABEL: 5}, {0: 1, END: -1, **more}], end_id=EOS
+        )
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         return example[self.modality.signal] if self.modality.signal in example else None

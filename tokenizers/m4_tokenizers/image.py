@@ -4,6 +4,7 @@ Axes: H rows, W columns; images are uint8 [H W 3].
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -24,16 +25,17 @@ from m4_tokenizers.vq import VQRecipe, VQTokenizer
 Pixels = UInt8[np.ndarray, "H W 3"]
 
 
-def read_image(path: str | Path, size: int) -> Pixels:
-    """Any image file, upright, on white, resized on its short side and cropped in the middle."""
+def read_image(path: str | Path, size: int, *, pad: bool = False) -> Pixels:
+    """Any image file, upright, on white, resized on its short side and cropped in the middle, or whole, with bars."""
     try:
         with Image.open(path) as file:
             image = Image.fromarray(to_rgb(file))
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
     if image.size != (size, size):
-        warnings.warn(f"{path}: {image.width} x {image.height} resized and cropped to {size} x {size}", stacklevel=2)
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        how, fit = ("padded", functools.partial(ImageOps.pad, color="grey")) if pad else ("cropped", ImageOps.fit)
+        warnings.warn(f"{path}: {image.width} x {image.height} resized and {how} to {size} x {size}", stacklevel=2)
+        image = fit(image, (size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).copy()
 
 
@@ -122,6 +124,10 @@ class ImageFiles:
 
     def read(self, value: str) -> Pixels:
         return read_image(value, self.recipe.image_size)
+
+    def read_padded(self, value: str) -> Pixels:
+        """The whole picture with bars, instead of its middle."""
+        return read_image(value, self.recipe.image_size, pad=True)
 
     def write(self, signal: Pixels, folder: Path, *, image: np.ndarray | None) -> None:
         write_image(signal, folder, f"{self.modality.signal}.png")

@@ -12,6 +12,7 @@ Axes: images are uint8 [H W 3]. Source of fields and bins: 4M-21 (Bachmann et al
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from PIL import Image, ImageDraw, ImageStat
 from m4.components import closest
 from m4.modality import Sequence
 from m4_tokenizers.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture, json_text
+from m4_tokenizers.text import EOS
 
 Metadata = dict[str, int | float]  # {field: number}
 FIELD, VALUE = 1, 0  # axes
@@ -203,6 +205,24 @@ class MetadataTokenizer(CoordinateTokenizer):
             if (first, second) == (FIELD, VALUE) and i < len(fields) and index < fields[i].num_bins:
                 found[i] = index
         return {fields[i].name: fields[i].value(found[i]) for i in sorted(found)}
+
+    @functools.cached_property
+    def grammar(self) -> Any:
+        """Fields and their values in turn, each value one that its field has."""
+        from m4.sampling import Grammar  # here: what only reads data must not load JAX
+
+        fields, values = (self.layout.first_coordinate + axis * self.layout.num_bins for axis in (FIELD, VALUE))
+        sizes = sorted({f.num_bins for f in self.recipe.fields})
+        # Class of a value: between which numbers of bins it lies. Of a field: its number of bins.
+        kinds = np.full(self.modality.vocab_size, 2 * len(sizes), np.int32)
+        for i, field in enumerate(self.recipe.fields):
+            kinds[fields + i] = sizes.index(field.num_bins)
+        kinds[values : values + sizes[-1]] = len(sizes) + np.searchsorted(sizes, np.arange(sizes[-1]), side="right")
+        end = kinds[EOS] = 2 * len(sizes) + 1
+        start = {**{i: i + 1 for i in range(len(sizes))}, end: -1}
+        return Grammar.make(
+            kinds, [start, *({len(sizes) + k: 0 for k in range(i + 1)} for i in range(len(sizes)))], end_id=EOS
+        )
 
     def read(self, value: str) -> Metadata:
         """`colorfulness=40,n_humans=2`, `{"colorfulness": 40, "n_humans": 2}`, or a .json file of it."""

@@ -8,6 +8,7 @@ colours come back exactly. Source of the format: 4M-21 (Bachmann et al. 2024), w
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -20,6 +21,7 @@ from PIL import Image, ImageColor
 
 from m4_tokenizers.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture, json_text
 from m4_tokenizers.image import read_image, write_image
+from m4_tokenizers.text import EOS
 
 Palette = UInt8[np.ndarray, "n 3"]
 COUNT, VALUE = 1, 0  # axes
@@ -105,6 +107,21 @@ class PaletteTokenizer(CoordinateTokenizer):
                 colours.append(run)
                 run = []
         return np.array(colours[: self.recipe.max_colors], np.uint8).reshape(-1, 3)
+
+    @functools.cached_property
+    def grammar(self) -> Any:
+        """A number of colours, then so many of three values each."""
+        from m4.sampling import Grammar  # here: what only reads data must not load JAX
+
+        counts, values = (self.layout.first_coordinate + axis * self.layout.num_bins for axis in (COUNT, VALUE))
+        most, kinds = self.recipe.max_colors, np.zeros(self.modality.vocab_size, np.int32)
+        kinds[counts + 1 : counts + most + 1] = np.arange(1, most + 1)  # class k: the number k
+        value, end = most + 1, most + 2
+        kinds[values : values + 256], kinds[EOS] = value, end
+        # State 0, then state n: n more values.
+        rules = [{k: 3 * k for k in range(1, most + 1)}, {value: 3 * most + 1}]
+        rules += [{value: n - 1} for n in range(2, 3 * most + 1)]
+        return Grammar.make(kinds, [*rules, {end: -1}], end_id=EOS)
 
     def read(self, value: str) -> Palette:
         """`[[255, 0, 0], ...]`, a .json file of it, `#ff0000,#00ff00`, or an image file, whose palette is taken."""

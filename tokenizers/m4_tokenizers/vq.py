@@ -185,6 +185,13 @@ class VQTokenizer:
             signals.extend(self.recipe.to_signals(self._run("decode", part.reshape(-1, *shape))))
         return signals
 
+    def average(self, signals: Seq[Any]) -> Any:
+        """One signal of several: the mean of what the networks see; of classes the most frequent."""
+        arrays = np.concatenate([self.recipe.to_arrays([signal]) for signal in signals])
+        if np.issubdtype(arrays.dtype, np.integer):
+            return self.recipe.mean_signal(arrays)
+        return self.recipe.to_signals(arrays.mean(0, keepdims=True))[0]
+
     def evaluate(self, examples: Seq[dict[str, Any]], *, mean: Any) -> dict[str, Any]:
         """The card: what the tokens are, and how well they reconstruct these examples, beside `mean` (a signal)."""
         given = [self.recipe.signal_of(example) for example in examples]
