@@ -72,21 +72,25 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(num_out)) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None):
-        """[*B F], multiplied in the dtype of x; summed, and given back, in `dtype`.
+        """[*B F], multiplied in the dtype of x; summed, and given back, in `dtype`."""
+        return project((self,), x, dtype, norm)[0]
 
-        `norm` is applied to x first: the backward pass computes its result again, so that only x is kept.
-        """
 
-        def product(x, kernel):
-            x = norm(x) if norm else x
-            # Two axes: XLA's CPU weight gradients of [batch, tokens, width] operands are 1.7 times slower.
-            x = x.reshape(-1, x.shape[-1])
-            return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype or x.dtype)
+def project(maps: tuple[Linear, ...], x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None):
+    """Each map's [*B F] of x, multiplied in the dtype of x; summed, and given back, in `dtype`.
 
-        y = (jax.checkpoint(product) if norm else product)(x, self.kernel[...])
-        if self.bias is not None:
-            y = y + self.bias[...].astype(y.dtype)[None]
-        return y.reshape(*x.shape[:-1], -1)
+    `norm` is applied to x first: the backward pass computes its result again, so that only x is kept.
+    """
+
+    def products(x, kernels):
+        x = norm(x) if norm else x
+        # Two axes: XLA's CPU weight gradients of [batch, tokens, width] operands are 1.7 times slower.
+        x = x.reshape(-1, x.shape[-1])
+        return [jnp.matmul(x, k.astype(x.dtype), preferred_element_type=dtype or x.dtype) for k in kernels]
+
+    ys = (jax.checkpoint(products) if norm else products)(x, [m.kernel[...] for m in maps])
+    ys = [y if m.bias is None else y + m.bias[...].astype(y.dtype)[None] for m, y in zip(maps, ys, strict=True)]
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
 def _as_row(vector: Float[Array, " D"], like: Array) -> Array:
@@ -209,12 +213,22 @@ class Attention(nnx.Module):
         self.key_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
 
     def queries(self, x: Float[Array, "B T D"], norm: LayerNorm) -> Float[Array, "B T N H"]:
-        q = rearrange(self.query(x, norm=norm), "b t (n h) -> b t n h", n=self.num_heads)
-        return self.query_norm(q) if self.query_norm else q
+        return self._queries(self.query(x, norm=norm))
 
     def keys_values(self, context: Float[Array, "B S D"], norm: LayerNorm) -> tuple[Array, Array]:
-        k, v = rearrange(self.key_value(context, norm=norm), "b s (two n h) -> two b s n h", two=2, n=self.num_heads)
+        return self._keys_values(self.key_value(context, norm=norm))
+
+    def _queries(self, q: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        q = rearrange(q, "b t (n h) -> b t n h", n=self.num_heads)
+        return self.query_norm(q) if self.query_norm else q
+
+    def _keys_values(self, kv: Float[Array, "B S 2*D"]) -> tuple[Array, Array]:
+        k, v = rearrange(kv, "b s (two n h) -> two b s n h", two=2, n=self.num_heads)
         return (self.key_norm(k) if self.key_norm else k), v
+
+    def to_itself(self, x: Float[Array, "B T D"], norm: LayerNorm, visible: Visible) -> Float[Array, "B T D"]:
+        q, kv = project((self.query, self.key_value), x, norm=norm)
+        return self.finish(self._queries(q), *self._keys_values(kv), visible)
 
     def __call__(self, x: Array, norm: LayerNorm, context: Array, context_norm: LayerNorm, visible: Visible):
         return self.finish(self.queries(x, norm), *self.keys_values(context, context_norm), visible)
@@ -283,7 +297,7 @@ class EncoderBlock(nnx.Module):
         self.mlp = MLP(c, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], visible: Visible, keep=(None, None)):
-        x = residual(x, self.attention(x, self.attention_norm, x, self.attention_norm, visible), keep[0])
+        x = residual(x, self.attention.to_itself(x, self.attention_norm, visible), keep[0])
         return residual(x, self.mlp(x, self.mlp_norm), keep[1])
 
 
@@ -302,7 +316,7 @@ class DecoderBlock(nnx.Module):
         self.mlp = MLP(c, rngs=rngs)
 
     def __call__(self, x, visible, context, context_visible, keep=(None, None, None)) -> Float[Array, "B T D"]:
-        x = residual(x, self.self_attention(x, self.self_norm, x, self.self_norm, visible), keep[0])
+        x = residual(x, self.self_attention.to_itself(x, self.self_norm, visible), keep[0])
         y = self.cross_attention(x, self.query_norm, context, self.context_norm, context_visible)
         x = residual(x, y, keep[1])
         return residual(x, self.mlp(x, self.mlp_norm), keep[2])
