@@ -169,31 +169,32 @@ def attend(
     return rearrange(jax.lax.optimization_barrier(_attend(q, k, v, visible)), "b n t h -> b t n h")
 
 
-def _attention_weights(q, k, visible):
-    scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    mask = visible.mask()[:, None]
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    exp = jnp.where(mask, jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
-    return exp / jnp.maximum(exp.sum(-1, keepdims=True), 1e-30)
-
-
 @jax.custom_vjp
 def _attend(q, k, v, visible):
-    return jnp.einsum("bnts,bnsh->bnth", _attention_weights(q, k, visible).astype(v.dtype), v)
+    return _attend_forward(q, k, v, visible)[0]
 
 
 def _attend_forward(q, k, v, visible):
-    return _attend(q, k, v, visible), (q, k, v, visible)
+    scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    mask = visible.mask()[:, None]
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    largest = scores.max(-1, keepdims=True)
+    exp = jnp.where(mask, jnp.exp(scores - largest), 0)
+    total = jnp.maximum(exp.sum(-1, keepdims=True), 1e-30)
+    out = jnp.einsum("bnts,bnsh->bnth", exp.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    return out.astype(v.dtype), (q, k, v, visible, (largest + jnp.log(total))[..., 0])
 
 
 def _attend_backward(residuals, g):
-    q, k, v, visible = residuals
-    # The barrier: else XLA would keep the weights of the forward pass.
-    weights = _attention_weights(*jax.lax.optimization_barrier((q, k)), visible)
-    d_v = jnp.einsum("bnts,bnth->bnsh", weights.astype(g.dtype), g)
-    d = jnp.einsum("bnth,bnsh->bnts", g, v, preferred_element_type=jnp.float32) * weights
-    d = ((d - weights * d.sum(-1, keepdims=True)) * q.shape[-1] ** -0.5).astype(q.dtype)
-    return jnp.einsum("bnts,bnsh->bnth", d, k), jnp.einsum("bnts,bnth->bnsh", d, q), d_v, None
+    q, k, v, visible, log_total = residuals
+    # Keys before queries: two products that contract the last axis, and none that XLA would keep from the forward pass.
+    scores = jnp.einsum("bnsh,bnth->bnst", k, q, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    mask = visible.mask().swapaxes(1, 2)[:, None]
+    weights = jnp.where(mask, jnp.exp(scores - log_total[:, :, None]), 0)
+    d_v = jnp.einsum("bnst,bnth->bnsh", weights.astype(g.dtype), g)
+    d = jnp.einsum("bnsh,bnth->bnst", v, g, preferred_element_type=jnp.float32) * weights
+    d = ((d - weights * d.sum(-2, keepdims=True)) * q.shape[-1] ** -0.5).astype(q.dtype)
+    return jnp.einsum("bnst,bnsh->bnth", d, k), jnp.einsum("bnst,bnth->bnsh", d, q), d_v, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -222,7 +223,7 @@ class Attention(nnx.Module):
         q = rearrange(q, "b t (n h) -> b t n h", n=self.num_heads)
         return self.query_norm(q) if self.query_norm else q
 
-    def _keys_values(self, kv: Float[Array, "B S 2*D"]) -> tuple[Array, Array]:
+    def _keys_values(self, kv: Float[Array, "B S F"]) -> tuple[Array, Array]:
         k, v = rearrange(kv, "b s (two n h) -> two b s n h", two=2, n=self.num_heads)
         return (self.key_norm(k) if self.key_norm else k), v
 
