@@ -256,11 +256,11 @@ class Model(nnx.Module):
     def _run(self, blocks: nnx.Module, x: Float[Array, "B T D"], keep: Array | None, *args) -> Float[Array, "B T D"]:
         """x through a stack of blocks."""
         graph, params = nnx.split(blocks, nnx.Param)
-        in_pieces = self.config.unroll > 1 and jax.sharding.get_abstract_mesh().size <= 1
+        unrolled = self.config.unroll > 1 and jax.sharding.get_abstract_mesh().size <= 1
 
         def run_one(x, layer):
             params, keep = layer
-            if in_pieces:
+            if unrolled:
                 x, params = in_order(x, params)
             block = nnx.merge(graph, params)
             return block(cut(x, BATCH), *args, keep=(None,) * block.num_branches if keep is None else keep), None
