@@ -97,12 +97,15 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
     starts = jnp.cumsum(counts) - counts
 
     def of_modality(i, first, vocabulary, carry):
-        """Adds one modality's part: its tokens in full blocks, then one block of a size that fits the rest."""
+        """Adds one modality's part: one block of a size that fits what full blocks leave, then those.
 
-        def of_block(begin, size, carry):
+        The first writes the rows of the table's gradient, if only with zeros.
+        """
+
+        def of_block(begin, end, size, write, carry):
             loss, sums, d_hidden, d_table = carry
             place = begin + jnp.arange(size)
-            inside = place < counts[i]
+            inside = place < end
             rows = order[jnp.where(inside, starts[i] + place, 0)]
             x = hidden[rows]
             logits = jnp.einsum("kd,vd->kv", x, vocabulary, preferred_element_type=jnp.float32)
@@ -120,20 +123,20 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
                 g = (p * up[:, None] - jnp.where(is_target, scale[:, None], 0)).astype(x.dtype)
                 d_rows = jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
                 d_x = jnp.einsum("kv,vd->kd", g, vocabulary, preferred_element_type=jnp.float32)
-                d_table = _add_rows(d_table, d_rows, 0 if columns else first)
+                d_table = write(d_table, d_rows, 0 if columns else first)
                 d_hidden = d_hidden.at[jnp.where(inside, rows, len(hidden))].set(d_x, mode="drop")
             return loss, sums, d_hidden, d_table
 
-        num_full = counts[i] // block
+        num_full = jnp.maximum(-(-counts[i] // block) - 1, 0)
         rest = counts[i] - num_full * block
-        for size, smaller in zip(sizes, [0, *sizes], strict=False):
-            # A loop of no turn or one for the rest: XLA would copy all that a switch carries.
-            turns = ((smaller < rest) & (rest <= size)).astype(jnp.int32) + (num_full if size == block else 0)
-            begin = 0 if size == block else num_full * block
-            carry = jax.lax.fori_loop(
-                0, turns, lambda k, carry, begin=begin, size=size: of_block(begin + k * size, size, carry), carry
-            )
-        return carry
+        for size, smaller in zip(sizes, [-1, *sizes], strict=False):
+            # A loop of no turn or one: XLA would copy all that a switch carries. Its number is used: else XLA would
+            # compute the blocks of all sizes before their loops.
+            turns = ((smaller < rest) & (rest <= size)).astype(jnp.int32)
+            write = functools.partial(of_block, end=rest, size=size, write=_write_rows)
+            carry = jax.lax.fori_loop(0, turns, lambda k, carry, of=write, size=size: of(k * size, carry=carry), carry)
+        add = functools.partial(of_block, end=counts[i], size=block, write=_add_rows)
+        return jax.lax.fori_loop(0, num_full, lambda k, carry: add(rest + k * block, carry=carry), carry)
 
     carry = (
         jnp.zeros((), jnp.float32),
@@ -165,9 +168,13 @@ def _sweep(hidden, table, ids, modality, weight, table_rows, z_loss, block, with
     return jax.lax.psum((loss, sums), mesh_axes), d_hidden.reshape(shape), d_table
 
 
+def _write_rows(table, rows, first):
+    return jax.lax.dynamic_update_slice_in_dim(table, rows, first, axis=0)
+
+
 def _add_rows(table, rows, first):
     old = jax.lax.dynamic_slice_in_dim(table, first, len(rows))
-    return jax.lax.dynamic_update_slice_in_dim(table, old + rows, first, axis=0)
+    return _write_rows(table, old + rows, first)
 
 
 def _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, block, with_gradient):

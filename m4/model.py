@@ -143,6 +143,23 @@ class Decoding(NamedTuple):
     cache: list[tuple[Array, Array]]  # [B L N H], empty
 
 
+@jax.custom_vjp
+def in_order(x: Array, params):
+    """As they are. The backward pass computes the parameters' gradients before it goes on with that of x.
+
+    XLA on CPU would else put them off until the end of the step, and hold all that they are computed from.
+    """
+    return x, params
+
+
+def _in_order_backward(_, g):
+    d_x, d_params = g
+    return d_x + 0 * sum(d[(0,) * d.ndim] for d in jax.tree.leaves(d_params)), d_params
+
+
+in_order.defvjp(lambda *args: (args, None), _in_order_backward)
+
+
 class Model(nnx.Module):
     """On one device, or on the mesh that is set: activations are cut by example between blocks."""
 
@@ -262,9 +279,12 @@ class Model(nnx.Module):
                 x = block(cut(x, BATCH), *args)
             return x
         graph, params = nnx.split(blocks, nnx.Param)
+        unrolled = self.config.unroll > 1 and jax.sharding.get_abstract_mesh().size <= 1
 
         def run_one(x, layer):
             params, keep = layer
+            if unrolled:
+                x, params = in_order(x, params)
             block = nnx.merge(graph, params)
             return block(cut(x, BATCH), *args, keep=(None,) * block.num_branches if keep is None else keep), None
 
