@@ -15,6 +15,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from m4 import kernels
+
 BATCH = ("data", "fsdp")  # axes of a mesh over which examples are cut; "tensor" cuts within a layer
 
 
@@ -160,6 +162,8 @@ def attend(
 
     The backward pass computes the weights [B N T S] again (Dao et al. 2022, section 3.1): they are never kept.
     """
+    if (kernel := kernels.kernel_for(q)) is not None:
+        return kernels.on_mesh(kernel, BATCH, "tensor")(q, k, v, visible)
     # XLA on CPU multiplies [.. T H] blocks twice as fast as strided ones, and undoes plain transposes.
     q, k, v = (jax.lax.optimization_barrier(rearrange(x, "b t n h -> b n t h")) for x in (q, k, v))
     return rearrange(jax.lax.optimization_barrier(_attend(q, k, v, visible)), "b n t h -> b t n h")
