@@ -1,18 +1,19 @@
-"""Attention by the fastest kernel of a platform, equal to `m4.nn.attend` of XLA within rounding.
+"""Attention by a library's kernel, equal to `m4.nn.attend` on XLA within rounding.
 
     TPU         splash attention (Pallas): nothing of size T x S leaves the kernel
-    NVIDIA GPU  flash attention of cuDNN, in bfloat16: the rule becomes one bias [B 1 T S], the same for all heads
+    NVIDIA GPU  flash attention of cuDNN, in bfloat16: the rule becomes one bias [B 1 T S] for all heads and blocks
     others      XLA
 
 The kernel is chosen while a program is traced, by the mesh that is set (`jax.set_mesh`, also of devices that are not
-there), else by JAX's default devices. It is not left to lowering (`jax.lax.platform_dependent`): JAX asks for cuDNN
-while it traces, and of a choice that is differentiated, what the backward pass needs of every branch is kept.
+there), else by JAX's default devices. `jax.lax.platform_dependent` would choose later, but what the backward pass of
+every branch needs would be kept, and JAX asks for cuDNN while it traces.
 
 B batch, T query tokens, S key tokens, N heads, H head width
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -25,42 +26,41 @@ from jaxtyping import Array, Float
 if TYPE_CHECKING:
     from m4.nn import Visible
 
-LANES = 128  # of a TPU's vector registers: splash attention takes multiples of them, and one query is no work for it
+LANES = 128  # of a TPU's vector registers: splash attention takes multiples of them
 
 
 def kernel_for(q: Float[Array, "B T N H"]) -> Callable | None:
-    """(q, k, v, visible) -> [B T N H] of the devices that the program is for; None: XLA."""
+    """(q, k, v, visible) -> [B T N H] on the devices that the program is for; None: XLA, also for few queries."""
     mesh = jax.sharding.get_abstract_mesh()
     device = jax.devices()[0] if mesh.empty else mesh.abstract_device
     if device.platform == "tpu" and q.shape[1] >= LANES:
         return splash
-    if device.device_kind.startswith("NVIDIA") and q.dtype == jnp.bfloat16 and q.shape[1] > 1:
-        return cudnn if q.shape[3] <= 128 and q.shape[3] % 8 == 0 else None
-    return None
+    fits = q.dtype == jnp.bfloat16 and q.shape[1] > 1 and q.shape[3] <= 128 and q.shape[3] % 8 == 0
+    return cudnn if device.device_kind.startswith("NVIDIA") and fits else None
 
 
 def on_mesh(kernel: Callable, batch: tuple[str, ...], heads: str) -> Callable:
-    """The kernel of each device's examples and heads: compilers cannot cut it. Axes that do not divide are left whole."""
+    """The kernel on each device's examples and heads, which compilers cannot cut; what does not divide stays whole."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel
 
     def run(q, k, v, visible):
-        size = 1
-        for axis in batch:
-            size *= mesh.shape[axis]
-        rows = batch if len(q) % size == 0 else None
+        rows = batch if len(q) % math.prod(mesh.shape[axis] for axis in batch) == 0 else None
         x = P(rows, None, heads if q.shape[2] % mesh.shape[heads] == 0 else None)
         rule = jax.tree.map(lambda a: P(rows if len(a) > 1 else None), visible)
-        # check_vma: kernels do not say over which axes their results differ.
+        # Kernels do not say over which axes their results differ.
         return jax.shard_map(kernel, in_specs=(x, x, x, rule), out_specs=x, check_vma=False)(q, k, v, visible)
 
     return run
 
 
 def splash(q: Array, k: Array, v: Array, visible: Visible, interpret: bool = False) -> Float[Array, "B T N H"]:
-    """Splash attention. A query sees the keys of its segment up to the last slot that it may see: see `Visible`."""
-    # Imported here: 0.2 s.
+    """A query sees the keys of its own segment up to a last slot, which is the rule if ranks do not fall: `Visible`.
+
+    Where it sees none, the kernel gives a mean of all values.
+    """
+    # Takes 0.2 s.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
@@ -73,7 +73,7 @@ def splash(q: Array, k: Array, v: Array, visible: Visible, interpret: bool = Fal
 
     def of_example(q, k, v, last, query_segment, key_segment):
         block_q, block_kv = (max(b for b in (128, 256, 384, 512) if n % b == 0) for n in (q.shape[1], k.shape[1]))
-        minor = library.QKVLayout.SEQ_MINOR  # a head is narrower than a vector register: kept the other way it is padded
+        minor = library.QKVLayout.SEQ_MINOR  # heads are narrower than vector registers: else memory is padded
         blocks = library.BlockSizes(
             block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
             use_fused_bwd_kernel=True, q_layout=minor, k_layout=minor, v_layout=minor,
@@ -97,10 +97,10 @@ def _up_to(last, slot):
 
 
 def cudnn(q: Array, k: Array, v: Array, visible: Visible) -> Float[Array, "B T N H"]:
-    """Flash attention of cuDNN. Not with lengths: valid keys need not come first (parallel decoding of a grid)."""
+    """With a mask, not with lengths: valid keys need not come first (parallel decoding of a grid)."""
     length, num_keys = q.shape[1], k.shape[1]
     mask = jnp.broadcast_to(visible.mask(), (len(q), length, num_keys))
-    even = jnp.pad(mask, ((0, 0), (0, length % 2), (0, num_keys % 2)))  # as the backward pass takes them
+    even = jnp.pad(mask, ((0, 0), (0, length % 2), (0, num_keys % 2)))  # for the backward pass
     out = jax.nn.dot_product_attention(*(_pad(x, 2) for x in (q, k, v)), mask=even[:, None], implementation="cudnn")
     return jnp.where(mask.any(-1)[..., None, None], out[:, :length], 0)
 
