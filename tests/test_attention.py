@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m4 import kernels
+from m4 import kernels, losses
 from m4.kernels import cudnn, on_mesh, splash
 from m4.model import Model
 from m4.nn import BATCH, Visible, attend
@@ -87,6 +87,27 @@ def test_kernels_on_a_mesh(targets, visibility_of, heads):
     """Examples and heads are cut; three heads do not divide by two devices and stay whole."""
     with jax.set_mesh(MeshConfig(data=1, fsdp=2, tensor=2).make(jax.devices()[:4])):
         compare(on_mesh(interpreted, BATCH, "tensor"), visibility_of(targets), 200, 200, heads=heads)
+
+
+@pytest.mark.slow
+def test_a_model_with_splash(small_model, modalities, make_batch, monkeypatch):
+    """Loss and gradients through scanned blocks that are computed again, with registers and padding."""
+    batch = jax.tree.map(jnp.asarray, make_batch(3))
+    config = dataclasses.replace(small_model, remat="blocks", num_registers=3, qk_norm=True)
+    graph, params = nnx.split(Model(config, modalities, rngs=nnx.Rngs(0)), nnx.Param)
+
+    def run():
+        def loss(params):
+            model = nnx.merge(graph, params)
+            return losses.cross_entropy(model, model(batch), batch.targets)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    loss, grads = run()
+    monkeypatch.setattr(kernels, "kernel_for", lambda q: interpreted)
+    splash_loss, splash_grads = run()
+    np.testing.assert_allclose(splash_loss, loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), splash_grads, grads)
 
 
 def test_ranks_of_a_segment_do_not_fall(make_batch, visibility_of):
