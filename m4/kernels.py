@@ -34,7 +34,7 @@ def kernel_for(q: Float[Array, "B T N H"]) -> Callable | None:
     mesh = jax.sharding.get_abstract_mesh()
     device = jax.devices()[0] if mesh.empty else mesh.abstract_device
     if device.platform == "tpu" and q.shape[1] >= LANES:
-        # The backward pass runs it again: its results, which TPUs pad, would take a tenth more memory if they were kept.
+        # Run again in the backward pass: its results, which TPUs pad, would take a tenth more memory if they were kept.
         return jax.checkpoint(splash)
     fits = q.dtype == jnp.bfloat16 and q.shape[1] > 1 and q.shape[3] <= 128 and q.shape[3] % 8 == 0
     return cudnn if device.device_kind.startswith("NVIDIA") and fits else None
