@@ -1,4 +1,4 @@
-"""`python -m m4 VERB`: pretokenize, data, plan, generate, evaluate, convert."""
+"""`python -m m4 VERB`: pretokenize, data, plan, generate, evaluate, demo, convert."""
 
 from __future__ import annotations
 
@@ -124,6 +124,24 @@ def generate(argv: list[str]) -> None:
     generation.main(parser.parse_args(argv))
 
 
+def demo(argv: list[str]) -> None:
+    """RUN [--port 7860]: a local page that takes any signals and shows how others are generated."""
+    parser = argparse.ArgumentParser(prog="python -m m4 demo", description=demo.__doc__)
+    parser.add_argument("run", help="the folder of a run, or a model that comes with m4")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: anybody on the network may use it")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--max-upload-mb", type=int, default=10)
+    args = parser.parse_args(argv)
+    from m4.sampler import Sampler
+
+    sampler = Sampler.load(args.run, batch_size=1)
+    try:
+        from m4.demo import launch
+    except ImportError as error:
+        raise ValueError(f'the demo needs Gradio: pip install "m4-jax[demo]" ({error})') from error
+    launch(sampler, Path(args.run).name, host=args.host, port=args.port, max_mb=args.max_upload_mb)
+
+
 def convert(argv: list[str]) -> None:
     """IN OUT: a released 4M checkpoint (safetensors) to an m4 model file, or such a file back, bit for bit.
 
@@ -144,7 +162,7 @@ def convert(argv: list[str]) -> None:
     print(convert_file(Path(args.source), Path(args.out), declared))
 
 
-VERBS = {f.__name__: f for f in (pretokenize, data, plan, generate, evaluate, convert)}
+VERBS = {f.__name__: f for f in (pretokenize, data, plan, generate, evaluate, demo, convert)}
 
 
 def main(argv: list[str]) -> None:

@@ -245,6 +245,8 @@ def token_schedule(kind: Literal["cosine", "linear"], num_steps: int, num_tokens
         return counts[counts > 0]
     left = 0.5 * (1 + np.cos(np.pi * np.arange(num_steps) / num_steps))
     counts = np.array([round(num_tokens * x) for x in (left[:-1] - left[1:]).tolist()], int)
+    while counts.sum() > num_tokens:  # all rounded up: never with the original's numbers
+        counts[counts.argmax()] -= 1
     return np.append(counts, num_tokens - counts.sum())
 
 

@@ -70,9 +70,55 @@ def test_a_folder_gives_a_sample_for_each_file_and_seeds_reproduce(whole_run, tm
             "generate", str(whole_run), "--inputs", f"rgb={photos}", "--targets", "depth", "--out", str(tmp_path / out)
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "resized" in done.stderr  # said, because the picture was not 64 x 64
+        assert "cropped" in done.stderr  # said, because the picture was not 64 x 64
         depths[out] = [pixels(tmp_path / out / n / "depth.png") for n in ("grey", "wide")]
     np.testing.assert_array_equal(depths["a"], depths["b"])
+
+
+def test_a_table_of_prompts_and_broken_files(whole_run, tmp_path):
+    """Each line has its own inputs; what cannot be read is listed, and does not change what the others give."""
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    lines = [{"rgb": "one.png"}, {"rgb": "broken.png"}, {"caption": "a large red cube"}, {"rgb": "two.png"}]
+    lines = [{k: str(tmp_path / v) if k == "rgb" else v for k, v in line.items()} for line in lines]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = ["generate", str(whole_run), "--targets", "depth", "--steps", "2", "--seed", "3"]
+    done = m4(*common, "--inputs", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "a"), "--batch-size", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "3 sample(s)" in done.stderr and "1 sample(s) could not be read" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["0000", "0002", "0003", "failed.tsv", "sheet.png"]
+    assert (tmp_path / "a/failed.tsv").read_text().startswith("0001\t") and pixels(tmp_path / "a/sheet.png").ndim == 3
+    done = m4(*common, "--inputs", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "b"), "--batch-size", "9")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for sample in ("0000", "0002", "0003"):
+        np.testing.assert_array_equal(*(pixels(tmp_path / out / sample / "depth.png") for out in ("a", "b")))
+
+
+def test_plans_editing_guidance_and_streams(whole_run, tmp_path):
+    """A plan file; what is kept of a picture; words printed as they come."""
+    scene, out = str(ROOT / "tests/data/scene.png"), str(tmp_path / "out")
+    (tmp_path / "plan.py").write_text(
+        "from m4.sampler import Stage\nfrom m4.sampling import ROAR, Autoregressive, Guidance\n"
+        "plan = [Stage(target='depth', scheme=ROAR(steps=3), guidance=Guidance(scale=2.0), ensemble=2),\n"
+        "        Stage(target='caption', scheme=Autoregressive())]\n"
+    )
+    done = m4(
+        "generate", str(whole_run), "--inputs", f"rgb={scene}", "--plan", str(tmp_path / "plan.py"), "--out", out,
+        "--stream",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == (tmp_path / "out/scene/caption.txt").read_text().strip()
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :32] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    done = m4(
+        "generate", str(whole_run), "--inputs", f"rgb={scene}", "--targets", "rgb", "--keep",
+        f"rgb={tmp_path / 'mask.png'}", "--steps", "2", "--out", str(tmp_path / "edit"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert pixels(tmp_path / "edit/scene/rgb.png").shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +132,12 @@ def test_a_folder_gives_a_sample_for_each_file_and_seeds_reproduce(whole_run, tm
         (["caption=a cube"], ["caption"], "already given"),
         (["caption=" + "large red cube " * 60], ["rgb"], "longer than the allowed"),
         (["rgb=EMPTY"], ["depth"], "empty folder"),
+        (["caption=a cube"], ["depth", "--top-p", "1.5"], "top_p within (0, 1]"),
+        (["caption=a cube"], ["depth", "--steps", "0"], "steps must be at least 1"),
+        (["caption=a cube"], ["boxes", "--steps", "2"], "--steps fits no target of boxes"),
+        (["caption=a cube"], ["depth", "--guidance", "rgb=2"], "names 'rgb'"),
+        (["boxes=[{]"], ["depth"], "boxes must be JSON"),
+        (["prompts.jsonl"], ["depth"], "cannot be read"),
     ],
 )
 def test_bad_input_is_named(inputs, targets, message, whole_run, tmp_path):

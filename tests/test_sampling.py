@@ -47,6 +47,8 @@ def model(small_model, modalities):
     model = Model(small_model, modalities, rngs=nnx.Rngs(3))
     # Larger tables: else all tokens are about equally likely, and rounding decides.
     model.token_embedding[...] = 20 * model.token_embedding[...]
+    end = model.input_rows[modalities.index("caption")] + modalities.named("caption").end_id
+    model.token_embedding[...] = model.token_embedding[...].at[end].multiply(3)  # for captions to end somewhere
     return model
 
 
