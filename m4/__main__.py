@@ -132,8 +132,9 @@ def demo(argv: list[str]) -> None:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--max-upload-mb", type=int, default=10)
     args = parser.parse_args(argv)
-    from m4.sampler import Sampler
+    from m4.sampler import Sampler, keep_compiled
 
+    keep_compiled()
     sampler = Sampler.load(args.run, batch_size=1)
     try:
         from m4.demo import launch

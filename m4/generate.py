@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from m4.components import write_atomically
 from m4.modality import Sequence
-from m4.sampler import Results, Sampler, Stage, check_plan, default_scheme, trim
+from m4.sampler import Results, Sampler, Stage, check_plan, default_scheme, keep_compiled, trim
 from m4.sampling import Autoregressive, Guidance
 
 FLAGS = ("steps", "temperature", "top_k", "top_p", "min_p", "schedule")  # fields of schemes that flags set
@@ -59,6 +59,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
     rows = _rows(args.inputs)
     names = list(dict.fromkeys(n for row in rows for n in row))
+    keep_compiled()
     sampler = Sampler.load(args.run, batch_size=args.batch_size)
     stages = _stages(args, sampler)
     keep = dict(_pair("--keep", item) for item in args.keep)

@@ -53,6 +53,13 @@ class Stage:
     ensemble: int = 1
 
 
+def keep_compiled() -> None:
+    """Compiled programs stay on disk (JAX_COMPILATION_CACHE_DIR, else ~/.cache/m4): another process need not wait."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "m4"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def default_scheme(modality: Modality, of_grids: Literal["maskgit", "roar"] = "maskgit") -> Scheme:
     grids = {"maskgit": MaskGIT(temperature=0.7, top_p=0.9), "roar": ROAR(steps=16, temperature=0.7, top_p=0.9)}
     return Autoregressive() if isinstance(modality, Sequence) else grids[of_grids]
