@@ -28,7 +28,7 @@ from m4.modality import Grid, Modality, Sequence
 from m4.model import Model
 from m4.tokens import Targets, Tokens
 
-NUM_SHAPES = 8  # at most so many sizes of step are compiled for a grid; smaller steps are padded to the next
+NUM_SHAPES, TOKENS_PER_SHAPE = 8, 24  # sizes of step that are compiled for a grid, others are padded: at most; about
 DRAW, CHOICE = 0, 1  # what random numbers are for
 
 
@@ -300,21 +300,26 @@ class _Parallel(Sampling):
         num, num_open = modality.max_tokens, (~given).sum(1)
         rows = [self._row(n) for n in num_open.tolist()]
         length = max(len(r) for r in rows)
-        counts, temperatures, progress = np.stack(
-            [np.pad(r, ((0, length - len(r)), (0, 0)), constant_values=((0, 0), (0, 0))) for r in rows], axis=2
-        ).swapaxes(0, 1)
-        counts = counts.astype(np.int32)
+        table = np.stack([np.pad(r, ((0, length - len(r)), (0, 0))) for r in rows], axis=1)
+        counts, temperatures, progress = table[..., 0].astype(np.int32), *np.moveaxis(table[..., 1:], -1, 0)
         (used,) = np.nonzero(counts.sum(1))
-        counts, temperatures, progress = counts[used], temperatures[used], progress[used]
+        counts, temperatures, progress = counts[used], np.where(counts, temperatures, 1)[used], progress[used]
         before = num_open - np.cumsum(counts, axis=0) + counts  # open before each step
         known, opened = num - before.min(1), before.max(1) if self.by_confidence else counts.max(1)
+        num_shapes = min(NUM_SHAPES, -(-num // TOKENS_PER_SHAPE))
         if given.any():  # few shapes, for other masks to find them compiled
-            coarse = -(-num // NUM_SHAPES)
+            coarse = -(-num // num_shapes)
             known, opened = (np.minimum(-(-x // coarse) * coarse, num) for x in (known, opened))
-        parts = np.array_split(np.arange(len(used)), min(NUM_SHAPES, len(used)) or 1)
+        parts = np.array_split(np.arange(len(used)), min(num_shapes, len(used)) or 1)
         sizes = tuple((len(p), int(known[p].max()), int(opened[p].max())) for p in parts if len(p))
-        random = uniform(seeds, length, (2, num))[used]
-        return sizes, (counts, *(x.astype(np.float32) for x in (temperatures, progress)), used.astype(np.int32), random)
+        random = uniform(seeds, length, (2, num))
+        by_step = (
+            counts,
+            *(x.astype(np.float32) for x in (temperatures, progress)),
+            used.astype(np.int32),
+            random[used],
+        )
+        return sizes, (random[0, :, CHOICE], by_step)
 
     def _row(self, num_open: int) -> Float[np.ndarray, "S 3"]:
         """Of each step of a row with so many open tokens: tokens to decode, temperature, share of the way."""
@@ -331,6 +336,7 @@ class _Parallel(Sampling):
 
     def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> Generated:
         batch, num = prompt.given.shape
+        shuffle, by_step = arrays
         inputs, features = prompt.rows()
         passes = prompt.num_passes
         row, index = jnp.arange(batch)[:, None], model.modalities.index(modality.name)
@@ -346,7 +352,7 @@ class _Parallel(Sampling):
         elif by_confidence:
             order = jnp.argsort(jnp.where(known, -1, rank), axis=1)
         else:
-            order = jnp.argsort(jnp.where(known, -1.0, arrays[-1][0, :, CHOICE]), axis=1)
+            order = jnp.argsort(jnp.where(known, -1.0, shuffle), axis=1)
 
         def step(carry, now, num_known_slots, num_open_slots):
             ids, order, log_probability, decoded_in, num_known = carry
@@ -388,16 +394,16 @@ class _Parallel(Sampling):
                 jax.debug.callback(tell, ids, (prompt.given >= 0) | (decoded_in >= 0), ordered=True)
             return (ids, order, log_probability, decoded_in, num_known + count), None
 
-        counts, temperatures, progress, numbers, random = (jnp.asarray(x) for x in arrays)
+        counts, temperatures, progress, numbers, random = (jnp.asarray(x) for x in by_step)
         weights = guidance.weights(progress) if guidance else jnp.ones((*progress.shape, 1))
         luck = -jnp.log(-jnp.log(jnp.clip(random[:, :, CHOICE], 1e-7, 1 - 1e-7)))
         random = random[:, :, DRAW] if replay.noise is None else replay.noise[numbers]
         carry = (
             jnp.maximum(prompt.given, 0), order, jnp.zeros((batch, num)), jnp.full((batch, num), -1), known.sum(1)
         )  # fmt: skip
-        by_step, first = (counts, temperatures, numbers, weights, random, luck), 0
+        what, first = (counts, temperatures, numbers, weights, random, luck), 0
         for length, num_known_slots, num_open_slots in static:
-            part = jax.tree.map(lambda x, steps=slice(first, first + length): x[steps], by_step)
+            part = jax.tree.map(lambda x, steps=slice(first, first + length): x[steps], what)
             one = functools.partial(step, num_known_slots=num_known_slots, num_open_slots=num_open_slots)
             carry, _ = jax.lax.scan(one, carry, part)
             first += length
