@@ -48,16 +48,17 @@ def build(sampler: Sampler, title: str) -> gr.Blocks:
                 text = gr.Textbox(label="in words", interactive=False, lines=3, elem_id="words")
                 again = gr.Button("Edit the generated picture", visible=False, elem_id="edit")
 
+        editable = next((n for n in inputs if n in out and isinstance(given[n], gr.ImageEditor)), "")
+
         def run(*values):
             signals = dict(zip(inputs, values, strict=False))
-            yield from _generate(sampler, signals, *values[len(inputs) :], out, text, status, again)
+            yield from _generate(sampler, signals, *values[len(inputs) :], out, text, status, again, editable)
 
         button.click(
             run, [*given.values(), wanted, seed, steps, temperature, guidance], [*out.values(), text, status, again]
         )
-        pictures = [n for n in inputs if n in out and isinstance(given[n], gr.ImageEditor)]
-        if pictures:
-            again.click(lambda picture: picture, out[pictures[0]], given[pictures[0]])
+        if editable:
+            again.click(lambda picture: picture, out[editable], given[editable])
     return page
 
 
@@ -74,9 +75,10 @@ def _input(sampler: Sampler, name: str) -> Any:
 
 
 def _generate(
-    sampler, values, wanted, seed, steps, temperature, guidance, out, text, status, again
+    sampler, values, wanted, seed, steps, temperature, guidance, out, text, status, again, editable
 ) -> Iterator[dict[Any, Any]]:
     """Updates of the page, one for each step."""
+    seed = int(seed or 0)
     try:
         with tempfile.TemporaryDirectory() as scratch:
             inputs, keep = _read(sampler, values, wanted, Path(scratch))
@@ -91,7 +93,7 @@ def _generate(
 
     def work():
         try:
-            heard.put(sampler(inputs, stages, keep=keep, seed=int(seed), listener=lambda *event: heard.put(event)))
+            heard.put(sampler(inputs, stages, keep=keep, seed=seed, listener=lambda *event: heard.put(event)))
         except Exception as error:
             heard.put(error)
 
@@ -109,7 +111,7 @@ def _generate(
             words = [event[n] if isinstance(event[n], str) else f"{n}: {_short(event[n])}" for n in event
                      if isinstance(sampler.modalities.as_target(n), Sequence)]  # fmt: skip
             yield {out[n]: _large(event.draw(n)) for n in event} | {
-                text: "\n".join(words), status: f"done, seed {int(seed)}", again: gr.update(visible="rgb" in event)
+                text: "\n".join(words), status: f"done, seed {seed}", again: gr.update(visible=editable in event)
             }  # fmt: skip
             return
         target, ids, known = event
@@ -137,10 +139,21 @@ def _read(sampler: Sampler, values: dict[str, Any], wanted: list[str], scratch: 
             value = str(file)
         if value is None or value == "":
             continue
+        # All but texts would be read from a file of this machine.
+        is_text = isinstance(m, Sequence) and isinstance(
+            sampler.tokenizers[m.name].decode([np.array([m.end_id])])[0], str
+        )
+        if isinstance(m, Sequence) and not is_text and value.lstrip()[:1] not in ("[", "{", "#"):
+            raise ValueError(f"{name} must be written out, as JSON; got {value[:60]!r}")
         if isinstance(m, Sequence) and name in wanted and "[MASK]" not in value:
             raise ValueError(f"{name} is given and asked for: write [MASK] where it is to be generated, or untick it")
         inputs[name] = sampler.tokenizers[m.name].read(str(value)) if not isinstance(m, Sequence) else value
     return inputs, keep
+
+
+def _is_text(sampler: Sampler, m: Sequence) -> bool:
+    """Anything else could be read from a file of this machine."""
+    return isinstance(sampler.tokenizers[m.name].decode([np.array([m.end_id])])[0], str)
 
 
 def _picture(value: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from m4.components import write_atomically
 from m4.modality import Sequence
-from m4.sampler import Results, Sampler, Stage, check_plan, default_scheme, keep_compiled, trim
+from m4.sampler import MASK, Results, Sampler, Stage, check_plan, default_scheme, keep_compiled, trim
 from m4.sampling import Autoregressive, Guidance
 
 FLAGS = ("steps", "temperature", "top_k", "top_p", "min_p", "schedule")  # fields of schemes that flags set
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     sampler = Sampler.load(args.run, batch_size=args.batch_size)
     stages = _stages(args, sampler)
     keep = dict(_pair("--keep", item) for item in args.keep)
-    masked = {n for row in rows for n, v in row.items() if "[MASK]" in v}
+    masked = {n for row in rows for n, v in row.items() if MASK in v}
     check_plan(stages, names, sampler.modalities, [*keep, *masked])
     if args.stream and len(rows) * args.num_samples > 1:
         raise ValueError(f"--stream prints one sample, and there are {len(rows) * args.num_samples}")
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write into --out {out}: {error.strerror}") from error
-    keep = {name: _mask(value) for name, value in keep.items()}
+    keep = {name: _mask(sampler, name, value, args.pad) for name, value in keep.items()}
     rows = [row for row in rows for _ in range(args.num_samples)]
     samples = _sample_names(rows, args.num_samples)
 
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
         signals = {}
         for i in part:
             try:
-                signals[i] = {n: _read(sampler, n, v, args.pad) for n, v in rows[i].items()}
+                signals[i] = {n: _read(sampler, n, v, args.pad, n in masked) for n, v in rows[i].items()}
             except ValueError as error:
                 failed[samples[i]] = str(error)
                 if len(rows) == args.num_samples:
@@ -139,7 +139,7 @@ def _rows(items: Seq[str]) -> list[dict[str, str]]:
     if tables:
         rows = []
         try:
-            lines = Path(tables[0]).read_text(encoding="utf-8").splitlines()
+            lines = Path(tables[0]).read_text(encoding="utf-8").split("\n")
         except OSError as error:
             raise ValueError(f"{tables[0]} cannot be read: {error.strerror}") from error
         for number, line in enumerate(lines, 1):
@@ -171,7 +171,7 @@ def _rows(items: Seq[str]) -> list[dict[str, str]]:
 def _files(name: str, value: str) -> list[str]:
     """The values of one input: the sorted files of a folder, or the one value."""
     folder = Path(value)
-    if len(value) > 200 or not folder.is_dir():
+    if not value or len(value) > 200 or not folder.is_dir():
         return [value]
     files = sorted(str(p) for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     if not files:
@@ -185,9 +185,9 @@ def _sample_names(rows: Seq[dict[str, str]], num_samples: int) -> list[str]:
     columns = [[row.get(name, "") for row in one] for name in one[0]]
     values = max(columns, key=lambda column: len(set(column)))
     stems = [Path(v).stem if 0 < len(v) < 200 and Path(v).is_file() else "" for v in values]
+    stems = [re.sub(r"[^\w.-]", "_", s) for s in stems]
     if not all(stems) or len(set(stems)) < len(stems):
         stems = [f"{i:04d}" for i in range(len(values))]
-    stems = [re.sub(r"[^\w.-]", "_", s) for s in stems]
     return [f"{s}_{k}" if num_samples > 1 else s for s in stems for k in range(num_samples)]
 
 
@@ -197,8 +197,11 @@ def _stages(args: argparse.Namespace, sampler: Sampler) -> list[Stage]:
             raise ValueError("--plan and --targets exclude each other: a plan names its targets")
         from m4.config import load_config
 
-        plan = load_config(args.plan, "plan")
-        if not plan or not all(isinstance(stage, Stage) for stage in plan):
+        try:
+            plan = load_config(args.plan, "plan")
+        except (ImportError, SyntaxError, NameError, TypeError) as error:
+            raise ValueError(f"{args.plan} cannot be run: {error}") from error
+        if not isinstance(plan, list | tuple) or not plan or not all(isinstance(stage, Stage) for stage in plan):
             raise ValueError(f"{args.plan}: plan must be a list of m4.sampler.Stage, got {plan!r}")
         return list(plan)
     if not args.targets:
@@ -214,7 +217,9 @@ def _stages(args: argparse.Namespace, sampler: Sampler) -> list[Stage]:
         scheme = dataclasses.replace(scheme, **changes)
         ensemble = 1 if isinstance(scheme, Autoregressive) else args.ensemble
         stages.append(Stage(target=name, scheme=scheme, guidance=guidance, ensemble=ensemble))
-    for flag in ("scheme", *FLAGS):
+    if args.ensemble > 1:
+        used |= {"ensemble"} if any(stage.ensemble > 1 for stage in stages) else set()
+    for flag in ("scheme", *FLAGS, *(["ensemble"] if args.ensemble > 1 else [])):
         if getattr(args, flag) is not None and flag not in used:
             raise ValueError(f"--{flag.replace('_', '-')} fits no target of {', '.join(args.targets)}")
     return stages
@@ -230,24 +235,31 @@ def _guidance(values: Seq[str]) -> Guidance:
         raise ValueError(f"--guidance takes one number, or NAME=WEIGHT ...; got {' '.join(values)}") from error
 
 
-def _mask(value: str) -> Any:
-    """True = stays: the white of a picture; or a share."""
+def _mask(sampler: Sampler, name: str, value: str, pad: bool) -> Any:
+    """True = stays: the white of a picture, resized and cropped (or padded) as its picture is; or a share."""
     with contextlib.suppress(ValueError):
         return float(value)
+    recipe = getattr(sampler.tokenizer(name), "recipe", None)
     try:
         with Image.open(value) as file:
-            return np.asarray(file.convert("L")) > 127
+            mask = file.convert("L")
     except OSError as error:
         raise ValueError(f"--keep takes a share or a picture, and {value} is neither: {error}") from error
+    if hasattr(recipe, "image_size"):
+        fit = ImageOps.pad if pad else ImageOps.fit
+        mask = fit(mask, (recipe.image_size,) * 2, Image.Resampling.NEAREST)
+    return np.asarray(mask) > 127
 
 
-def _read(sampler: Sampler, name: str, value: str, pad: bool) -> Any:
+def _read(sampler: Sampler, name: str, value: str, pad: bool, masked: bool) -> Any:
+    """One signal; ValueError for whatever is wrong with it, for the others to go on."""
     tokenizer = sampler.tokenizers[sampler.modalities.as_input(name.partition("#")[0]).name]
-    if not pad:
-        return tokenizer.read(value)
-    if not hasattr(tokenizer, "read_padded"):
-        return tokenizer.read(value)
-    return tokenizer.read_padded(value)
+    signal = tokenizer.read_padded(value) if pad and hasattr(tokenizer, "read_padded") else tokenizer.read(value)
+    if isinstance(tokenizer.modality, Sequence):
+        if masked and MASK not in signal:
+            raise ValueError(f"{name} is to be completed, and has no {MASK}: {value[:60]!r}")
+        tokenizer.encode(signal.split(MASK) if masked else [signal])  # too long, out of range
+    return signal
 
 
 def _printer(sampler: Sampler) -> Any:

@@ -13,9 +13,12 @@ B rows, P passes of guidance, N context slots, n tokens of the target, Q queries
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import numbers
+import threading
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -68,27 +71,31 @@ def default_scheme(modality: Modality, of_grids: Literal["maskgit", "roar"] = "m
 def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kept: Seq[str] = ()) -> None:
     """ValueError for unknown or repeated names, input-only targets, schemes that do not fit, guidance by nothing.
 
-    `kept`: signals that are given in part, and may be a target too.
+    `kept`: signals that are given in part, and must be targets too. A signal that is given may be a target by the name
+    of another modality (a finer grid of it: super-resolution).
     """
-    given = {modalities.as_input(name.partition("#")[0]).signal for name in inputs}
-    partial = {modalities.as_target(name).signal for name in kept}
-    names = {*inputs}
+    given = [modalities.as_input(name.partition("#")[0]) for name in inputs]
+    partial = {modalities.as_target(name).name for name in kept}
+    taken = {m.name for m in given} | {m.signal for m in given}
+    names = [n for name, m in zip(inputs, given, strict=True) for n in dict.fromkeys((name, m.name))]
     if not stages:
         raise ValueError(f"no targets given; allowed: {', '.join(modalities.signals)}")
     for stage in stages:
         modality = modalities.as_target(stage.target)
         stage.scheme.check(modality)
-        if modality.signal in given - partial:
+        if stage.target in taken and modality.name not in partial:
             raise ValueError(f"{stage.target!r} is already given or generated; each signal may appear once")
-        if stage.ensemble < 1:
+        if not isinstance(stage.ensemble, int) or stage.ensemble < 1:
             raise ValueError(f"ensemble={stage.ensemble} of {stage.target} must be at least 1")
         g = stage.guidance
         for name in () if g is None else g.drop or ([n for n, _ in g.scale] if isinstance(g.scale, tuple) else ()):
             if name not in names:
-                raise ValueError(f"guidance of {stage.target} names {name!r}; {closest(name, sorted(names))}")
-        given.add(modality.signal)
-        partial.discard(modality.signal)
-        names.add(stage.target)
+                raise ValueError(f"guidance of {stage.target} names {name!r}; {closest(name, names)}")
+        taken |= {modality.name, modality.signal}
+        partial.discard(modality.name)
+        names += [stage.target, modality.name]
+    if partial:
+        raise ValueError(f"{', '.join(sorted(partial))} is given in part, to be completed, but is no target")
 
 
 # ---- From records to prompts ----------------------------------------------------------------------------------------
@@ -100,10 +107,12 @@ def pack(rows: Seq[Mapping[str, np.ndarray]], modalities: Modalities, *, length:
     for row in rows:
         ids, modality, position = [], [], []
         for name, stored in row.items():
-            m = modalities.named(name.partition("#")[0])
-            ids.append(np.arange(len(stored)) if isinstance(m, Features) else stored)
-            modality.append(np.full(len(stored), modalities.index(m.name)))
-            position.append(np.arange(len(stored)))
+            m, place = modalities.named(name.partition("#")[0]), np.arange(len(stored))
+            if not isinstance(m, Features):
+                place = place[stored >= 0]  # -1: of a grid that is given in part
+            ids.append(place if isinstance(m, Features) else stored[place])
+            modality.append(np.full(len(place), modalities.index(m.name)))
+            position.append(place)
         valid = np.arange(length) < sum(map(len, ids))
         packed.append(
             [pad(ids, length), pad(modality, length), pad(position, length), np.zeros(length, np.int32), valid]
@@ -222,6 +231,7 @@ def run_stage(
 
 
 _listener: list[Callable] = []  # of the stage that runs, for a new listener not to compile it anew
+_listening = threading.Lock()
 
 
 def _tell(ids: np.ndarray, known: np.ndarray) -> None:
@@ -247,9 +257,6 @@ class Results(dict):
 
     def signals(self, name: str) -> list[Any]:
         return [self[name]] if self.single else self[name]
-
-    def __len__(self) -> int:
-        return super().__len__()
 
     def image(self, i: int = 0) -> np.ndarray | None:
         """A picture to draw on: the rgb input or target."""
@@ -330,6 +337,11 @@ class Sampler:
                 raise ValueError(f"keep names {name!r}, which is not given; {closest(name, list(inputs))}")
         stages = self.plan(targets)
         check_plan(stages, list(inputs), self.modalities, [*keep, *masked])
+        for stage in stages:
+            if stage.ensemble > 1 and not hasattr(tokenizer := self.tokenizer(stage.target), "average"):
+                raise ValueError(f"ensemble={stage.ensemble}: {type(tokenizer).__name__} cannot average {stage.target}")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be at least 0")
         single = not any(isinstance(v, list) for v in inputs.values())
         lengths = {name: len(v) for name, v in texts.items()}
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
@@ -337,6 +349,8 @@ class Sampler:
         count = max(lengths.values(), default=1)
         read = {n: [self._read(n, s) for s in v] for n, v in texts.items()}
         numbers = np.arange(count) if indices is None else np.asarray(indices)
+        if len(numbers) != count:
+            raise ValueError(f"{len(numbers)} indices were given for {count} samples")
         kept = {name: self._keep(name, value, count) for name, value in {**dict.fromkeys(masked), **keep}.items()}
         partial = self._partial(read, kept, seed, numbers)
         records = self.encode({n: v for n, v in read.items() if n not in kept}, count)
@@ -386,16 +400,18 @@ class Sampler:
             if isinstance(m, Sequence):
                 partial[m.name] = [self._partial_text(m, text) for text in read[name]]
                 continue
-            encoded = self.tokenizers[m.name].encode(read[name])
-            if any(mask is None for mask in masks):
-                raise ValueError(f"{name!r} is given in part: keep must say which of its tokens stay")
-            random = [np.random.default_rng([seed, i]) for i in numbers]
-            shares = [_token_mask(mask, m, rng) for mask, rng in zip(masks, random, strict=True)]
-            partial[m.name] = [np.where(k, ids, -1) for k, ids in zip(shares, encoded, strict=True)]
+            partial[m.name] = [None] * len(masks)
+            for i, (signal, mask) in enumerate(zip(read[name], masks, strict=True)):
+                if signal is not None:
+                    (ids,) = self.tokenizers[m.name].encode([signal])
+                    stays = _token_mask(mask, m, np.random.default_rng([seed, numbers[i]]))
+                    partial[m.name][i] = np.where(stays, ids, -1)
         return partial
 
-    def _partial_text(self, m: Sequence, text: str) -> np.ndarray:
+    def _partial_text(self, m: Sequence, text: str | None) -> np.ndarray | None:
         """[MASK] -> -1; the end is open only behind a [MASK]."""
+        if text is None:
+            return None
         if MASK not in text:
             raise ValueError(f"{m.name} {text!r} is given in part, but has no {MASK}")
         pieces = text.split(MASK)
@@ -413,25 +429,31 @@ class Sampler:
 
     def _generate(self, records, partial, stages, seed, indices, out: Results, listener) -> None:
         records, made = [dict(r) for r in records], []
+        for name, known in partial.items():  # context of the stages before its own
+            m = self.modalities.named(name)
+            for record, part in zip(records, known, strict=True):
+                if part is not None:
+                    record[name] = show_spans(part, m)[0] if isinstance(m, Sequence) else part
         for s, stage in enumerate(stages):
             m = self.modalities.as_target(stage.target)
             tokenizer = self.tokenizers[m.name]
             grammar = getattr(tokenizer, "grammar", None)
-            known = partial.get(m.name, [None] * len(records))
+            known = partial[m.name] if m.name in partial else [None] * len(records)
+            others = [{name: ids for name, ids in record.items() if name != m.name} for record in records]
             samples = []
             for member in range(stage.ensemble):
-                numbers = [seed, s, member]
-                prompt = make_prompt(records, known, m, self.modalities, stage.guidance, made, grammar)
-                if listener is not None:
-                    _listener[:] = [functools.partial(listener, stage.target)]
-                generated = self._on_device(stage, m, prompt, numbers, indices, listener is not None)
-                _listener.clear()
+                prompt = make_prompt(others, known, m, self.modalities, stage.guidance, made, grammar)
+                generated = self._on_device(stage, m, prompt, [seed, s, member], indices, listener)
                 samples.append(self._finish(m, generated, known))
             ids, log_probability, history = samples[0]
             if stage.ensemble > 1:
                 decoded = [tokenizer.decode(ids) for ids, _, _ in samples]
                 signals = [tokenizer.average(list(group)) for group in zip(*decoded, strict=True)]
                 ids = tokenizer.encode(signals)
+                for i, part in enumerate(known):  # what is kept stays, whatever the average
+                    if part is not None:
+                        ids[i] = np.where(part >= 0, part, ids[i])
+                        (signals[i],) = tokenizer.decode([ids[i]])
             else:
                 signals = self._decode(tokenizer, ids, log_probability)
             for record, row in zip(records, ids, strict=True):
@@ -441,29 +463,43 @@ class Sampler:
             out.tokens.setdefault(m.name, []).extend(ids)
             out.history.setdefault(m.name, []).extend(history)
 
-    def _on_device(self, stage, m, prompt: Prompt, numbers: list[int], indices, told: bool) -> Generated:
-        """One compilation serves every batch: a short one is filled up with its last row."""
+    def _on_device(self, stage, m, prompt: Prompt, numbers: list[int], indices, listener) -> Generated:
+        """One compilation serves every batch: a short one is filled up with its last row.
+
+        With a listener, by one device: what it hears of comes in order.
+        """
         num = full = len(indices)
+        mesh = None if listener is not None else self.mesh
         if num < self.num_rows <= 4 * num:
             full = self.num_rows
-        if self.mesh is not None:
-            full = math.ceil(full / self.mesh.size) * self.mesh.size
+        if mesh is not None:
+            full = math.ceil(full / mesh.size) * mesh.size
         self.num_rows = full
         rows, grammar = np.minimum(np.arange(full), num - 1), prompt.grammar
         prompt = jax.tree.map(lambda x: np.asarray(x)[rows], prompt._replace(grammar=None))
         seed, *rest = numbers
-        static, arrays = stage.scheme.prepare(m, prompt, np.array([[seed, i, *rest] for i in indices[rows]]))
-        run = functools.partial(
-            _run, self.graph, self.params, stage.scheme, m, stage.guidance, static, _tell if told else None
+        static, arrays = stage.scheme.prepare(
+            m, prompt._replace(grammar=grammar), np.array([[seed, i, *rest] for i in indices[rows]])
         )
-        if self.mesh is None:
-            out = run(prompt._replace(grammar=grammar), arrays, Replay())
+        tell = None if listener is None else _tell
+        params = self.params
+        if self.mesh is not None and mesh is None:
+            params = jax.device_put(params, self.mesh.devices.flat[0])
+        run = functools.partial(_run, self.graph, params, stage.scheme, m, stage.guidance, static, tell)
+        if mesh is not None:
+            prompt = jax.device_put(prompt, NamedSharding(mesh, P("data")))
+        prompt = prompt._replace(grammar=grammar)
+        if listener is None:
+            with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+                out = jax.device_get(run(prompt, arrays, Replay()))
         else:
-            prompt = jax.device_put(prompt, NamedSharding(self.mesh, P("data")))
-            with jax.set_mesh(self.mesh):
-                out = run(prompt._replace(grammar=grammar), arrays, Replay())
-        out = jax.device_get(out)
-        jax.effects_barrier()
+            with _listening:
+                _listener[:] = [functools.partial(listener, stage.target)]
+                try:
+                    out = jax.device_get(run(prompt, arrays, Replay()))
+                    jax.effects_barrier()
+                finally:
+                    _listener.clear()
         return Generated(*(x[:num] for x in out))
 
     def _finish(self, m: Modality, generated: Generated, known: Seq[np.ndarray | None]):
@@ -473,7 +509,7 @@ class Sampler:
         ids = []
         for row, part in zip(generated.ids, known, strict=True):
             if part is None:
-                ids.append(trim(row, m))
+                ids.append(trim(row, m, generated.ids.shape[1] - 1))
             else:
                 shown, num_spans, _ = show_spans(part, m)
                 (stop,) = np.nonzero((row == m.end_id) | (row == m.first_sentinel + num_spans))
@@ -483,14 +519,14 @@ class Sampler:
         return ids, generated.log_probability, [np.arange(len(i)) for i in ids]
 
     def _decode(self, tokenizer: Tokenizer, ids: list[np.ndarray], log_probability: Float[np.ndarray, "B n"]) -> list:
-        if hasattr(tokenizer, "decode_with_scores"):
+        if hasattr(tokenizer, "decode_with_scores") and all(len(i) <= log_probability.shape[1] for i in ids):
             return [tokenizer.decode_with_scores(i, lp[: len(i)]) for i, lp in zip(ids, log_probability, strict=True)]
         return tokenizer.decode(ids)
 
 
 def _token_mask(mask: Any, m: Grid, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
     """Tokens that stay: all of their pixels do; or a random share of them."""
-    if isinstance(mask, int | float) and not isinstance(mask, bool):
+    if isinstance(mask, numbers.Real) and not isinstance(mask, bool | np.bool_):
         if not 0 <= mask <= 1:
             raise ValueError(f"keep={mask} of {m.name} must be a share within [0, 1]")
         return rng.permutation(m.max_tokens) < round(mask * m.max_tokens)
@@ -504,11 +540,15 @@ def _token_mask(mask: Any, m: Grid, rng: np.random.Generator) -> Bool[np.ndarray
     return mask.reshape(blocks).all(axis=tuple(range(1, len(blocks), 2))).ravel()
 
 
-def trim(ids: Int[np.ndarray, " n"], modality: Sequence) -> np.ndarray:
-    """A sequence up to its end token, which is added if the model closed the span without one or ran out of room."""
+def trim(ids: Int[np.ndarray, " n"], modality: Sequence, limit: int = 0) -> np.ndarray:
+    """A sequence up to its end token, which is added if the model closed the span without one or ran out of room.
+
+    At most `limit` ids (0: as many as the modality may have).
+    """
+    limit = limit or modality.max_length
     stop = np.flatnonzero((ids == modality.end_id) | (ids == modality.first_sentinel + 1))
-    kept = ids[: stop[0] if len(stop) else modality.max_length - 1]
-    return np.append(kept[: modality.max_length - 1], modality.end_id)
+    kept = ids[: stop[0] if len(stop) else limit - 1]
+    return np.append(kept[: limit - 1], modality.end_id)
 
 
 def retrieve(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, Literal, NamedTuple, Protocol
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from m4.components import closest
 from m4.modality import Grid, Modality, Sequence
 from m4.model import Model
 from m4.tokens import Targets, Tokens
@@ -72,6 +74,11 @@ class Replay(NamedTuple):
     noise: Float[Array, "S B *n V"] | None = None
 
 
+def _check_choice(value: Any, field: str, allowed: Seq[str]) -> None:
+    if getattr(value, field) not in allowed:
+        raise ValueError(f"{type(value).__name__}.{field}: {closest(str(getattr(value, field)), allowed)}")
+
+
 # ---- Guidance -------------------------------------------------------------------------------------------------------
 
 
@@ -92,6 +99,13 @@ class Guidance:
     grow: bool = False
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     dropped_sequences: Literal["absent", "masked"] = "absent"
+
+    def __post_init__(self):
+        _check_choice(self, "schedule", ("constant", "linear", "cosine"))
+        _check_choice(self, "dropped_sequences", ("absent", "masked"))
+        scales = [w for _, w in self.scale] if isinstance(self.scale, tuple) else [self.scale]
+        if not scales or not all(math.isfinite(w) for w in scales):
+            raise ValueError(f"{self}: scales must be finite numbers")
 
     def passes(self, inputs: Seq[str], generated: Seq[str], find: Any) -> list[set[str]]:
         """Names that each pass lacks; `find` makes the names of modalities out of the user's."""
@@ -151,7 +165,7 @@ class Sampling:
     min_p: float = 0.0
 
     def check(self, modality: Modality) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p < 1:
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= self.min_p < 1):
             raise ValueError(
                 f"{self}: temperature and top_k must be at least 0, top_p within (0, 1], min_p within [0, 1)"
             )
@@ -204,7 +218,8 @@ def _inverse_distribution(p: Float[Array, "*B V"], u: Float[Array, "*B"]) -> Int
     sums = blocks.sum(-1)
     u = u * sums.sum(-1)
     block, total = find(sums, u)
-    rest = u - jnp.take_along_axis(total - sums, block[..., None], axis=-1)[..., 0]
+    # Rounding must not lead before the block, to tokens that were filtered out.
+    rest = jnp.maximum(u - jnp.take_along_axis(total - sums, block[..., None], axis=-1)[..., 0], 0)
     within, _ = find(jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :], rest)
     return block * 128 + within
 
@@ -283,8 +298,10 @@ class _Parallel(Sampling):
             raise ValueError(
                 f"{name} generates grids; {modality.name!r} is a {type(modality).__name__}, which Autoregressive does"
             )
-        if self.steps < 1 or self.final_temperature < 0:
+        if not isinstance(self.steps, int) or self.steps < 1 or not 0 <= self.final_temperature < math.inf:
             raise ValueError(f"{self}: steps must be at least 1 and final_temperature at least 0")
+        _check_choice(self, "schedule", ("cosine", "linear"))
+        _check_choice(self, "temperature_schedule", ("constant", "linear", "power"))
 
     def counts(self, num_open: int) -> Int[np.ndarray, " S"]:
         """Tokens that each step decodes, for a grid of which so many are open."""
@@ -504,6 +521,9 @@ class Autoregressive(Sampling):
 
     def prepare(self, modality: Modality, prompt: Prompt, seeds):
         length = (self.max_length or modality.max_length) + 1
+        if self.constrained and prompt.grammar is not None and prompt.grammar.distance[0] > length - 1:
+            least = prompt.grammar.distance[0]
+            raise ValueError(f"{self}: {modality.name} needs at least {least} ids by its grammar")
         return length, uniform(seeds, length, ())
 
     def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> Generated:

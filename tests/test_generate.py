@@ -81,13 +81,15 @@ def test_a_table_of_prompts_and_broken_files(whole_run, tmp_path):
     for name in ("one", "two"):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"{name}.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
+    long = "large red cube " * 60
     lines = [{"rgb": "one.png"}, {"rgb": "broken.png"}, {"caption": "a large red cube"}, {"rgb": "two.png"}]
+    lines += [{"caption": long}]
     lines = [{k: str(tmp_path / v) if k == "rgb" else v for k, v in line.items()} for line in lines]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     common = ["generate", str(whole_run), "--targets", "depth", "--steps", "2", "--seed", "3"]
     done = m4(*common, "--inputs", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "a"), "--batch-size", "2")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "3 sample(s)" in done.stderr and "1 sample(s) could not be read" in done.stderr
+    assert "3 sample(s)" in done.stderr and "2 sample(s) could not be read" in done.stderr
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["0000", "0002", "0003", "failed.tsv", "sheet.png"]
     assert (tmp_path / "a/failed.tsv").read_text().startswith("0001\t") and pixels(tmp_path / "a/sheet.png").ndim == 3
     done = m4(*common, "--inputs", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "b"), "--batch-size", "9")
@@ -112,7 +114,7 @@ def test_plans_editing_guidance_and_streams(whole_run, tmp_path):
     assert done.stdout.strip() == (tmp_path / "out/scene/caption.txt").read_text().strip()
     mask = np.zeros((64, 64), np.uint8)
     mask[:, :32] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(mask).resize((90, 90)).save(tmp_path / "mask.png")  # fitted as the picture is
     done = m4(
         "generate", str(whole_run), "--inputs", f"rgb={scene}", "--targets", "rgb", "--keep",
         f"rgb={tmp_path / 'mask.png'}", "--steps", "2", "--out", str(tmp_path / "edit"),
@@ -132,6 +134,9 @@ def test_plans_editing_guidance_and_streams(whole_run, tmp_path):
         (["caption=a cube"], ["caption"], "already given"),
         (["caption=" + "large red cube " * 60], ["rgb"], "longer than the allowed"),
         (["rgb=EMPTY"], ["depth"], "empty folder"),
+        (["caption=a [MASK] cube"], ["depth"], "is no target"),
+        (["caption=a cube"], ["caption", "boxes", "--ensemble", "2"], "already given"),
+        (["caption=a cube"], ["boxes", "--ensemble", "2"], "--ensemble fits no target of boxes"),
         (["caption=a cube"], ["depth", "--top-p", "1.5"], "top_p within (0, 1]"),
         (["caption=a cube"], ["depth", "--steps", "0"], "steps must be at least 1"),
         (["caption=a cube"], ["boxes", "--steps", "2"], "--steps fits no target of boxes"),

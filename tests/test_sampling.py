@@ -20,6 +20,7 @@ from m4.model import Model
 from m4.sampler import (
     Sampler,
     Stage,
+    _run,
     check_plan,
     fill_spans,
     make_prompt,
@@ -30,7 +31,17 @@ from m4.sampler import (
     show_spans,
     trim,
 )
-from m4.sampling import ROAR, Autoregressive, Grammar, Guidance, MaskGIT, Replay, Sampling, token_schedule
+from m4.sampling import (
+    ROAR,
+    Autoregressive,
+    Grammar,
+    Guidance,
+    MaskGIT,
+    Replay,
+    Sampling,
+    _inverse_distribution,
+    token_schedule,
+)
 from m4.sampling import temperature_schedule as temperatures
 from m4.tokens import Targets
 from m4_tokenizers.boxes import BoxRecipe
@@ -296,6 +307,28 @@ def test_editing_keeps_what_it_was_told_to(sampler, make_example, scheme):
     np.testing.assert_array_equal(fine["depth_tokens"][0][masks[1].ravel()], ids[1][masks[1].ravel()])
 
 
+def test_what_is_kept_is_context_of_earlier_stages_and_survives_an_average(model, modalities, make_example):
+    class Averaging(Plain):
+        def average(self, signals):
+            return np.zeros_like(signals[0])
+
+    sampler = Sampler(model, {m.name: Averaging(m) for m in modalities}, devices=jax.devices()[:1])
+    ids, keep = [make_example(i)["depth_tokens"].astype(np.int32) for i in range(16)], {"depth_tokens": 0.5}
+    chain = [
+        Stage(target="rgb_tokens", scheme=MaskGIT(steps=1)),
+        Stage(target="depth_tokens", scheme=MaskGIT(steps=2), ensemble=2),
+    ]
+    out = sampler({"depth_tokens": ids}, chain, keep=keep, indices=[0] * 16)  # equal but for what they are given
+    assert len({tuple(i) for i in out["rgb_tokens"]}) > 1
+    for new, old, when in zip(out["depth_tokens"], ids, out.history["depth_tokens"], strict=True):
+        np.testing.assert_array_equal(new, np.where(when < 0, old, 0))
+    with pytest.raises(ValueError, match="is no target"):
+        sampler({"depth_tokens": ids}, ["caption"], keep=keep)
+    plain = Sampler(model, {m.name: Plain(m) for m in modalities}, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="cannot average"):
+        plain({"depth_tokens": ids}, [dataclasses.replace(chain[0], ensemble=2)])
+
+
 def test_variations_keep_a_share(sampler, make_example):
     ids = make_example(0)["depth_tokens"].astype(np.int32)
     out = sampler(
@@ -411,6 +444,9 @@ def test_a_grammar_without_an_end_is_refused():
         (Stage(target="depth", scheme=ROAR(), guidance=Guidance(drop=("captoin",))), "Did you mean 'caption'"),
         (Stage(target="depth", scheme=ROAR(), guidance=Guidance(scale=(("boxes", 1.0),))), "names 'boxes'"),
         (Stage(target="depth", scheme=ROAR(), ensemble=0), "at least 1"),
+        (Stage(target="depth", scheme=ROAR(temperature=float("nan"))), "at least 0"),
+        (Stage(target="depth", scheme=ROAR(schedule="cosin")), "Did you mean 'cosine'"),
+        (Stage(target="depth", scheme=ROAR(steps=2.5)), "steps must be at least 1"),
         (Stage(target="rgb", scheme=ROAR()), "already given"),
     ],
 )
@@ -431,6 +467,22 @@ def test_bad_inputs_are_named(sampler, make_example):
         sampler({"rgb#2": np.zeros((12, 6), np.uint8)}, ["depth"])
 
 
+def test_lengths_are_bounded(sampler, records):
+    for length in (1, 4):
+        stage = Stage(target="caption", scheme=Autoregressive(max_length=length, temperature=3.0))
+        assert all(
+            len(i) <= length and i[-1] == 3 for i in sampler.generate(records[3:5], [stage], 0, [0, 1])["caption"]
+        )
+
+
+def test_a_token_that_is_filtered_out_never_comes():
+    """Where a random number falls on the border of a block of probabilities."""
+    p = jnp.zeros((1, 256)).at[0, jnp.asarray([3, 5, 200])].set(jnp.asarray([0.1, 0.2, 0.7]))
+    border = np.float32(0.1) + np.float32(0.2)
+    for u in (0.0, np.nextafter(border, np.float32(0)), border, np.nextafter(border, np.float32(1)), 1 - 2**-24):
+        assert int(_inverse_distribution(p, jnp.asarray([u], jnp.float32))[0]) in (3, 5, 200)
+
+
 def test_retrieval_by_cosine():
     rng = np.random.default_rng(0)
     gallery = rng.normal(size=(50, 8))
@@ -439,8 +491,9 @@ def test_retrieval_by_cosine():
     assert (np.diff(similarity, axis=1) <= 0).all()
 
 
-def test_a_listener_hears_of_every_step(sampler, make_example):
-    heard = []
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_listener_hears_of_every_step(sampler, make_example, num_devices):
+    heard, sampler = [], Sampler(sampler.model, sampler.tokenizers, devices=jax.devices()[:num_devices])
     sampler(
         {"caption": make_example(0)["caption"]}, [Stage(target="depth_tokens", scheme=MaskGIT(steps=4))],
         listener=lambda target, ids, known: heard.append((target, int(known.sum()))),
@@ -470,3 +523,14 @@ def small():
     from m4.model import ModelConfig
 
     return ModelConfig(width=16, num_heads=2, encoder_depth=1, decoder_depth=1, hidden=24)
+
+
+@pytest.mark.parametrize("target,scheme", [SCHEMES[0], SCHEMES[2]])
+def test_a_stage_is_one_program_without_calls_to_the_host(model, modalities, target, scheme):
+    m = modalities.named(target)
+    prompt = make_prompt([{"rgb_tokens": np.zeros(12, int)}], [None], m, modalities)
+    static, arrays = scheme.prepare(m, prompt, np.zeros((1, 1), int))
+    graph, params = nnx.split(model)
+    for tell, expected in ((None, False), (print, True)):
+        program = _run.lower(graph, params, scheme, m, None, static, tell, prompt, arrays, Replay())
+        assert ("callback" in program.as_text()) == expected
