@@ -10,7 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parent.parent)  # not this folder: its tokenizers.py would hide the library
+sys.path.pop(0)  # this folder: its tokenizers.py would hide the library
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 from PIL import Image, ImageDraw

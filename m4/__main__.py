@@ -1,4 +1,4 @@
-"""`python -m m4 VERB`: pretokenize, data, plan, generate, evaluate, demo, convert."""
+"""`python -m m4 VERB`: pretokenize, data, plan, generate, evaluate, demo, export, convert."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def data(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """RUN [--out DIR]: scores a run on its test split; writes metrics.json and gallery.png."""
+    """RUN [--out DIR]: scores a trained model on its test split; writes metrics.json and gallery.png."""
     parser = argparse.ArgumentParser(prog="python -m m4 evaluate", description=evaluate.__doc__)
-    parser.add_argument("run", help="the folder of a run, e.g. runs/quickstart")
-    parser.add_argument("--out", default="", help="where metrics.json and gallery.png go (default: the run's folder)")
+    parser.add_argument("run", help="the folder of a run, e.g. runs/quickstart, or a model of the package")
+    parser.add_argument("--out", default="", help="where metrics.json and gallery.png go (default: RUN)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     from m4.evals import suite
@@ -143,6 +143,20 @@ def demo(argv: list[str]) -> None:
     launch(sampler, Path(args.run).name, host=args.host, port=args.port, max_mb=args.max_upload_mb)
 
 
+def export(argv: list[str]) -> None:
+    """RUN OUT: a trained model as a folder of its own: config, tokenizers, and the parameters in one file."""
+    from m4.checkpoints import export as export_run
+    from m4.model_file import DTYPES
+
+    parser = argparse.ArgumentParser(prog="python -m m4 export", description=export.__doc__)
+    parser.add_argument("run", help="the folder of a run, e.g. runs/quickstart, or of one of its checkpoints")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; RUN elsewhere may name it, too")
+    parser.add_argument("--dtype", default="BF16", choices=list(DTYPES), help="of the parameters (default: BF16)")
+    args = parser.parse_args(argv)
+    export_run(args.run, args.out, dtype=args.dtype)
+    print(f"{args.out}: {sum(p.stat().st_size for p in Path(args.out).rglob('*') if p.is_file()) / 2**20:.1f} MiB")
+
+
 def convert(argv: list[str]) -> None:
     """IN OUT: a released 4M checkpoint (safetensors) to an m4 model file, or such a file back, bit for bit.
 
@@ -163,7 +177,7 @@ def convert(argv: list[str]) -> None:
     print(convert_file(Path(args.source), Path(args.out), declared))
 
 
-VERBS = {f.__name__: f for f in (pretokenize, data, plan, generate, evaluate, demo, convert)}
+VERBS = {f.__name__: f for f in (pretokenize, data, plan, generate, evaluate, demo, export, convert)}
 
 
 def main(argv: list[str]) -> None:

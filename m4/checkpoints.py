@@ -1,11 +1,12 @@
-"""Orbax checkpoints of a run, from which it resumes exactly, and loading a run's model for use.
+"""Orbax checkpoints of a run, from which it resumes exactly; loading a trained model for use, and exporting it.
 
 WORKDIR/checkpoints/STEP/{params, optimizer, average, counters}   arrays; average: if the run keeps one
 WORKDIR/checkpoints/STEP/{data, config}                           JSON: position of the example stream, the run's config
 WORKDIR/config.json                                               all that is needed to build the model again
 WORKDIR/tokenizers/*.safetensors
 
-Arrays are restored on any mesh and any number of hosts.
+Arrays are restored on any mesh and any number of hosts. An exported model, and each model of the package (m4/models/),
+is a folder with the same config.json and tokenizers/, and the parameters in one model.safetensors.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from m4.components import from_json, load_tokenizer
+from m4.components import closest, from_json, load_tokenizer, packaged, save_tokenizer, to_json, write_atomically
 from m4.modality import Features, Modalities, Modality, Tokenizer
 from m4.model import Model
-from m4.model_file import STACKS, load_model, parameters
+from m4.model_file import STACKS, TensorFile, abstract, load_model, parameters, save_model
 from m4.step import TrainState
 
 
@@ -95,24 +96,39 @@ class TrainedModel:
     step: int
 
 
-def load_run(workdir: Path) -> TrainedModel:
-    """The last checkpoint of a run's folder, or the one in WORKDIR/checkpoints/STEP, with its config and tokenizers.
+def load_run(path: str | Path) -> TrainedModel:
+    """A trained model with its config and tokenizers, by any of
 
-    Of a run that averages its parameters, the average.
+    WORKDIR, WORKDIR/checkpoints/STEP   a run's last checkpoint, or another (of a run that averages, the average)
+    FOLDER                              what `export` wrote
+    NAME                                a model of the package, unless a run lies in a folder of this name
     """
-    workdir, wanted = Path(workdir), None
+    workdir, wanted = Path(path), None
     if workdir.name.isdecimal() and workdir.parent.name == "checkpoints":
         workdir, wanted = workdir.parent.parent, int(workdir.name)
     if not (workdir / "config.json").exists():
-        runs = sorted(str(p.parent) for p in workdir.parent.glob("*/config.json")) if workdir.parent.exists() else []
-        raise ValueError(f"{workdir} is not a run (no config.json); runs beside it: {', '.join(runs) or '(none)'}")
+        if str(path) not in packaged():
+            known = [*sorted(str(p.parent) for p in workdir.parent.glob("*/config.json")), *packaged()]
+            raise ValueError(
+                f"{workdir} is not a run (no config.json), nor a packaged model; {closest(str(path), known)}"
+            )
+        workdir = packaged()[str(path)]
     config = from_json(json.loads((workdir / "config.json").read_text()))
     modalities = Modalities([r.modality for r in config.tokenizers])
+    if (file := workdir / "model.safetensors").exists():
+        model, step = load_model(file), int(TensorFile.read(file).metadata["step"])
+    else:
+        model, step = _restore(workdir, config, modalities, wanted)
+    tokenizers = {m.name: load_tokenizer(tokenizer_file(workdir, m)) for m in modalities}
+    return TrainedModel(model, tokenizers, config, step)
+
+
+def _restore(workdir: Path, config: Any, modalities: Modalities, wanted: int | None) -> tuple[Model, int]:
+    """The model of a run's checkpoint (default: the last), and its step."""
     folder = workdir / "checkpoints"
     if not folder.exists() or not (manager := ocp.CheckpointManager(folder.absolute())).latest_step():
         raise ValueError(f"{workdir} has no checkpoint yet; train first: python train.py ... --workdir {workdir}")
-    model = nnx.eval_shape(lambda: Model(config.model, modalities, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(model, nnx.Param)
+    graph, params = nnx.split(abstract(config.model, modalities), nnx.Param)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
     step = wanted or manager.latest_step()
@@ -123,8 +139,22 @@ def load_run(workdir: Path) -> TrainedModel:
     item = "average" if config.average_decay else "params"
     restored = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
     manager.close()
-    tokenizers = {m.name: load_tokenizer(tokenizer_file(workdir, m)) for m in modalities}
-    return TrainedModel(nnx.merge(graph, restored[item]), tokenizers, config, step)
+    return nnx.merge(graph, restored[item]), step
+
+
+def export(path: str | Path, out: str | Path, *, dtype: str = "BF16") -> None:
+    """Writes a trained model (see `load_run`) into a folder that `load_run` reads, with its scores if there are any.
+
+    The parameters are rounded to `dtype`, a name of m4.model_file.DTYPES; what is computed with them is not.
+    """
+    run, out = load_run(path), Path(out)
+    config = dataclasses.replace(run.config, workdir="", data_dir=type(run.config).data_dir, init_from="")
+    for m in run.model.modalities:
+        save_tokenizer(run.tokenizers[m.name], tokenizer_file(out, m))
+    save_model(run.model, out / "model.safetensors", dtype=dtype, metadata={"step": str(run.step)})
+    if (scores := Path(path) / "metrics.json").exists():
+        write_atomically(out / "metrics.json", scores.read_bytes())
+    write_atomically(out / "config.json", json.dumps(to_json(config), indent=1).encode())
 
 
 @dataclasses.dataclass
@@ -146,13 +176,13 @@ class LoadedWeights:
 
 
 def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, LoadedWeights]:
-    """Parameters with all that fits of a run's folder or a model file; each stays where it is.
+    """Parameters with all that fits of a trained model (see `load_run`) or a model file; each stays where it is.
 
     Tables are matched by modality, so that a model with further modalities keeps the old ones' rows bit for bit.
     ValueError if nothing fits.
     """
     source = Path(source)
-    other = load_run(source).model if source.is_dir() else load_model(source)
+    other = load_model(source) if source.is_file() else load_run(source).model
     theirs = {name: np.asarray(x) for name, x in parameters(nnx.state(other, nnx.Param)).items()}
     report = LoadedWeights([], [], [], [])
     names, rows, old_rows = model.modalities.names, model.table_rows, other.table_rows

@@ -35,6 +35,11 @@ def closest(name: str, allowed: Seq[str]) -> str:
     return f"allowed: {', '.join(allowed) or '(none)'}" + (f". Did you mean {match[0]!r}?" if match else "")
 
 
+def packaged() -> dict[str, Path]:
+    """The trained models in the package: name -> folder."""
+    return {p.parent.name: p.parent for p in sorted(Path(__file__).parent.glob("models/*/config.json"))}
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, of this writer alone, which takes its place when all went well."""

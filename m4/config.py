@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from m4.components import closest, from_json, to_json
+from m4.components import closest, from_json, packaged, to_json
 from m4.data import Dataset
 from m4.losses import Weighting
 from m4.masking import Masking, check_strategies
@@ -26,11 +26,12 @@ class Config:
     """One run. A config file exposes `config`; a variant is `dataclasses.replace(config, ...)`.
 
     datasets: what is read, by weight (the first is also what evaluations score); tokenizers: recipes, in the model's
-    modality order (m4.modality.Recipe); evaluations: directions to score (m4.evals.suite.Direction). batch_size is the
-    global number of examples a step; num_workers processes on each host read and mask them (0: threads).
+    modality order (m4.modality.Recipe); evaluations: directions to score (m4.evals.suite.Direction), each on all of
+    eval_splits, the first also in pictures. batch_size is the global number of examples a step; num_workers processes
+    on each host read and mask them (0: threads).
     micro_batches: parts of a batch that are computed one after the other, for memory; the gradient is the same.
     average_decay: of an exponential moving average of the parameters, which is then what is evaluated (0: none).
-    init_from: a run's folder or a model file whose weights are loaded before the first step.
+    init_from: a run's folder, a model file or a model of the package, whose weights are loaded before the first step.
     keep_last, keep_every: which checkpoints stay. max_skipped: the run stops when so many steps in a row had gradients
     that are not finite. gallery_every: steps between pictures of samples (0: at the end alone); profile: first and last
     step of a profile for TensorBoard or Perfetto (0 0: none); wandb: a project of Weights & Biases.
@@ -45,6 +46,7 @@ class Config:
     loss: Weighting = "modality"
     mesh: MeshConfig = MeshConfig()
     evaluations: tuple[Any, ...] = ()
+    eval_splits: tuple[str, ...] = ("test",)
     num_eval_samples: int = 512
     batch_size: int = 64
     micro_batches: int = 1
@@ -86,17 +88,23 @@ class Config:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay={self.average_decay} must be at least 0 and less than 1")
-        if self.init_from and not Path(self.init_from).exists():
-            beside = sorted(str(p) for p in Path(self.init_from).parent.glob("*"))
+        if self.init_from and not Path(self.init_from).exists() and self.init_from not in packaged():
+            beside = [*sorted(str(p) for p in Path(self.init_from).parent.glob("*")), *packaged()]
             raise ValueError(f"init_from={self.init_from!r} is not there; {closest(self.init_from, beside)}")
         if not 0 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile={self.profile} must be the first and the last step, in this order")
         if self.gallery_every and not (self.evaluations and self.datasets and self.datasets[0].source is not None):
             raise ValueError("gallery_every needs evaluations, and a first data set with raw examples")
+        if not self.eval_splits or len(set(self.eval_splits)) < len(self.eval_splits):
+            raise ValueError(f"eval_splits={self.eval_splits} must be different names, at least one")
         self.masking.check(self.modalities)
         labels = [d.label for d in self.datasets]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"a run needs data sets of different names, and has {labels}; set Dataset(name=...)")
+        known = getattr(self.datasets[0].source, "splits", ())
+        for split in self.eval_splits if isinstance(known, tuple) and known else ():  # a mapping renames some splits
+            if split not in known:
+                raise ValueError(f"eval_splits: {labels[0]} has no split {split!r}; {closest(split, known)}")
         for dataset in self.datasets:
             check_strategies(dataset.strategies or self.masking.strategies, self.modalities)
 
@@ -109,6 +117,7 @@ FREE_TO_CHANGE = (
     "data_dir",
     "mesh",
     "evaluations",
+    "eval_splits",
     "num_eval_samples",
     "num_workers",
     "micro_batches",

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,14 +175,14 @@ def abstract(model_config: Any, modalities: Modalities) -> Model:
     return nnx.eval_shape(lambda: Model(model_config, modalities, rngs=nnx.Rngs(0)))
 
 
-def save_model(model: Model, path: str | Path) -> None:
-    """Writes the model's parameters in their dtypes, its config and its modalities."""
+def save_model(model: Model, path: str | Path, *, dtype: str = "", metadata: Mapping[str, str] = {}) -> None:
+    """Writes the model's parameters in `dtype` (a name of DTYPES, "" = their own), its config and its modalities."""
     arrays = parameters(nnx.state(model, nnx.Param))
-    shapes = {name: (DTYPE_NAMES[x.dtype], x.shape) for name, x in arrays.items()}
+    shapes = {name: (dtype or DTYPE_NAMES[x.dtype], x.shape) for name, x in arrays.items()}
     write(
         Path(path),
-        make_header(shapes, describe(model.config, model.modalities)),
-        ([jax.device_get(x)] for x in arrays.values()),
+        make_header(shapes, {**describe(model.config, model.modalities), **metadata}),
+        ([jax.device_get(x).astype(DTYPES[shapes[name][0]])] for name, x in arrays.items()),
     )
 
 

@@ -35,25 +35,12 @@ from m4.checkpoints import load_run
 from m4.components import closest
 from m4.modality import Features, Grid, Modalities, Modality, Sequence, Tokenizer
 from m4.model import Model
-from m4.sampling import ROAR, Autoregressive, Generated, Guidance, MaskGIT, Prompt, Replay, Scheme
+from m4.sampling import ROAR, Autoregressive, Generated, Guidance, MaskGIT, Prompt, Replay, Scheme, Stage
 from m4.sharding import MeshConfig
 from m4.tokens import Tokens, pad
 
 MASK = "[MASK]"  # in a text: any number of words that are to be generated
 BUCKET = 16  # prompts are padded to a multiple of so many tokens, for other lengths to find them compiled
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One target (a signal or an exact modality name) and how to generate it.
-
-    `ensemble`: so many samples of each row are averaged by the target's tokenizer (dense outputs: depth, pictures).
-    """
-
-    target: str
-    scheme: Any
-    guidance: Guidance | None = None
-    ensemble: int = 1
 
 
 def keep_compiled() -> None:

@@ -595,3 +595,16 @@ class Autoregressive(Sampling):
         )
         steps = jnp.broadcast_to(jnp.arange(length), (batch, length))
         return Generated(end["ids"], end["log_probability"], steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One target (a signal or an exact modality name) and how to generate it.
+
+    `ensemble`: so many samples of each row are averaged by the target's tokenizer (dense outputs: depth, pictures).
+    """
+
+    target: str
+    scheme: Any
+    guidance: Guidance | None = None
+    ensemble: int = 1

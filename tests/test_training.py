@@ -15,8 +15,9 @@ import pytest
 from conftest import ROOT, command, environment, run
 from flax import nnx
 
-from m4 import losses, sharding
-from m4.checkpoints import Checkpoints, load_run
+from m4 import checkpoints, losses, sharding
+from m4.checkpoints import Checkpoints, export, load_run
+from m4.components import packaged, tokenizer_hash
 from m4.model import Model
 from m4.step import TrainState
 
@@ -50,10 +51,11 @@ def test_a_run_leaves_what_the_readme_says(whole_run):
     stems = {p.stem for p in (whole_run / "tokenizers").iterdir()}
     assert stems == {"rgb", "rgb_pixels", "depth", "caption", "boxes"}
     scores = json.loads((whole_run / "metrics.json").read_text())
-    assert set(scores) == {"rgb_to_depth", "rgb_to_caption", "rgb_to_boxes", "caption_to_rgb", "depth_to_rgb"}
-    for score in scores.values():
+    directions = {"rgb_to_depth", "rgb_to_caption", "rgb_to_boxes", "caption_to_rgb", "depth_to_rgb"}
+    assert set(scores) == directions | {f"{name}_heldout" for name in directions}
+    for name, score in scores.items():
         assert {"value", "baseline", "bound", "normalised", "metric", "num_samples"} <= set(score)
-        assert score["num_samples"] == 12
+        assert score["num_samples"] == (8 if name.endswith("_heldout") else 12)
     assert [line["step"] for line in logged(whole_run)] == list(range(1, NUM_STEPS + 1))
 
 
@@ -128,6 +130,8 @@ def test_gradients_that_stay_not_finite_end_the_run(data_dir, tmp_path):
         (["--profile", "9", "3"], "must be the first and the last step"),
         (["--init-from", "runs/nothing"], "runs/nothing"),
         (["--datasets.0.source.variant", "simpel"], "simple"),
+        (["--eval-splits", "test", "helduot"], "Did you mean 'heldout'"),
+        (["--eval-splits", "test", "test"], "must be different names"),
     ],
 )
 def test_bad_config_is_named_before_compute(args, message, tmp_path):
@@ -153,6 +157,30 @@ def test_missing_config_names_the_closest():
         text=True,
     )
     assert done.returncode != 0 and "configs/quickstart.py" in done.stderr
+
+
+def test_an_exported_model_is_the_run_rounded(whole_run, tmp_path, monkeypatch):
+    """By its folder, or by its name once it lies in the package; another name is refused with the closest."""
+    export(whole_run, tmp_path / "tiny")
+    given, exported = load_run(whole_run), load_run(tmp_path / "tiny")
+    assert exported.step == given.step == NUM_STEPS and exported.config.workdir == ""
+    for a, b in zip(final_arrays(whole_run), final_arrays(tmp_path / "tiny"), strict=True):
+        assert b.dtype == np.float32
+        np.testing.assert_array_equal(a.astype(jax.numpy.bfloat16).astype(np.float32), b)
+    for name, tokenizer in given.tokenizers.items():
+        assert tokenizer_hash(exported.tokenizers[name]) == tokenizer_hash(tokenizer)
+    assert (tmp_path / "tiny" / "metrics.json").read_bytes() == (whole_run / "metrics.json").read_bytes()
+    monkeypatch.setattr(checkpoints, "packaged", lambda: {"tiny": tmp_path / "tiny"})
+    assert load_run("tiny").step == NUM_STEPS
+    with pytest.raises(ValueError, match="Did you mean 'tiny'"):
+        load_run("tinny")
+
+
+def test_models_of_the_package_load_and_are_small():
+    for name, folder in packaged().items():
+        assert sum(p.stat().st_size for p in folder.rglob("*")) <= 20e6
+        run = load_run(name)
+        assert run.config.workdir == "" and set(run.tokenizers) == set(run.model.modalities.names)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; run as another user")

@@ -31,5 +31,6 @@ config = dataclasses.replace(
     num_steps=100,
     log_every=1,
     save_every=4,
+    eval_splits=("test", "heldout"),
     num_eval_samples=12,
 )

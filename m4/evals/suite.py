@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from m4.checkpoints import load_run
-from m4.components import write_atomically
-from m4.sampler import Sampler, Stage
+from m4.components import to_json, write_atomically
+from m4.sampler import Sampler
+from m4.sampling import Guidance, Stage
 
 NUM_BASELINE = 2000  # training examples that the trivial baselines see
 
@@ -38,25 +39,39 @@ class Measure(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Direction:
-    """One conditional task: input signals -> target signal by `scheme`, scored by `measure`."""
+    """One conditional task: input signals -> target signal by `scheme`, scored by `measure`.
+
+    `guidance`: of the target's stage. `through`: what is generated on the way, from the inputs alone, for the target
+    to see (a layout before a picture).
+    """
 
     name: str
     inputs: tuple[str, ...]
     target: str
     scheme: Any
     measure: Any
+    guidance: Guidance | None = None
+    through: tuple[Stage, ...] = ()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return *self.through, Stage(target=self.target, scheme=self.scheme, guidance=self.guidance)
 
 
 def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Scores the run in `workdir` on its test split; writes metrics.json and gallery.png into `out` (default: workdir).
+    """Scores a trained model (see `load_run`); writes metrics.json and gallery.png into `out` (default: `workdir`).
 
-    Returns at once when both are there and were made from the same checkpoint and config.
+    The first split of `eval_splits` gives DIRECTION and the pictures, each further one DIRECTION_SPLIT. Returns at once
+    when both files are there and were made from the same checkpoint and config.
     """
     workdir = Path(workdir)
     out = Path(out or workdir)
     run = load_run(workdir)
     config = run.config
-    made_from = {"step": run.step, "seed": seed, "num_samples": config.num_eval_samples}
+    made_from = {
+        "step": run.step, "seed": seed, "num_samples": config.num_eval_samples, "splits": list(config.eval_splits),
+        "directions": to_json(config.evaluations),
+    }  # fmt: skip
     if not config.evaluations:
         raise ValueError(f"the config of {workdir} names no evaluations")
     stamp = out / ".evaluated.json"
@@ -69,20 +84,26 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
     if source is None:
         raise ValueError(f"evaluation needs raw examples, and {config.datasets[0].label} has token shards only")
     source.prepare(config.data_dir)
-    examples = _head(source.split("test", config.data_dir), config.num_eval_samples, "test examples")
+    splits = {
+        name: _head(source.split(name, config.data_dir), config.num_eval_samples, f"{name} examples")
+        for name in config.eval_splits
+    }
     train = _head(source.split("train", config.data_dir), NUM_BASELINE, "training examples (baselines)")
     sampler = Sampler(run.model, run.tokenizers)
+    first, *_ = splits
     results, predictions = {}, {}
     for direction in config.evaluations:
-        progress = lambda batches, d=direction: tqdm(batches, desc=d.name, unit="batch", file=sys.stdout, mininterval=1)  # noqa: E731
-        inputs = {name: [e[name] for e in examples] for name in direction.inputs}
-        stage = Stage(target=direction.target, scheme=direction.scheme)
-        predictions[direction.name] = sampler(inputs, [stage], seed=seed, progress=progress)[direction.target]
-        tokenizer = sampler.tokenizers[sampler.modalities.as_target(direction.target).name]
-        rebuilt = tokenizer.decode(tokenizer.encode([e[direction.target] for e in examples]))
-        results[direction.name] = _result(direction.measure, predictions[direction.name], rebuilt, train, examples)
+        for split, examples in splits.items():
+            key = direction.name if split == first else f"{direction.name}_{split}"
+            progress = lambda batches, k=key: tqdm(batches, desc=k, unit="batch", file=sys.stdout, mininterval=1)  # noqa: E731
+            inputs = {name: [e[name] for e in examples] for name in direction.inputs}
+            made = sampler(inputs, direction.stages, seed=seed, progress=progress)[direction.target]
+            tokenizer = sampler.tokenizers[sampler.modalities.as_target(direction.target).name]
+            rebuilt = tokenizer.decode(tokenizer.encode([e[direction.target] for e in examples]))
+            results[key] = _result(direction.measure, made, rebuilt, train, examples)
+            predictions.setdefault(direction.name, made)
     out.mkdir(parents=True, exist_ok=True)
-    picture = gallery(examples, predictions, config.evaluations, sampler)
+    picture = gallery(splits[first], predictions, config.evaluations, sampler)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "png")
     write_atomically(out / "gallery.png", buffer.getvalue())
@@ -98,9 +119,7 @@ def sample_gallery(config: Any, model: Any, tokenizers: Mapping[str, Any], step:
     split = source.split("validation", config.data_dir)
     examples = [split[i] for i in range(min(count, len(split)))]
     predictions = {
-        d.name: sampler(
-            {name: [e[name] for e in examples] for name in d.inputs}, [Stage(target=d.target, scheme=d.scheme)], seed=0
-        )[d.target]
+        d.name: sampler({name: [e[name] for e in examples] for name in d.inputs}, d.stages, seed=0)[d.target]
         for d in config.evaluations
     }
     picture = gallery(examples, predictions, config.evaluations, sampler, rows=count)
@@ -134,12 +153,13 @@ def _result(measure: Measure, predictions, rebuilt, train, examples) -> dict[str
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    rows = [f"{'direction':<16}{'value':>8}{'baseline':>10}{'bound':>8}{'normalised':>12}{'shuffled':>10}  metric"]
+    width = max(16, 2 + max(map(len, results)))
+    rows = [f"{'direction':<{width}}{'value':>8}{'baseline':>10}{'bound':>8}{'normalised':>12}{'shuffled':>10}  metric"]
     for name, r in results.items():
         figures = (
             f"{r['value']:>8.3f}{r['baseline']:>10.3f}{r['bound']:>8.3f}{r['normalised']:>12.3f}{r['shuffled']:>10.3f}"
         )
-        rows.append(f"{name:<16}{figures}  {r['metric']} ({r['num_samples']} samples)")
+        rows.append(f"{name:<{width}}{figures}  {r['metric']} ({r['num_samples']} samples)")
     return "\n".join(rows)
 
 

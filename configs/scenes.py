@@ -1,0 +1,100 @@
+"""The model in the package: any-to-any on the full scenes (8 colours, 4 shapes, 2 materials, up to 4 objects)."""
+
+from m4.config import Config
+from m4.data import Dataset
+from m4.datasets.scenes import Scenes
+from m4.evals.attributes import CaptionAttributes, ForegroundOverlap, ObjectColours
+from m4.evals.boxes import BoxAccuracy
+from m4.evals.depth import DepthAccuracy
+from m4.evals.suite import Direction
+from m4.masking import Masking, Strategy
+from m4.model import ModelConfig
+from m4.optim import OptimizerConfig
+from m4.sampling import Autoregressive, MaskGIT
+from m4_tokenizers.boxes import BoxRecipe
+from m4_tokenizers.depth import DepthRecipe
+from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.networks import PatchEncoder
+from m4_tokenizers.quantizers import LearnedVectorQuantizer
+from m4_tokenizers.text import TextRecipe
+
+rgb = {"rgb_tokens": 1.0}
+# Many times what a Dirichlet split would give the others: the whole of it goes in first, in this proportion.
+told = {"caption": 1500.0, "boxes": 1000.0}
+said = {"depth_tokens": 1.0, "caption": 3.0, "boxes": 2.0}
+strategies = (
+    # Look at a picture, say all there is to say; its tokens, too, for them to learn what they look like.
+    Strategy(weight=0.3, inputs={"rgb_pixels": 1.0}, targets={**said, **rgb}),
+    Strategy(weight=0.05, inputs=rgb, targets=said),
+    # Lay out a caption, or draw it at once; draw a caption whose layout is known; finish such a drawing.
+    Strategy(weight=0.25, inputs={"caption": 1.0}, targets={"boxes": 1.0, **rgb}, keep="all"),
+    Strategy(weight=0.1, inputs=told, targets=rgb, keep="all"),
+    Strategy(weight=0.12, inputs={**told, **rgb}, targets=rgb, keep="all", input_share=(0.65, 1.0)),
+    # Paint a depth map; finish the painting; finish a picture of which nothing else is known.
+    Strategy(weight=0.1, inputs={"depth_tokens": 1000.0, **rgb}, targets=rgb),
+    Strategy(weight=0.05, inputs={"depth_tokens": 1.0, **rgb}, targets=rgb, input_share=(0.5, 1.0)),
+    Strategy(weight=0.03, inputs=rgb, targets=rgb, input_share=(0.0, 0.7)),
+)
+
+config = Config(
+    name="scenes",
+    datasets=(Dataset(source=Scenes(variant="full", num_train=40_000)),),
+    tokenizers=(
+        PixelPatchesRecipe(),
+        ImageRecipe(
+            encoder=PatchEncoder(num_blocks=0), quantizer=LearnedVectorQuantizer(num_codes=512), num_steps=1500
+        ),
+        DepthRecipe(encoder=PatchEncoder(num_blocks=0), num_steps=300),
+        TextRecipe(max_length=40),
+        BoxRecipe(),
+    ),
+    masking=Masking(num_inputs=72, num_targets=48, strategies=strategies),
+    model=ModelConfig(
+        width=192,
+        num_heads=3,
+        hidden=512,
+        encoder_depth=3,
+        decoder_depth=3,
+        mimetic_init=True,
+        embedding_scale=14.0,
+        unroll=3,
+        position_base=30.0,
+    ),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
+    loss="token",
+    average_decay=0.995,
+    batch_size=64,
+    num_steps=4000,
+    keep_every=1000,
+    evaluations=(
+        Direction(
+            name="rgb_to_depth",
+            inputs=("rgb",),
+            target="depth",
+            scheme=MaskGIT(steps=1, temperature=0),
+            measure=DepthAccuracy(),
+        ),
+        Direction(
+            name="rgb_to_caption",
+            inputs=("rgb",),
+            target="caption",
+            scheme=Autoregressive(),
+            measure=CaptionAttributes(),
+        ),
+        Direction(name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), measure=BoxAccuracy()),
+        Direction(
+            name="caption_to_rgb",
+            inputs=("caption",),
+            target="rgb",
+            scheme=MaskGIT(steps=8, temperature=0.7, choice_temperature=1000.0),
+            measure=ObjectColours(),
+        ),
+        Direction(
+            name="depth_to_rgb",
+            inputs=("depth",),
+            target="rgb",
+            scheme=MaskGIT(steps=6, temperature=0.5),
+            measure=ForegroundOverlap(),
+        ),
+    ),
+)
