@@ -76,7 +76,7 @@ def test_every_config_holds_together(path, monkeypatch):
 
 LAYERS = [
     ["components", "modality", "tokens", "workers"],
-    ["masking", "nn"],
+    ["masking", "nn", "kernels"],
     ["model"],
     ["losses", "fourm", "model_file"],
     ["convert"],
@@ -85,9 +85,10 @@ LAYERS = [
     ["pretokenize"],
     ["checkpoints", "metrics"],
     ["sampling"],
+    ["sampler"],
     ["datasets", "evals"],
     ["config"],
-    ["overview", "plan"],
+    ["overview", "plan", "generate", "demo"],
     ["__main__"],
 ]
 
