@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     if failed:
         lines = "".join(f"{name}\t{message}\n" for name, message in failed.items())
         write_atomically(out / "failed.tsv", lines.encode())
-    if tiles:
+    if len(rows) > 1 and tiles:
         buffer = io.BytesIO()
         Image.fromarray(contact_sheet(tiles)).save(buffer, "png")
         write_atomically(out / "sheet.png", buffer.getvalue())

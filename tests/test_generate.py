@@ -135,7 +135,6 @@ def test_plans_editing_guidance_and_streams(whole_run, tmp_path):
         (["caption=" + "large red cube " * 60], ["rgb"], "longer than the allowed"),
         (["rgb=EMPTY"], ["depth"], "empty folder"),
         (["caption=a [MASK] cube"], ["depth"], "is no target"),
-        (["caption=a cube"], ["caption", "boxes", "--ensemble", "2"], "already given"),
         (["caption=a cube"], ["boxes", "--ensemble", "2"], "--ensemble fits no target of boxes"),
         (["caption=a cube"], ["depth", "--top-p", "1.5"], "top_p within (0, 1]"),
         (["caption=a cube"], ["depth", "--steps", "0"], "steps must be at least 1"),
