@@ -10,7 +10,7 @@ from m4.evals.suite import Direction
 from m4.masking import Masking, Strategy
 from m4.model import ModelConfig
 from m4.optim import OptimizerConfig
-from m4.sampling import Autoregressive, MaskGIT
+from m4.sampling import Autoregressive, MaskGIT, Stage
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
@@ -66,6 +66,7 @@ config = Config(
     batch_size=64,
     num_steps=4000,
     keep_every=1000,
+    eval_splits=("test", "heldout"),
     evaluations=(
         Direction(
             name="rgb_to_depth",
@@ -85,15 +86,16 @@ config = Config(
         Direction(
             name="caption_to_rgb",
             inputs=("caption",),
+            through=(Stage(target="boxes", scheme=Autoregressive(temperature=1.0, top_p=0.9)),),
             target="rgb",
-            scheme=MaskGIT(steps=8, temperature=0.7, choice_temperature=1000.0),
+            scheme=MaskGIT(steps=8, temperature=0.3, choice_temperature=1000.0),
             measure=ObjectColours(),
         ),
         Direction(
             name="depth_to_rgb",
             inputs=("depth",),
             target="rgb",
-            scheme=MaskGIT(steps=6, temperature=0.5),
+            scheme=MaskGIT(steps=4, temperature=0.3, choice_temperature=1000.0),
             measure=ForegroundOverlap(),
         ),
     ),
