@@ -29,7 +29,7 @@ from m4.sampling import ROAR, Autoregressive, Guidance, MaskGIT
 SETTINGS = {
     "caption64": ("caption", Autoregressive(max_length=63)),
     "caption256": ("caption", Autoregressive(max_length=255)),
-    "maskgit8": ("tok_rgb@224", MaskGIT(steps=8)),
+    "maskgit8": ("tok_rgb@224", MaskGIT(steps=8, schedule="cosine")),
     "roar49": ("tok_rgb@224", ROAR(steps=49)),
 }
 

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--scheme", choices=["maskgit", "roar"], help="of grids (default: maskgit)")
     parser.add_argument("--steps", type=int, help="of grids")
-    parser.add_argument("--schedule", choices=["cosine", "linear"], help="tokens by step")
+    parser.add_argument("--schedule", choices=["maskgit", "cosine", "linear"], help="tokens by step")
     parser.add_argument("--temperature", type=float, help="0: the most likely token")
     parser.add_argument("--top-k", type=float, help="draw among the k most likely tokens; below 1: a share of all")
     parser.add_argument("--top-p", type=float, help="draw among the tokens that hold this probability")

@@ -249,12 +249,20 @@ class Scheme(Protocol):
     ) -> Generated: ...  # fmt: skip
 
 
-def token_schedule(kind: Literal["cosine", "linear"], num_steps: int, num_tokens: int) -> Int[np.ndarray, " S"]:
-    """Tokens that each step decodes, in all `num_tokens`, as 4M counts them.
+Schedule = Literal["maskgit", "cosine", "linear"]
 
-    "cosine": few at first and few at last, by half a wave; a step may have none. "linear": equally many; steps that
-    would have none are left out.
+
+def token_schedule(kind: Schedule, num_steps: int, num_tokens: int) -> Int[np.ndarray, " S"]:
+    """Tokens that each step decodes, in all `num_tokens`.
+
+    "maskgit": ever more, by a quarter of a wave, each step at least one (Chang et al. 2022, section 3.3). As 4M counts
+    them, "cosine": few at first and few at last, by half a wave; a step may have none. "linear": equally many; steps
+    that would have none are left out.
     """
+    if kind == "maskgit":
+        steps = np.arange(1, num_steps + 1)
+        known = np.floor(num_tokens * (1 - np.cos(np.pi / 2 * steps / num_steps)) + 1e-6).astype(int)
+        return np.diff(np.append(np.maximum(known, steps)[:-1], num_tokens), prepend=0)
     if kind == "linear":
         counts = np.sort(np.diff(np.linspace(0, num_tokens, num_steps + 1, dtype=int)))[::-1]
         return counts[counts > 0]
@@ -286,7 +294,7 @@ class _Parallel(Sampling):
     """A grid in several steps, each of which decodes some of its tokens; see MaskGIT and ROAR."""
 
     steps: int = 8
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Schedule = "maskgit"
     temperature_schedule: Literal["constant", "linear", "power"] = "constant"
     final_temperature: float = 0.0
     temperature_power: float = 0.5
@@ -300,7 +308,7 @@ class _Parallel(Sampling):
             )
         if not isinstance(self.steps, int) or self.steps < 1 or not 0 <= self.final_temperature < math.inf:
             raise ValueError(f"{self}: steps must be at least 1 and final_temperature at least 0")
-        _check_choice(self, "schedule", ("cosine", "linear"))
+        _check_choice(self, "schedule", ("maskgit", "cosine", "linear"))
         _check_choice(self, "temperature_schedule", ("constant", "linear", "power"))
 
     def counts(self, num_open: int) -> Int[np.ndarray, " S"]:
@@ -454,7 +462,7 @@ class ROAR(_Parallel):
     Only these are computed, so that many steps are cheap; with as many steps as tokens each sees all before it.
     """
 
-    schedule: Literal["cosine", "linear"] = "linear"
+    schedule: Schedule = "linear"
 
 
 class Grammar(NamedTuple):

@@ -109,7 +109,7 @@ def test_schedules_equal_the_original():
         np.testing.assert_allclose(temperatures("power", counts, first, last, power), values, rtol=1e-12)
 
 
-@given(st.sampled_from(["cosine", "linear"]), st.integers(1, 200), st.integers(1, 800))
+@given(st.sampled_from(["maskgit", "cosine", "linear"]), st.integers(1, 200), st.integers(1, 800))
 def test_every_schedule_decodes_every_token_once(kind, steps, total):
     counts = token_schedule(kind, min(steps, total), total)
     assert counts.sum() == total and counts.min() >= 0 and len(counts) == min(steps, total)
