@@ -58,7 +58,8 @@ def main(c) -> None:
     )
     peak, source = flops.peak_flops(jax.local_devices()[0], c.model.dtype)
     print(
-        f"{trainer.num_parameters:,} parameters; mesh {dict(mesh.shape)} of {jax.process_count()} process(es)\n"
+        f"{trainer.num_parameters:,} parameters, {trainer.num_trained:,} of them trained; "
+        f"mesh {dict(mesh.shape)} of {jax.process_count()} process(es)\n"
         f"model FLOPs per step {flops_per_step:.3g}; peak {peak * mesh.size:.3g} FLOP/s ({source})",
         flush=True,
     )

@@ -14,7 +14,7 @@ import tyro
 from m4.components import closest, from_json, packaged, to_json
 from m4.data import Dataset
 from m4.losses import Weighting
-from m4.masking import Masking, check_strategies
+from m4.masking import Masking
 from m4.modality import Modalities
 from m4.model import ModelConfig
 from m4.optim import OptimizerConfig
@@ -106,7 +106,7 @@ class Config:
             if split not in known:
                 raise ValueError(f"eval_splits: {labels[0]} has no split {split!r}; {closest(split, known)}")
         for dataset in self.datasets:
-            check_strategies(dataset.strategies or self.masking.strategies, self.modalities)
+            dataset.check(self.masking, self.modalities)
 
 
 # What may differ between a run's config.json and the config that it is resumed with.

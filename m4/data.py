@@ -30,9 +30,10 @@ import numpy as np
 import safetensors.numpy
 
 from m4.components import closest, fingerprint
-from m4.masking import Masking, Strategy
+from m4.masking import Masking, Strategy, check_strategies
 from m4.modality import Modalities
-from m4.tokens import MaskedBatch
+from m4.shots import ShotMasking
+from m4.tokens import MaskedBatch, interleave
 from m4.workers import leave_with_parent
 
 VERSION = 2  # of token shards: raised whenever the same data and tokenizers give others
@@ -63,6 +64,7 @@ class Dataset:
     weight: share of this data set in the stream, relative to the others'. strategies: its own mixture of masking
     strategies (default: those of the config's masking). crops: aligned random crops, m4.datasets.crops.Crops.
     skip_bad: the greatest share of examples that pre-tokenization may skip because they cannot be read (0: none).
+    shots: its examples are those of episodes, one after the other, and are masked so (then `strategies` are not used).
     name: default the source's class, or the folder.
     """
 
@@ -72,6 +74,7 @@ class Dataset:
     strategies: tuple[Strategy, ...] = ()
     crops: Any = None
     skip_bad: float = 0.0
+    shots: ShotMasking | None = None
     name: str = ""
 
     def __post_init__(self):
@@ -83,6 +86,14 @@ class Dataset:
             raise ValueError(f"data set {self.label}: skip_bad={self.skip_bad} must be at least 0 and less than 1")
         if self.tokens and self.crops:
             raise ValueError(f"data set {self.label}: token shards cannot be cropped; pretokenize again with crops")
+        if self.shots and (self.skip_bad or self.strategies):
+            raise ValueError(f"data set {self.label}: episodes take neither skip_bad nor strategies")
+
+    def check(self, masking: Masking, modalities: Modalities) -> None:
+        if self.shots:
+            self.shots.check(modalities)
+        else:
+            check_strategies(self.strategies or masking.strategies, modalities)
 
     @property
     def label(self) -> str:
@@ -140,6 +151,25 @@ class TokenShards:
 
 
 @dataclasses.dataclass(frozen=True)
+class Episodes:
+    """Records by episode: `size` consecutive ones."""
+
+    records: Seq[dict[str, np.ndarray]]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.records) // self.size
+
+    def __getitem__(self, index: int) -> list[dict[str, np.ndarray]]:
+        return [self.records[i] for i in range(index * self.size, (index + 1) * self.size)]
+
+
+def by_example(shards: Seq[TokenShards], datasets: Seq[Dataset]) -> list[Seq[Any]]:
+    """What is masked at once: a record, or an episode."""
+    return [Episodes(s, d.shots.num_records) if d.shots else s for s, d in zip(shards, datasets, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Numbered:
     """Records that know which data set they are of."""
 
@@ -172,19 +202,31 @@ class Mask:
     """Examples of the stream -> MaskedBatch."""
 
     masking: Masking
-    strategies: tuple[tuple[Strategy, ...], ...]  # of each data set
+    datasets: tuple[Dataset, ...]
     modalities: Modalities
     seed: int
 
-    def __call__(self, batch: Seq[tuple[int, tuple[int, dict[str, np.ndarray]]]]) -> MaskedBatch:
+    def __call__(self, batch: Seq[tuple[int, tuple[int, Any]]]) -> MaskedBatch:
         keys = np.array([(self.seed, index) for index, _ in batch], np.uint64)
-        strategies = [self.strategies[dataset] for _, (dataset, _) in batch]
-        return self.masking([example for _, (_, example) in batch], self.modalities, keys, strategies)
+        of, examples = [self.datasets[dataset] for _, (dataset, _) in batch], [example for _, (_, example) in batch]
+        masking, parts = self.masking, []
+        for shots in dict.fromkeys(d.shots for d in of):
+            rows = [i for i, d in enumerate(of) if d.shots == shots]
+            part = [examples[i] for i in rows]
+            if shots:
+                made = shots.batch(part, self.modalities, keys[rows], masking.num_inputs, masking.num_targets)
+            else:
+                made = masking(
+                    part, self.modalities, keys[rows], [of[i].strategies or masking.strategies for i in rows]
+                )
+            parts.append((rows, made))
+        num_vectors = masking.num_inputs if any(d.shots for d in self.datasets) else 0
+        return interleave(parts, num_vectors)
 
 
 def check_served(shards: TokenShards, dataset: Dataset, masking: Masking, modalities: Modalities) -> None:
     """ValueError if some examples have a set of modalities of which no masking strategy can make use."""
-    for group in shards.manifest["sets"]:
+    for group in shards.manifest["sets"] if not dataset.shots else ():
         names = [name for name in modalities.names if name in group["modalities"]]
         if not any(s.fits(names) for s in dataset.strategies or masking.strategies):
             raise ValueError(
@@ -215,8 +257,9 @@ class Stream:
         num_workers: int = 0,
         place: Callable[[MaskedBatch], Any] = lambda batch: batch,
     ):
-        if sum(map(len, shards)) < batch_size:
-            raise ValueError(f"{sum(map(len, shards))} examples are fewer than one batch of {batch_size}")
+        read = by_example(shards, datasets)
+        if sum(map(len, read)) < batch_size:
+            raise ValueError(f"{sum(map(len, read))} examples are fewer than one batch of {batch_size}")
         if batch_size % process_count:
             raise ValueError(f"batch_size={batch_size} must be a multiple of the number of processes, {process_count}")
         self.batch_size, self.share = batch_size, (process_index, process_count)
@@ -224,8 +267,8 @@ class Stream:
         for part, dataset in zip(shards, datasets, strict=True):
             check_served(part, dataset, masking, modalities)
         self.identity = fingerprint([seed, *([p.contents, d.weight] for p, d in zip(shards, datasets, strict=True))])
-        self.mask = Mask(masking, tuple(d.strategies or masking.strategies for d in datasets), modalities, seed)
-        self.examples = examples(shards, [d.weight for d in datasets], seed=seed)
+        self.mask = Mask(masking, tuple(datasets), modalities, seed)
+        self.examples = examples(read, [d.weight for d in datasets], seed=seed)
         self.next_example = 0
         self._batches, self._thread, self._pending = None, None, deque()
 

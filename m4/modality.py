@@ -48,7 +48,8 @@ class Sequence:
     Masked spans are replaced by the sentinels first_sentinel, first_sentinel + 1, ... (T5, Raffel et al. 2020,
     section 3.1.4; 4M, Mizrahi et al. 2023, section 2.2). Targets may be two tokens longer than the sequence: they
     open and close with a sentinel. A chunk is masked whole: it begins at a token within `chunk_ids` (first, last + 1),
-    or at [EOS]; (0, 0): every token is a chunk.
+    or at [EOS]; (0, 0): every token is a chunk. Of `num_declarations` ids from `first_declaration` on, the
+    first stands before an answer, and number i for image i of an in-context example (m4.shots).
     """
 
     name: str
@@ -61,6 +62,8 @@ class Sequence:
     is_input: bool = True
     is_target: bool = True
     chunk_ids: tuple[int, int] = (0, 0)
+    first_declaration: int = 0
+    num_declarations: int = 0
 
     learned_positions = False
 

@@ -32,10 +32,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from m4.modality import Features, Modalities, Modality, Sequence
 from m4.nn import BATCH, BlockConfig, DecoderBlock, EncoderBlock, LayerNorm, Linear, Visible, cut, lookup
-from m4.tokens import MaskedBatch, Targets, Tokens
+from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, Tokens
 
-STACKS = ("encoder", "decoder")  # parameters whose first axis is the number of the block
-NUM_SHOTS = 17  # the query and up to 16 in-context examples
+STACKS = ("encoder", "decoder", "shot_encoder")  # parameters whose first axis is the number of the block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +54,8 @@ class ModelConfig(BlockConfig):
         them but norms, the MLPs' gates and attention weights.
     unroll: blocks that are compiled as one piece: several are faster on CPU (fewer copies), and take more memory and
         longer to compile.
+    shot_depth: blocks that read the in-context examples before the encoder does: a light module to train beside a
+        frozen model (`OptimizerConfig.train`), after Chen et al. 2023 (M2IXT, section 3).
     encoder_drop_path, decoder_drop_path: stochastic depth in training, from 0 in the first block to this in the last.
     """
 
@@ -65,6 +66,7 @@ class ModelConfig(BlockConfig):
     embedding_scale: float = 1.0
     position_base: float = 10_000.0
     num_registers: int = 0
+    shot_depth: int = 0
     decoder_within_modality: bool = True
     decoder_causal: bool = False
     encoder_drop_path: float = 0.0
@@ -202,6 +204,8 @@ class Model(nnx.Module):
         self.context_projection = Linear(c.width, c.width, bias=True, rngs=rngs)
         self.decoder = stack(DecoderBlock, c, c.decoder_depth, rngs)
         self.decoder_norm = LayerNorm(c)
+        self.shot_encoder = stack(EncoderBlock, c, c.shot_depth, rngs) if c.shot_depth else None
+        self.shot_encoder_embedding = table(NUM_SHOTS) if c.shot_depth else None
 
     def __call__(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> Float[Array, "B M D"]:
         """Hidden vectors of all targets. A key turns stochastic depth on."""
@@ -260,7 +264,16 @@ class Model(nnx.Module):
     def encode(self, inputs: Tokens, features: dict, key: PRNGKeyArray | None = None) -> Float[Array, "B C D"]:
         """What the decoder reads of the inputs."""
         address = self.input_address(inputs)
-        return self.encode_embedded(self.input_content(inputs, features) + address, address, inputs.valid, key)
+        x = self.read_shots(self.input_content(inputs, features) + address, inputs)
+        return self.encode_embedded(x, address, inputs.valid, key)
+
+    def read_shots(self, x: Float[Array, "B N D"], inputs: Tokens) -> Float[Array, "B N D"]:
+        """Tokens of in-context examples as the shot encoder hands them on; the others as they are."""
+        if self.shot_encoder is None:
+            return x
+        is_shot = inputs.valid & (inputs.shot > 0)
+        y = x + self.shot_encoder_embedding[...][inputs.shot]
+        return jnp.where(is_shot[..., None], self._run(self.shot_encoder, y, None, Visible.keys(is_shot)), x)
 
     def encode_embedded(self, x: Float[Array, "B N D"], address: Float[Array, "B N D"], valid: Array, key=None):
         """`encode` of inputs whose content + address is x."""
@@ -294,7 +307,7 @@ class Model(nnx.Module):
 
     def unstack(self) -> None:
         """Takes the stacks of blocks apart, once for many passes: a scan would copy each block's parameters in each."""
-        for name in STACKS:
+        for name in [name for name in STACKS if getattr(self, name) is not None]:
             graph, params = nnx.split(getattr(self, name), nnx.Param)
             depth = jax.tree.leaves(params)[0].shape[0]
             blocks = (nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], params)) for i in range(depth))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from m4.components import write_atomically
 from m4.config import Config
-from m4.data import Mask, Stream, examples
+from m4.data import Mask, Stream, by_example, examples
 from m4.modality import Features, Grid, Modality, Sequence, Tokenizer
 from m4.pretokenize import prepare
 from m4.tokens import MaskedBatch
@@ -30,9 +30,8 @@ def show(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
     """Prints measures of the first `num_examples` examples of the stream; writes OUT/data.json and OUT/samples.png."""
     prepared = prepare(config.datasets, config.tokenizers, config.data_dir, seed=config.seed)
     shards = prepared.shards("train")
-    stream = examples(shards, [d.weight for d in config.datasets], seed=config.seed)
-    strategies = tuple(d.strategies or config.masking.strategies for d in config.datasets)
-    mask = Mask(config.masking, strategies, config.modalities, config.seed)
+    stream = examples(by_example(shards, config.datasets), [d.weight for d in config.datasets], seed=config.seed)
+    mask = Mask(config.masking, config.datasets, config.modalities, config.seed)
     counts = _Counts(config)
     for start in tqdm(range(0, num_examples, BATCH), desc="masking", unit="batch", mininterval=1):
         batch = [stream[i] for i in range(start, min(start + BATCH, num_examples))]
@@ -83,7 +82,7 @@ class _Counts:
 
     def add(self, batch, masked: MaskedBatch) -> None:
         dataset = np.array([k for _, (k, _) in batch])
-        lengths = np.array([[len(e[n]) if n in e else 0 for n in self.names] for _, (_, e) in batch])
+        lengths = np.array([[sum(len(r[n]) for r in _records(e) if n in r) for n in self.names] for _, (_, e) in batch])
         self.of_dataset += np.bincount(dataset, minlength=len(self.of_dataset))
         np.add.at(self.present, dataset, lengths > 0)
         np.add.at(self.tokens, dataset, lengths)
@@ -161,6 +160,11 @@ def _print(result: dict[str, Any], config: Config) -> None:
     )
 
 
+def _records(example: Any) -> list[dict[str, np.ndarray]]:
+    """An episode's examples; an ordinary example is one."""
+    return example if isinstance(example, list) else [example]
+
+
 def sheet(batch, masked: MaskedBatch, config: Config, tokenizers: dict[str, Tokenizer]) -> np.ndarray:
     """uint8 picture: rows = examples of all data sets; columns = modalities: the whole above, then input and target."""
     modalities = config.modalities
@@ -173,6 +177,7 @@ def sheet(batch, masked: MaskedBatch, config: Config, tokenizers: dict[str, Toke
     pen.text((3, 3), "below each example: what goes in (blue), what must come out (orange)", fill="black")
     for (row, i), (j, m) in itertools.product(enumerate(shown), enumerate(modalities)):
         dataset, example = batch[i][1]
+        example = _records(example)[-1]  # of an episode: its query
         x, y = left + gap + j * width, header + row * height
         pen.text((x, 18), m.name[:20], fill="black")
         pen.text((3, y), config.datasets[dataset].label[:10], fill="black")

@@ -9,7 +9,6 @@ memory (all that is held, written and read once) and network would each take at 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 import os
 import re
@@ -22,6 +21,7 @@ import numpy as np
 
 from m4 import flops, fourm
 from m4.config import Config
+from m4.data import Mask
 from m4.modality import Features, Grid, Modalities
 from m4.nn import BATCH
 from m4.sharding import check_sizes
@@ -114,10 +114,13 @@ def random_example(modalities: Modalities, rng: np.random.Generator) -> dict[str
 def mean_targets(config: Config, count: int = 256) -> dict[str, float]:
     """Target tokens of each modality in an example, on average over random ones that have all modalities."""
     rng, names = np.random.default_rng(0), config.modalities.names
-    strategies = config.datasets[0].strategies or config.masking.strategies
-    masking = dataclasses.replace(config.masking, strategies=strategies)
-    keys = np.stack([np.zeros(count), np.arange(count)], axis=1).astype(np.uint64)
-    targets = masking([random_example(config.modalities, rng) for _ in range(count)], config.modalities, keys).targets
+    dataset = config.datasets[0]
+    example = lambda: random_example(config.modalities, rng)  # noqa: E731
+    examples = [
+        [example() for _ in range(dataset.shots.num_records)] if dataset.shots else example() for _ in range(count)
+    ]
+    mask = Mask(config.masking, (dataset,), config.modalities, seed=0)
+    targets = mask([(i, (0, e)) for i, e in enumerate(examples)]).targets
     return dict(zip(names, np.bincount(targets.modality[targets.valid], minlength=len(names)) / count, strict=True))
 
 

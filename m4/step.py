@@ -56,6 +56,12 @@ class Trainer:
     def num_parameters(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
 
+    @property
+    def num_trained(self) -> int:
+        params = self.abstract_state.params
+        sizes = jax.tree.map(lambda x, t: x.size * t, params, self.c.optimizer.is_trained(params))
+        return sum(jax.tree.leaves(sizes))
+
     def trained(self, state: TrainState) -> Model:
         """The model to use: its parameters, or their average."""
         return nnx.merge(self._split[0], state.params if state.average is None else state.average)
@@ -118,7 +124,10 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(c.seed), number)
         counts = losses.token_counts(batch.targets, len(c.modalities))
 
+        is_trained = c.optimizer.is_trained(state.params)
+
         def loss_fn(params, part, index):
+            params = jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, is_trained)
             model = nnx.merge(graph, params)
             part = normalized(part, c.modalities)
             hidden = model(part, jax.random.fold_in(key, index))
@@ -146,7 +155,9 @@ class Trainer:
         grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
         updates, optimizer = c.optimizer.make(c.num_steps, keep=~finite).update(grads, state.optimizer, state.params)
         optimizer = jax.tree.map(lambda x, old: x if x.ndim else jnp.where(finite, x, old), optimizer, state.optimizer)
-        params = jax.tree.map(lambda p, u: p + jnp.where(finite, u, 0), state.params, updates)
+        params = jax.tree.map(
+            lambda p, u, t: p + jnp.where(finite, u, 0) if t else p, state.params, updates, is_trained
+        )
         average = state.average
         if average is not None:
             # Short at first, so that the random start is soon forgotten.

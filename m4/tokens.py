@@ -20,6 +20,7 @@ from jaxtyping import Bool, Int, Num
 from m4.modality import Modalities
 
 Array = jax.Array | np.ndarray
+NUM_SHOTS = 17  # addresses: the query, and up to 16 images of in-context examples
 
 
 class Tokens(NamedTuple):
@@ -68,6 +69,23 @@ def pad(rows: list[np.ndarray], length: int) -> np.ndarray:
     return out
 
 
-def concatenate(a: Tokens, b: Tokens) -> Tokens:
-    """Slots of b after slots of a."""
-    return Tokens(*(jax.numpy.concatenate([x, y], axis=-1) for x, y in zip(a, b, strict=True)))
+def interleave(parts: list[tuple[list[int], MaskedBatch]], num_vectors: int = 0) -> MaskedBatch:
+    """One batch of parts, each with the numbers of its rows in it. `num_vectors`: room for features (0: as needed)."""
+    (_, first), size = parts[0], sum(len(rows) for rows, _ in parts)
+
+    def join(arrays, length: int):
+        out = np.zeros((size, length, *arrays[0].shape[2:]), arrays[0].dtype)
+        for (rows, _), x in zip(parts, arrays, strict=True):
+            out[rows, : x.shape[1]] = x
+        return out
+
+    if len(parts) == 1 and all(x.shape[1] == (num_vectors or x.shape[1]) for x in first.features.values()):
+        return first
+    columns = lambda kind: [join(xs, xs[0].shape[1]) for xs in zip(*(getattr(b, kind) for _, b in parts), strict=True)]  # noqa: E731
+    features = {
+        name: join(
+            [b.features[name] for _, b in parts], num_vectors or max(b.features[name].shape[1] for _, b in parts)
+        )
+        for name in first.features
+    }
+    return MaskedBatch(Tokens(*columns("inputs")), Targets(*columns("targets")), features)

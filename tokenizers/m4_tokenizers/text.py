@@ -4,12 +4,14 @@
         [PAD]  [UNK]  [SOS]  [EOS]  [S_0] [S_1] ..  v0=0 .. v0=B-1 v1=0 .. v3=.. [D_0] ..   bytes, words, merges, unused
 
 S sentinels mark masked spans ([S_1] is the first in use, as in 4M), B bins give the four coordinates of a box, and the
-32 [D_i] are left to declare tasks. Hugging Face's model only knows the ids behind the reserved ones: whatever a user
-types, "[EOS]" included, is bytes.
+32 [D_i] declare what text cannot say: [D_0] an answer, [D_i] image i of an in-context example (m4.shots). Hugging
+Face's model only knows the ids behind the reserved ones: whatever a user types, "[EOS]" included, is bytes. A text
+with declarations is a tuple: ("is", 1, "like", 2).
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import textwrap
 import time
@@ -26,6 +28,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m4.modality import Sequence
 
+Text = str | tuple[str | int, ...]
 PAD, UNK, SOS, EOS = range(4)
 NUM_COORDINATES, NUM_DECLARATIONS = 4, 32
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # one printable character for each of the 256 bytes
@@ -57,8 +60,12 @@ class Layout:
         return EOS + 1 + self.num_sentinels
 
     @property
+    def first_declaration(self) -> int:
+        return self.first_coordinate + NUM_COORDINATES * self.num_bins
+
+    @property
     def first_text(self) -> int:
-        return self.first_coordinate + NUM_COORDINATES * self.num_bins + self.num_declarations
+        return self.first_declaration + self.num_declarations
 
 
 def as_sequence(*, name: str, signal: str, vocab_size: int, max_length: int, layout: Layout) -> Sequence:
@@ -70,6 +77,8 @@ def as_sequence(*, name: str, signal: str, vocab_size: int, max_length: int, lay
         first_sentinel=layout.first_sentinel,
         num_sentinels=layout.num_sentinels - 1,
         end_id=EOS,
+        first_declaration=layout.first_declaration if layout.num_declarations else 0,
+        num_declarations=layout.num_declarations,
     )
 
 
@@ -177,13 +186,25 @@ class TextTokenizer:
         """Ids of text, from layout.first_text on."""
         return len(self.pieces)
 
-    def encode_unbounded(self, signals: Seq[str]) -> list[np.ndarray]:
+    def encode_unbounded(self, signals: Seq[Text]) -> list[np.ndarray]:
         """Ids closed by [EOS], however long."""
-        encodings = self._model.encode_batch_fast(list(signals), add_special_tokens=False)
-        end = EOS - self._first_id
-        return [np.array([*encoding.ids, end], np.int32) + np.int32(self._first_id) for encoding in encodings]
+        parts = [part for text in signals for part in ((text,) if isinstance(text, str) else text)]
+        texts = iter(self._model.encode_batch_fast([p for p in parts if isinstance(p, str)], add_special_tokens=False))
+        of_part = iter(
+            np.array(next(texts).ids, np.int32) + self._first_id if isinstance(p, str) else self._declared(p)
+            for p in parts
+        )
+        counts = [1 if isinstance(text, str) else len(text) for text in signals]
+        return [np.array([*itertools.chain(*itertools.islice(of_part, n)), EOS], np.int32) for n in counts]
 
-    def encode(self, signals: Seq[str]) -> list[np.ndarray]:
+    def _declared(self, number: int) -> list[int]:
+        if not 0 <= number < self.layout.num_declarations:
+            raise ValueError(
+                f"{self.modality.name} has no declaration {number}; it has {self.layout.num_declarations}, from 0 on"
+            )
+        return [self.layout.first_declaration + number]
+
+    def encode(self, signals: Seq[Text]) -> list[np.ndarray]:
         """int32 [n] each; what is too long is an error, or is cut (and then has no [EOS]) if the recipe says so."""
         encoded, longest = self.encode_unbounded(signals), self.modality.max_length
         if self.recipe.cut_long:

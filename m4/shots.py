@@ -1,0 +1,330 @@
+"""In-context examples: labelled examples and a query, packed into one budget of tokens.
+
+    address 2     rgb .....   caption d a x $               a shot: goes in whole
+    address 1     rgb .....   caption b l i c k e t $
+    address 0     rgb .....   caption S1 -> d a x $         the query: its outputs are asked
+
+Everything is a token with an address: the `shot` of its address says to which example a token belongs. Each further
+image of an example has an address of its own, and a text says [D_i] where it means the example's image i; that token
+has the image's address. [D_0] stands between a question and its answer, so that a text is one sequence of which the
+query keeps what comes before.
+
+The task forms follow VL-ICL Bench (Zong et al. 2024) and M2IXT (Chen et al. 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from m4.modality import Features, Grid, Modalities, Modality, Sequence, Tokenizer
+from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, Tokens, pad
+
+ANSWER = 0  # the declaration before an answer; declaration i is image i of the example
+Record = Mapping[str, np.ndarray]  # stored arrays by modality
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One example: signals by name.
+
+    A list is several images of one signal. Text is a str, or a tuple of str and int: i says "image i of this example"
+    (from 1), in reading order. A signal may be both input (a question) and output (its answer).
+    """
+
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Episode:
+    """Labelled examples, then a query whose outputs are the truth.
+
+    `candidates`: answers among which closed-ended scoring chooses (empty: open-ended).
+    """
+
+    shots: tuple[Shot, ...]
+    query: Shot
+    candidates: tuple[Any, ...] = ()
+
+
+# ---- Encoding -------------------------------------------------------------------------------------------------------
+
+
+def raw_examples(shot: Shot) -> list[dict[str, Any]]:
+    """A shot as ordinary raw examples: one for each image, the first with all the rest."""
+    for name, value in [*shot.inputs.items(), *shot.outputs.items()]:
+        if isinstance(value, list) and not value:
+            raise ValueError(f"{name} of a shot is an empty list; leave it out instead")
+    lists = {name: v for name, v in {**shot.outputs, **shot.inputs}.items() if isinstance(v, list)}
+    examples: list[dict[str, Any]] = [{} for _ in range(max([1, *map(len, lists.values())]))]
+    for name in dict.fromkeys([*shot.inputs, *shot.outputs]):
+        if name in shot.inputs and name in shot.outputs:
+            examples[0][name] = joined(shot.inputs[name], shot.outputs[name], name)
+            continue
+        value = shot.inputs[name] if name in shot.inputs else shot.outputs[name]
+        for example, item in zip(examples, value if isinstance(value, list) else [value], strict=False):
+            example[name] = item
+    return examples
+
+
+def joined(question: Any, answer: Any, name: str) -> tuple:
+    """One text of a question and its answer (None: up to where it begins)."""
+    parts = [(x,) if isinstance(x, str) else x for x in (question, *([] if answer is None else [answer]))]
+    if not all(isinstance(x, tuple) for x in parts):
+        raise ValueError(f"{name} is both input and output of a shot, which only a text can be")
+    return (*parts[0], ANSWER, *itertools.chain(*parts[1:]))
+
+
+def encode(shot: Shot, tokenizers: Mapping[str, Tokenizer], modalities: Modalities) -> list[Record]:
+    """A labelled shot as the model reads it: one record for each image."""
+    names = {name: modalities.as_input(name) for name in {**shot.inputs, **shot.outputs}}
+    records = []
+    for example in raw_examples(shot):
+        record = {}
+        for name, value in example.items():
+            tokenizer = tokenizers[names[name].name]
+            value = tokenizer.read(value) if isinstance(value, str) and not isinstance(names[name], Sequence) else value
+            (record[names[name].name],) = tokenizer.encode([value])
+        records.append(record)
+    return records
+
+
+@functools.cache
+def coarse_to_fine(shape: tuple[int, ...]) -> Int[np.ndarray, " n"]:
+    """Raster positions in an order whose beginnings are grids: 1 token, 4, 16, 64, .. evenly over the whole."""
+    offsets = []
+    for size in shape:
+        bits = max(size - 1, 1).bit_length()
+        # A place's level: how far it is halved; the middle first.
+        places = (np.arange(size) + size // 2) % size
+        level = np.array([0 if p == 0 else bits - ((p & -p).bit_length() - 1) for p in places.tolist()])
+        offsets.append(level)
+    level = functools.reduce(np.maximum.outer, offsets)
+    return np.argsort(level.ravel(), kind="stable")
+
+
+# ---- Packing --------------------------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """Columns of input tokens (ids, modality, position, shot) and the vectors that ids of features count."""
+
+    columns: Int[np.ndarray, "4 n"]
+    features: dict[str, np.ndarray]  # stored [k F]
+
+    @classmethod
+    def join(cls, parts: Seq[Packed], modalities: Modalities) -> Packed:
+        columns, features = [], {}
+        for part in parts:
+            ids = part.columns[0].copy()
+            for name, vectors in part.features.items():
+                ids[part.columns[1] == modalities.index(name)] += sum(map(len, features.setdefault(name, [])))
+                features[name].append(vectors)
+            columns.append(np.concatenate([ids[None], part.columns[1:]]))
+        empty = np.zeros((4, 0), np.int32)
+        return cls(np.concatenate([empty, *columns], axis=1), {n: np.concatenate(v) for n, v in features.items()})
+
+
+def pack(records: Seq[Record], addresses: Seq[int], modalities: Modalities, num_tokens: int = 0) -> Packed:
+    """One example, each of its images at its own address. `num_tokens`: of each image at most so many, coarse to fine
+    (0: all)."""
+    columns, features = [], {}
+    for record, address in zip(records, addresses, strict=True):
+        for name, stored in record.items():
+            m = modalities.named(name)
+            if isinstance(m, Sequence):
+                ids, place, shot = stored, np.arange(len(stored)), _addressed(stored, m, addresses, addresses[0])
+            else:
+                place = coarse_to_fine(m.shape)[: num_tokens or None]
+                place = place[place < len(stored)]
+                if isinstance(m, Grid):
+                    place = place[stored[place] >= 0]  # -1: of a grid that is given in part
+                ids, shot = stored[place], np.full(len(place), address)
+            if isinstance(m, Features):
+                known = features.setdefault(name, [])
+                ids, _ = np.arange(len(place)) + sum(map(len, known)), known.append(ids)
+            columns.append(np.stack([ids, np.full(len(ids), modalities.index(name)), place, shot]))
+    empty = np.zeros((4, 0), np.int32)
+    return Packed(
+        np.concatenate([empty, *columns], axis=1).astype(np.int32), {n: np.concatenate(v) for n, v in features.items()}
+    )
+
+
+def _addressed(ids: np.ndarray, m: Sequence, addresses: Seq[int], own: int) -> np.ndarray:
+    """A text's tokens have its example's address, its declarations of images those of the images."""
+    number = ids.astype(int) - m.first_declaration
+    shot = np.full(len(ids), own)
+    for i, address in enumerate(addresses, 1):
+        shot[(number == i) & (i < m.num_declarations)] = address
+    return shot
+
+
+def pack_shots(
+    shots: Seq[Seq[Record]], modalities: Modalities, *, budget: int, num_tokens: int = 0, first_address: int = 1
+) -> tuple[Packed, int]:
+    """Labelled examples at the addresses from `first_address` on, and how many of them there was no room for.
+
+    What does not fit into `budget` tokens, or finds no address, is dropped whole, the oldest first.
+    """
+    kept: list[Packed] = []
+    address, used = first_address, 0
+    for records in reversed(shots):
+        if address + len(records) > NUM_SHOTS:
+            break
+        packed = pack(records, range(address, address + len(records)), modalities, num_tokens)
+        if used + packed.columns.shape[1] > budget:
+            break
+        kept.append(packed)
+        used, address = used + packed.columns.shape[1], address + len(records)
+    return Packed.join(kept, modalities), len(shots) - len(kept)
+
+
+def asked(
+    stored: np.ndarray, m: Modality, address: int, modalities: Modalities, rng: np.random.Generator
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "5 m"]]:
+    """What is shown of an output that is asked, and its columns of targets (ids, previous, modality, position, shot).
+
+    Of a text the question, up to where the answer begins, and a sentinel; of a grid a random share.
+    """
+    ids = stored.astype(np.int32)
+    if isinstance(m, Sequence):
+        (begins,) = np.nonzero(ids == m.first_declaration + ANSWER) if m.num_declarations else ([],)
+        question = np.append(ids[: begins[0] + 1], m.first_sentinel) if len(begins) else ids[:0]
+        ids = ids[begins[0] + 1 :] if len(begins) else ids
+        previous, place = np.append(m.first_sentinel, ids[:-1]), np.arange(len(ids))
+    else:
+        known = rng.permutation(len(ids)) < rng.integers(len(ids))
+        question, place = np.where(known, ids, -1), np.flatnonzero(~known)
+        ids, previous = ids[place], np.full(len(place), -1)
+    own = [np.full(len(ids), modalities.index(m.name)), place, np.full(len(ids), address)]
+    return question, np.stack([ids, previous, *own]).astype(np.int32)
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShotMasking:
+    """How episodes become masked examples. An episode is `num_examples` consecutive ones of its data set, each of
+    `num_images` records (the first with all but the further images); the last example is its query.
+
+    A random number of examples, `labelled` from..to, go in with their outputs. All others are asked: one forward pass
+    answers several queries. `inputs`, `outputs`: signals or modalities; an output goes in as the model reads its
+    signal, and is asked as tokens. `num_tokens`: how many tokens of an image go in, one of these for each episode
+    (0: all), coarse to fine; the query's image goes in whole. Addresses are drawn, so that all of them are learned.
+    """
+
+    num_examples: int = 9
+    num_images: int = 1
+    inputs: tuple[str, ...] = ("rgb",)
+    outputs: tuple[str, ...] = ("caption",)
+    labelled: tuple[int, int] = (0, 8)
+    num_tokens: tuple[int, ...] = (0,)
+
+    def __post_init__(self):
+        low, high = self.labelled
+        if not 0 <= low <= high < self.num_examples:
+            raise ValueError(
+                f"labelled={self.labelled} must be two rising numbers within [0, {self.num_examples - 1}]: of "
+                f"{self.num_examples} examples one is the query"
+            )
+        if self.num_examples * self.num_images > NUM_SHOTS:
+            raise ValueError(
+                f"{self.num_examples} examples of {self.num_images} images need more than the {NUM_SHOTS} addresses "
+                "that a model has"
+            )
+        if not self.num_tokens or min(self.num_tokens) < 0:
+            raise ValueError(f"num_tokens={self.num_tokens} must be numbers of at least 0, at least one")
+
+    @property
+    def num_records(self) -> int:
+        return self.num_examples * self.num_images
+
+    def check(self, modalities: Modalities) -> None:
+        for name in self.inputs:
+            modalities.as_input(name)
+        for name in self.outputs:
+            modalities.as_target(name)
+
+    def __call__(
+        self, records: Seq[Record], modalities: Modalities, rng: np.random.Generator, num_inputs: int, num_targets: int
+    ) -> tuple[Packed, Int[np.ndarray, "5 m"]]:
+        """One episode -> its input tokens, and columns of targets: ids, previous, modality, position, shot.
+
+        Examples for which there is no room are left out, the oldest first.
+        """
+        r = self.num_images
+        examples = [records[i : i + r] for i in range(0, self.num_records, r)]
+        num_labelled = int(rng.integers(self.labelled[0], self.labelled[1] + 1))
+        num_tokens = int(self.num_tokens[rng.integers(len(self.num_tokens))])
+        # Any example may be labelled; the query alone is asked at address 0.
+        order = rng.permutation(len(examples) - 1)
+        is_labelled = np.zeros(len(examples), bool)
+        is_labelled[order[:num_labelled]] = True
+        free = (1 + rng.permutation(NUM_SHOTS - 1)).tolist()
+        reads = [modalities.as_input(name).name for name in self.inputs]
+        asks = [modalities.as_target(name) for name in self.outputs]
+        parts, targets, room_in, room_out = [], [], num_inputs, num_targets
+        for i in [len(examples) - 1, *reversed(range(len(examples) - 1))]:
+            is_query = i == len(examples) - 1
+            addresses = [0, *free[: r - 1]] if is_query else free[:r]
+            free = free[len(addresses) - is_query :]
+            names = [*reads, *(modalities.as_input(name).name for name in self.outputs if is_labelled[i])]
+            shown = [{n: e[n] for n in dict.fromkeys(names) if n in e} for e in examples[i]]
+            wanted = []
+            if not is_labelled[i]:
+                for m in asks:
+                    question, target = asked(examples[i][0][m.name], m, addresses[0], modalities, rng)
+                    shown[0].pop(m.name, None)
+                    if len(question):
+                        shown[0][m.name] = question
+                    wanted.append(target)
+            part = pack(shown, addresses, modalities, 0 if is_query else num_tokens)
+            count = sum(t.shape[1] for t in wanted)
+            if part.columns.shape[1] > room_in or count > room_out:
+                if is_query:
+                    raise ValueError(
+                        f"a query of {part.columns.shape[1]} input and {count} target tokens does not fit into "
+                        f"num_inputs={num_inputs} and num_targets={num_targets} of the masking"
+                    )
+                break
+            parts.append(part)
+            targets += wanted
+            room_in, room_out = room_in - part.columns.shape[1], room_out - count
+        return Packed.join(parts, modalities), np.concatenate([np.zeros((5, 0), np.int32), *targets], axis=1)
+
+    def batch(
+        self, episodes: Seq[Seq[Record]], modalities: Modalities, keys: Any, num_inputs: int, num_targets: int
+    ) -> MaskedBatch:
+        """Episodes -> MaskedBatch; `keys`: two numbers for each, which decide its mask."""
+        rows = [
+            self(e, modalities, np.random.default_rng(key), num_inputs, num_targets)
+            for e, key in zip(episodes, keys, strict=True)
+        ]
+        inputs, targets = (
+            [np.stack([pad([row[c]], length) for row in columns]) for c in range(len(columns[0]))]
+            for columns, length in (([p.columns for p, _ in rows], num_inputs), ([t for _, t in rows], num_targets))
+        )
+        valid = [
+            np.arange(length) < np.array(count)[:, None]
+            for length, count in (
+                (num_inputs, [p.columns.shape[1] for p, _ in rows]),
+                (num_targets, [t.shape[1] for _, t in rows]),
+            )
+        ]
+        features = {}
+        for m in modalities:
+            if isinstance(m, Features):
+                features[m.name] = np.zeros((len(rows), num_inputs, m.size), m.dtype)
+                for out, (packed, _) in zip(features[m.name], rows, strict=True):
+                    if m.name in packed.features:
+                        out[: len(packed.features[m.name])] = packed.features[m.name]
+        return MaskedBatch(Tokens(*inputs, valid[0]), Targets(*targets, valid[1]), features)
