@@ -84,6 +84,7 @@ LAYERS = [
     ["step"],
     ["pretokenize"],
     ["checkpoints", "metrics"],
+    ["drawing", "guidance"],
     ["sampling"],
     ["sampler"],
     ["datasets", "evals"],

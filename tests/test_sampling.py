@@ -15,6 +15,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m4.drawing import Grammar, Sampling, _inverse_distribution
+from m4.guidance import Guidance
 from m4.modality import Sequence
 from m4.model import Model
 from m4.sampler import (
@@ -34,12 +36,8 @@ from m4.sampler import (
 from m4.sampling import (
     ROAR,
     Autoregressive,
-    Grammar,
-    Guidance,
     MaskGIT,
     Replay,
-    Sampling,
-    _inverse_distribution,
     token_schedule,
 )
 from m4.sampling import temperature_schedule as temperatures
