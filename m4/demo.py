@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from m4.modality import Grid, Sequence
-from m4.sampler import Results, Sampler, Stage, default_scheme, trim
+from m4.prompts import trim
+from m4.sampler import Results, Sampler, Stage, default_scheme
 from m4.sampling import Guidance
 
 UNKNOWN = 128  # grey of what is not generated yet

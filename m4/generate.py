@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from m4.components import write_atomically
 from m4.modality import Sequence
-from m4.sampler import MASK, Results, Sampler, Stage, check_plan, default_scheme, keep_compiled, trim
+from m4.prompts import MASK, check_plan, trim
+from m4.sampler import Results, Sampler, Stage, default_scheme, keep_compiled
 from m4.sampling import Autoregressive, Guidance
 
 FLAGS = ("steps", "temperature", "top_k", "top_p", "min_p", "schedule")  # fields of schemes that flags set

@@ -86,6 +86,7 @@ LAYERS = [
     ["checkpoints", "metrics"],
     ["drawing", "guidance"],
     ["sampling"],
+    ["prompts"],
     ["sampler"],
     ["datasets", "evals"],
     ["config"],
