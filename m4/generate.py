@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import re
 import sys
@@ -16,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 
 from m4.components import write_atomically
 from m4.modality import Sequence
+from m4.pictures import contact_sheet, write_png
 from m4.prompts import MASK, check_plan, trim
 from m4.sampler import Results, Sampler, Stage, default_scheme, keep_compiled
 from m4.sampling import Autoregressive, Guidance
 
 FLAGS = ("steps", "temperature", "top_k", "top_p", "min_p", "schedule")  # fields of schemes that flags set
-SHEET_ROWS, TILE = 24, 128
+SHEET_ROWS = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,9 +109,7 @@ def main(args: argparse.Namespace) -> None:
         lines = "".join(f"{name}\t{message}\n" for name, message in failed.items())
         write_atomically(out / "failed.tsv", lines.encode())
     if len(rows) > 1 and tiles:
-        buffer = io.BytesIO()
-        Image.fromarray(contact_sheet(tiles)).save(buffer, "png")
-        write_atomically(out / "sheet.png", buffer.getvalue())
+        write_png(out / "sheet.png", contact_sheet(tiles))
     seconds = time.monotonic() - started
     done = len(rows) - len(failed)
     say = functools.partial(print, file=sys.stderr)
@@ -288,22 +286,3 @@ def _pictures(sampler: Sampler, results: Results, i: int) -> dict[str, np.ndarra
             tokenizer = sampler.tokenizers[sampler.modalities.as_input(name.partition("#")[0]).name]
             pictures[name] = tokenizer.draw(signals[i], image=results.image(i))
     return pictures | {f"{name} >" if name in pictures else name: results.draw(name, i) for name in results}
-
-
-def contact_sheet(rows: Seq[tuple[str, dict[str, np.ndarray]]]) -> np.ndarray:
-    """uint8 picture: a row a sample, a column an input or a target."""
-    titles = list(dict.fromkeys(title for _, pictures in rows for title in pictures))
-    header, gap = 16, 4
-    canvas = Image.new("RGB", (len(titles) * (TILE + gap) + gap, len(rows) * (TILE + header + gap) + header), "white")
-    pen = ImageDraw.Draw(canvas)
-    for c, title in enumerate(titles):
-        pen.text((gap + c * (TILE + gap), 3), title[:20], fill="black")
-    for r, (name, pictures) in enumerate(rows):
-        top = header + r * (TILE + header + gap)
-        pen.text((gap, top + TILE), name[:40], fill="grey")
-        for title, picture in pictures.items():
-            drawn = Image.fromarray(picture)
-            side = TILE / max(drawn.size)
-            drawn = drawn.resize((round(drawn.width * side), round(drawn.height * side)), Image.Resampling.NEAREST)
-            canvas.paste(drawn, (gap + titles.index(title) * (TILE + gap), top))
-    return np.asarray(canvas)

@@ -83,7 +83,7 @@ LAYERS = [
     ["data", "optim", "sharding", "flops", "records", "team"],
     ["step", "shards"],
     ["pretokenize"],
-    ["checkpoints", "metrics"],
+    ["checkpoints", "metrics", "pictures"],
     ["drawing", "guidance"],
     ["sampling"],
     ["prompts"],
