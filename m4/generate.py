@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -92,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
                 if len(rows) == args.num_samples:
                     raise
         if signals:
-            results = sampler(
+            results = sampler(  # a line of a table may lack what others have
                 {n: [s.get(n) for s in signals.values()] for n in names}, stages, keep=keep, seed=args.seed,
                 indices=list(signals), listener=_printer(sampler) if args.stream else None,
             )  # fmt: skip
@@ -181,7 +182,7 @@ def _files(name: str, value: str) -> list[str]:
 def _sample_names(rows: Seq[dict[str, str]], num_samples: int) -> list[str]:
     """The stem of the input file that differs, or 0000, 0001, ...; with several samples an index is added."""
     one = rows[::num_samples]
-    columns = [[row.get(name, "") for row in one] for name in one[0]]
+    columns = [[row.get(name, "") for row in one] for name in one[0]]  # lines of a table may lack inputs
     values = max(columns, key=lambda column: len(set(column)))
     stems = [Path(v).stem if 0 < len(v) < 200 and Path(v).is_file() else "" for v in values]
     stems = [re.sub(r"[^\w.-]", "_", s) for s in stems]
@@ -263,14 +264,14 @@ def _read(sampler: Sampler, name: str, value: str, pad: bool, masked: bool) -> A
 
 def _printer(sampler: Sampler) -> Any:
     """Prints a text's new letters whenever a token has come."""
-    shown = {}
+    shown = collections.defaultdict(str)
 
     def show(target: str, ids: np.ndarray, known: np.ndarray) -> None:
         if isinstance(sampler.modalities.as_target(target), Sequence):
             text = sampler.tokenizer(target).decode([trim(ids[0][known[0]], sampler.modalities.as_target(target))])[0]
             if isinstance(text, str):
                 whole = text.rstrip("\ufffd")  # a letter of several tokens comes with its last
-                print(whole[len(shown.get(target, "")) :], end="", flush=True)
+                print(whole[len(shown[target]) :], end="", flush=True)
                 shown[target] = whole
 
     return show

@@ -111,6 +111,7 @@ def fill_spans(shown: Int[np.ndarray, " m"], generated: Int[np.ndarray, " k"], m
         else:
             spans[current].append(i)
     last = modality.first_sentinel + modality.num_sentinels
+    # A model that ran out of room left the last spans empty.
     filled = [spans.get(i, []) if modality.first_sentinel <= i < last else [i] for i in shown.tolist()]
     return np.array([i for span in filled for i in span], np.int32)
 

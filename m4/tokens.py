@@ -66,8 +66,3 @@ def pad(rows: list[np.ndarray], length: int) -> np.ndarray:
     assert len(joined) <= length, f"{len(joined)} tokens do not fit into {length} slots"
     out[: len(joined)] = joined
     return out
-
-
-def concatenate(a: Tokens, b: Tokens) -> Tokens:
-    """Slots of b after slots of a."""
-    return Tokens(*(jax.numpy.concatenate([x, y], axis=-1) for x, y in zip(a, b, strict=True)))
