@@ -64,7 +64,7 @@ def build(sampler: Sampler, title: str) -> gr.Blocks:
 
 
 def _input(sampler: Sampler, name: str) -> Any:
-    tokenizer = sampler.tokenizers[sampler.modalities.as_input(name).name]
+    tokenizer = sampler.input_tokenizer(name)
     if isinstance(tokenizer.modality, Sequence):
         return gr.Textbox(label=name, elem_id=f"in-{name}", info="[MASK] stands for words to generate")
     if hasattr(tokenizer, "read_padded"):

@@ -253,7 +253,7 @@ def _mask(sampler: Sampler, name: str, value: str, pad: bool) -> Any:
 
 def _read(sampler: Sampler, name: str, value: str, pad: bool, masked: bool) -> Any:
     """One signal; ValueError for whatever is wrong with it, for the others to go on."""
-    tokenizer = sampler.tokenizers[sampler.modalities.as_input(name.partition("#")[0]).name]
+    tokenizer = sampler.input_tokenizer(name)
     signal = tokenizer.read_padded(value) if pad and hasattr(tokenizer, "read_padded") else tokenizer.read(value)
     if isinstance(tokenizer.modality, Sequence):
         if masked and MASK not in signal:
@@ -284,6 +284,5 @@ def _pictures(sampler: Sampler, results: Results, i: int) -> dict[str, np.ndarra
     pictures = {}
     for name, signals in results.inputs.items():
         if signals[i] is not None:
-            tokenizer = sampler.tokenizers[sampler.modalities.as_input(name.partition("#")[0]).name]
-            pictures[name] = tokenizer.draw(signals[i], image=results.image(i))
+            pictures[name] = sampler.input_tokenizer(name).draw(signals[i], image=results.image(i))
     return pictures | {f"{name} >" if name in pictures else name: results.draw(name, i) for name in results}

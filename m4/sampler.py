@@ -140,6 +140,10 @@ class Sampler:
     def tokenizer(self, target: str) -> Tokenizer:
         return self.tokenizers[self.modalities.as_target(target).name]
 
+    def input_tokenizer(self, name: str) -> Tokenizer:
+        """Of an input by its signal or modality, perhaps with a tag ("caption#not")."""
+        return self.tokenizers[self.modalities.as_input(name.partition("#")[0]).name]
+
     def plan(self, targets: Seq[str | Stage]) -> list[Stage]:
         """Names become stages with the default scheme of their kind."""
         named = lambda t: Stage(target=t, scheme=default_scheme(self.modalities.as_target(t)))  # noqa: E731
@@ -204,7 +208,7 @@ class Sampler:
     def _read(self, name: str, signal: Any) -> Any:
         if not isinstance(signal, str | Path):
             return signal
-        return self.tokenizers[self.modalities.as_input(name.partition("#")[0]).name].read(str(signal))
+        return self.input_tokenizer(name).read(str(signal))
 
     def encode(self, inputs: Mapping[str, Seq[Any]], count: int = 0) -> list[dict[str, np.ndarray]]:
         """Raw signals -> stored arrays by modality, one dict a sample, without what is None."""

@@ -97,7 +97,7 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
             progress = lambda batches, k=key: tqdm(batches, desc=k, unit="batch", file=sys.stdout, mininterval=1)  # noqa: E731
             inputs = {name: [e[name] for e in examples] for name in direction.inputs}
             made = sampler(inputs, direction.stages, seed=seed, progress=progress)[direction.target]
-            tokenizer = sampler.tokenizers[sampler.modalities.as_target(direction.target).name]
+            tokenizer = sampler.tokenizer(direction.target)
             rebuilt = tokenizer.decode(tokenizer.encode([e[direction.target] for e in examples]))
             results[key] = _result(direction.measure, made, rebuilt, train, examples)
             predictions.setdefault(direction.name, made)
