@@ -13,8 +13,9 @@ from m4.config import from_cli, save_or_check
 from m4.data import Stream
 from m4.evals.suite import evaluate, sample_gallery
 from m4.metrics import Metrics
-from m4.pretokenize import Team, prepare
+from m4.pretokenize import prepare
 from m4.step import Trainer
+from m4.team import Team
 
 
 def main(c) -> None:

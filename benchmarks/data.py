@@ -27,7 +27,7 @@ from m4 import fourm
 from m4.data import VERSION, Dataset, Stream, TokenShards
 from m4.masking import Masking, Strategy
 from m4.modality import Features, Modalities
-from m4.pretokenize import compact
+from m4.records import compact
 
 
 def write(folder: Path, modalities: Modalities, names: list[str], count: int) -> None:

@@ -23,7 +23,8 @@ from flax import nnx
 from m4 import fourm
 from m4.modality import Modalities
 from m4.model import Model
-from m4.sampler import make_prompt, run_stage
+from m4.prompts import make_prompt
+from m4.sampler import run_stage
 from m4.sampling import ROAR, Autoregressive, Guidance, MaskGIT
 
 SETTINGS = {

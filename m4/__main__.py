@@ -27,7 +27,8 @@ def pretokenize(argv: list[str]) -> None:
     parser.add_argument("--host", default="0/1", metavar="I/N", help="this is host I (from 0) of N")
     args, overrides = parser.parse_known_args(argv)
     from m4.config import from_cli
-    from m4.pretokenize import Team, prepare
+    from m4.pretokenize import prepare
+    from m4.team import Team
 
     index, slash, count = args.host.partition("/")
     if not (slash and index.isdigit() and count.isdigit()):

@@ -35,6 +35,12 @@ def closest(name: str, allowed: Seq[str]) -> str:
     return f"allowed: {', '.join(allowed) or '(none)'}" + (f". Did you mean {match[0]!r}?" if match else "")
 
 
+def check_choice(value: Any, field: str, allowed: Seq[str]) -> None:
+    """ValueError unless the field of a dataclass has one of the allowed values."""
+    if getattr(value, field) not in allowed:
+        raise ValueError(f"{type(value).__name__}.{field}: {closest(str(getattr(value, field)), allowed)}")
+
+
 def packaged() -> dict[str, Path]:
     """The trained models in the package: name -> folder."""
     return {p.parent.name: p.parent for p in sorted(Path(__file__).parent.glob("models/*/config.json"))}

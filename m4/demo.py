@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from m4.modality import Grid, Sequence
-from m4.sampler import Results, Sampler, Stage, default_scheme, trim
+from m4.prompts import trim
+from m4.sampler import Results, Sampler, Stage, default_scheme
 from m4.sampling import Guidance
 
 UNKNOWN = 128  # grey of what is not generated yet
@@ -63,7 +64,7 @@ def build(sampler: Sampler, title: str) -> gr.Blocks:
 
 
 def _input(sampler: Sampler, name: str) -> Any:
-    tokenizer = sampler.tokenizers[sampler.modalities.as_input(name).name]
+    tokenizer = sampler.input_tokenizer(name)
     if isinstance(tokenizer.modality, Sequence):
         return gr.Textbox(label=name, elem_id=f"in-{name}", info="[MASK] stands for words to generate")
     if hasattr(tokenizer, "read_padded"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import re
 import sys
@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 
 from m4.components import write_atomically
 from m4.modality import Sequence
-from m4.sampler import MASK, Results, Sampler, Stage, check_plan, default_scheme, keep_compiled, trim
+from m4.pictures import contact_sheet, write_png
+from m4.prompts import MASK, check_plan, trim
+from m4.sampler import Results, Sampler, Stage, default_scheme, keep_compiled
 from m4.sampling import Autoregressive, Guidance
 
 FLAGS = ("steps", "temperature", "top_k", "top_p", "min_p", "schedule")  # fields of schemes that flags set
-SHEET_ROWS, TILE = 24, 128
+SHEET_ROWS = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
                 if len(rows) == args.num_samples:
                     raise
         if signals:
-            results = sampler(
+            results = sampler(  # a line of a table may lack what others have
                 {n: [s.get(n) for s in signals.values()] for n in names}, stages, keep=keep, seed=args.seed,
                 indices=list(signals), listener=_printer(sampler) if args.stream else None,
             )  # fmt: skip
@@ -108,9 +110,7 @@ def main(args: argparse.Namespace) -> None:
         lines = "".join(f"{name}\t{message}\n" for name, message in failed.items())
         write_atomically(out / "failed.tsv", lines.encode())
     if len(rows) > 1 and tiles:
-        buffer = io.BytesIO()
-        Image.fromarray(contact_sheet(tiles)).save(buffer, "png")
-        write_atomically(out / "sheet.png", buffer.getvalue())
+        write_png(out / "sheet.png", contact_sheet(tiles))
     seconds = time.monotonic() - started
     done = len(rows) - len(failed)
     say = functools.partial(print, file=sys.stderr)
@@ -182,7 +182,7 @@ def _files(name: str, value: str) -> list[str]:
 def _sample_names(rows: Seq[dict[str, str]], num_samples: int) -> list[str]:
     """The stem of the input file that differs, or 0000, 0001, ...; with several samples an index is added."""
     one = rows[::num_samples]
-    columns = [[row.get(name, "") for row in one] for name in one[0]]
+    columns = [[row.get(name, "") for row in one] for name in one[0]]  # lines of a table may lack inputs
     values = max(columns, key=lambda column: len(set(column)))
     stems = [Path(v).stem if 0 < len(v) < 200 and Path(v).is_file() else "" for v in values]
     stems = [re.sub(r"[^\w.-]", "_", s) for s in stems]
@@ -253,7 +253,7 @@ def _mask(sampler: Sampler, name: str, value: str, pad: bool) -> Any:
 
 def _read(sampler: Sampler, name: str, value: str, pad: bool, masked: bool) -> Any:
     """One signal; ValueError for whatever is wrong with it, for the others to go on."""
-    tokenizer = sampler.tokenizers[sampler.modalities.as_input(name.partition("#")[0]).name]
+    tokenizer = sampler.input_tokenizer(name)
     signal = tokenizer.read_padded(value) if pad and hasattr(tokenizer, "read_padded") else tokenizer.read(value)
     if isinstance(tokenizer.modality, Sequence):
         if masked and MASK not in signal:
@@ -264,14 +264,14 @@ def _read(sampler: Sampler, name: str, value: str, pad: bool, masked: bool) -> A
 
 def _printer(sampler: Sampler) -> Any:
     """Prints a text's new letters whenever a token has come."""
-    shown = {}
+    shown = collections.defaultdict(str)
 
     def show(target: str, ids: np.ndarray, known: np.ndarray) -> None:
         if isinstance(sampler.modalities.as_target(target), Sequence):
             text = sampler.tokenizer(target).decode([trim(ids[0][known[0]], sampler.modalities.as_target(target))])[0]
             if isinstance(text, str):
                 whole = text.rstrip("\ufffd")  # a letter of several tokens comes with its last
-                print(whole[len(shown.get(target, "")) :], end="", flush=True)
+                print(whole[len(shown[target]) :], end="", flush=True)
                 shown[target] = whole
 
     return show
@@ -284,25 +284,5 @@ def _pictures(sampler: Sampler, results: Results, i: int) -> dict[str, np.ndarra
     pictures = {}
     for name, signals in results.inputs.items():
         if signals[i] is not None:
-            tokenizer = sampler.tokenizers[sampler.modalities.as_input(name.partition("#")[0]).name]
-            pictures[name] = tokenizer.draw(signals[i], image=results.image(i))
+            pictures[name] = sampler.input_tokenizer(name).draw(signals[i], image=results.image(i))
     return pictures | {f"{name} >" if name in pictures else name: results.draw(name, i) for name in results}
-
-
-def contact_sheet(rows: Seq[tuple[str, dict[str, np.ndarray]]]) -> np.ndarray:
-    """uint8 picture: a row a sample, a column an input or a target."""
-    titles = list(dict.fromkeys(title for _, pictures in rows for title in pictures))
-    header, gap = 16, 4
-    canvas = Image.new("RGB", (len(titles) * (TILE + gap) + gap, len(rows) * (TILE + header + gap) + header), "white")
-    pen = ImageDraw.Draw(canvas)
-    for c, title in enumerate(titles):
-        pen.text((gap + c * (TILE + gap), 3), title[:20], fill="black")
-    for r, (name, pictures) in enumerate(rows):
-        top = header + r * (TILE + header + gap)
-        pen.text((gap, top + TILE), name[:40], fill="grey")
-        for title, picture in pictures.items():
-            drawn = Image.fromarray(picture)
-            side = TILE / max(drawn.size)
-            drawn = drawn.resize((round(drawn.width * side), round(drawn.height * side)), Image.Resampling.NEAREST)
-            canvas.paste(drawn, (gap + titles.index(title) * (TILE + gap), top))
-    return np.asarray(canvas)

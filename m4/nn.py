@@ -251,9 +251,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, norm: LayerNorm, context: Array, context_norm: LayerNorm, visible: Visible):
         """`visible`: all queries see the same keys (`Visible.keys`)."""
-        (_, T, D), S, N = x.shape, context.shape[1], self.num_heads
+        (_, num_queries, width), num_keys = x.shape, context.shape[1]
         plain = self.key_value.bias is None and self.key_norm is None
-        if plain and T * (D + N * S) < S * D / 2:
+        if plain and num_queries * (width + self.num_heads * num_keys) < num_keys * width / 2:
             return self._few(self.queries(x, norm), context_norm(context), visible)
         return self.finish(self.queries(x, norm), *self.keys_values(context, context_norm), visible)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import time
@@ -18,6 +17,7 @@ from m4.components import write_atomically
 from m4.config import Config
 from m4.data import Mask, Stream, by_example, examples
 from m4.modality import Features, Grid, Modality, Sequence, Tokenizer
+from m4.pictures import write_png
 from m4.pretokenize import prepare
 from m4.tokens import MaskedBatch
 
@@ -62,9 +62,7 @@ def show(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
     }
     _print(result, config)
     out.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "png")
-    write_atomically(out / "samples.png", buffer.getvalue())
+    write_png(out / "samples.png", picture)
     write_atomically(out / "data.json", json.dumps(result, indent=1).encode())
     print(f"{out}/samples.png, {out}/data.json")
     return result

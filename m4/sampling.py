@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from m4.components import closest
+from m4.components import check_choice
+from m4.drawing import Grammar, Sampling, uniform
+from m4.guidance import Guidance, guided
 from m4.modality import Grid, Modality, Sequence
 from m4.model import Model
 from m4.tokens import Targets, Tokens
@@ -72,165 +74,6 @@ class Replay(NamedTuple):
 
     order: Int[Array, "B n"] | None = None
     noise: Float[Array, "S B *n V"] | None = None
-
-
-def _check_choice(value: Any, field: str, allowed: Seq[str]) -> None:
-    if getattr(value, field) not in allowed:
-        raise ValueError(f"{type(value).__name__}.{field}: {closest(str(getattr(value, field)), allowed)}")
-
-
-# ---- Guidance -------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """Classifier-free guidance (Ho & Salimans 2022): logits = without + scale x (with - without).
-
-    `scale` is one number for all conditions together, or pairs (name, weight) for several, each alone beside what no
-    pair names (Liu et al. 2022; negative weights lead away): without + sum_i weight_i x (with condition i - without).
-    `drop`: what one number drops; (): all inputs, and with `grow` also what earlier stages generated. A name may be
-    that of an input given twice ("caption#not"), which is read by its own pass alone. `schedule` of the scales over the
-    steps: constant, or rising from 1 (linear, cosine). `dropped_sequences`: a dropped sequence is "absent", or leaves
-    its first sentinel as if it were masked whole, which is what 4M does.
-    """
-
-    scale: float | tuple[tuple[str, float], ...] = 3.0
-    drop: tuple[str, ...] = ()
-    grow: bool = False
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    dropped_sequences: Literal["absent", "masked"] = "absent"
-
-    def __post_init__(self):
-        _check_choice(self, "schedule", ("constant", "linear", "cosine"))
-        _check_choice(self, "dropped_sequences", ("absent", "masked"))
-        scales = [w for _, w in self.scale] if isinstance(self.scale, tuple) else [self.scale]
-        if not scales or not all(math.isfinite(w) for w in scales):
-            raise ValueError(f"{self}: scales must be finite numbers")
-
-    def passes(self, inputs: Seq[str], generated: Seq[str], find: Any) -> list[set[str]]:
-        """Names that each pass lacks; `find` makes the names of modalities out of the user's."""
-        own = {n for n in inputs if "#" in n}
-        if isinstance(self.scale, tuple):
-            named = [find(name) for name, _ in self.scale]
-            return [own | {*named}, *((own | {*named}) - {name} for name in named)]
-        dropped = {find(name) for name in self.drop} or {*inputs, *(generated if self.grow else ())}
-        return [own | dropped, own]
-
-    def weights(self, progress: Float[Array, "*S"]) -> Float[Array, "*S P"]:
-        """Factors of the passes' logits, which add up to 1, at a share of the way in [0, 1]."""
-        rise = {"constant": jnp.ones_like(progress), "linear": progress, "cosine": (1 - jnp.cos(jnp.pi * progress)) / 2}
-        scales = [weight for _, weight in self.scale] if isinstance(self.scale, tuple) else [self.scale]
-        start = 0 if self.schedule == "constant" else 1
-        factors = [start + (scale - start) * rise[self.schedule] for scale in scales]
-        return jnp.stack([1 - sum(factors), *factors], axis=-1)
-
-
-def _guided(hidden: Float[Array, "B*P O D"], weights: Float[Array, "B P"]) -> Float[Array, "B O D"]:
-    """Logits are linear in the hidden vectors: weighing these instead, all passes share one output layer."""
-    if weights.shape[1] == 1:
-        return hidden
-    passes = hidden.reshape(*weights.shape, *hidden.shape[1:])
-    return jnp.einsum("bpod,bp->bod", passes.astype(jnp.float32), weights).astype(hidden.dtype)
-
-
-# ---- Drawing tokens -------------------------------------------------------------------------------------------------
-
-
-def _smallest(fits: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
-    """The smallest number t in [0, 1] with fits(t), which is true from some t on: bisection over floats' bits."""
-    low, high = jnp.zeros(shape, jnp.int32), jnp.full(shape, np.float32(1).view(np.int32))
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low + high) // 2
-        ok = fits(jax.lax.bitcast_convert_type(middle, jnp.float32))
-        return jnp.where(ok, low, middle + 1), jnp.where(ok, middle, high)
-
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, (low, high))[1], jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How one token is drawn from its distribution.
-
-    Filters, in this order, act on the probabilities at temperature 1, as in 4M: `top_k` keeps the k most likely tokens
-    (below 1: a share of the vocabulary; Fan et al. 2018), `top_p` the smallest set that holds this much probability
-    (Holtzman et al. 2020), `min_p` those at least so likely relative to the likeliest (Nguyen et al. 2024). Then
-    logits are divided by the temperature; 0 takes the most likely token.
-    """
-
-    temperature: float = 1.0
-    top_k: float = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def check(self, modality: Modality) -> None:
-        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= self.min_p < 1):
-            raise ValueError(
-                f"{self}: temperature and top_k must be at least 0, top_p within (0, 1], min_p within [0, 1)"
-            )
-
-    def filtered(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-        """Logits; -inf where a token is filtered out. Of equally likely tokens at a border all are kept."""
-        size, least = logits.shape[-1], jnp.finfo(jnp.float32).min
-        for kind, value in (("top_k", self.top_k), ("top_p", self.top_p), ("min_p", self.min_p)):
-            if value == (1 if kind == "top_p" else 0):
-                continue
-            p = jax.nn.softmax(logits)
-            if kind == "top_k":
-                k = min(max(int(value * size if value < 1 else value), 1), size)
-                least = _smallest(lambda t, p=p, k=k: (p > t[..., None]).sum(-1) < k, p.shape[:-1])
-            elif kind == "top_p":
-                least = _smallest(lambda t, p=p, v=value: jnp.where(p > t[..., None], p, 0).sum(-1) <= v, p.shape[:-1])
-            else:
-                least = value * p.max(-1)
-            logits = jnp.where(p >= least[..., None], logits, -jnp.inf)
-        return logits
-
-    def draw(
-        self, logits: Float[Array, "*B V"], temperature: Float[Array, "..."], random: Float[Array, "*B"]
-    ) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
-        """Ids, and the log-probability with which each is drawn (at temperature 0: that of temperature 1).
-
-        `random` is uniform in [0, 1), or Gumbel noise for all of the vocabulary.
-        """
-        if self.temperature == 0:
-            log_probability = jax.nn.log_softmax(logits)
-            ids = jnp.argmax(logits, -1)
-        else:
-            log_probability = jax.nn.log_softmax(self.filtered(logits) / temperature)
-            if random.ndim == logits.ndim:
-                ids = jnp.argmax(log_probability + random, -1)
-            else:
-                ids = _inverse_distribution(jnp.exp(log_probability), random)
-        return ids, jnp.take_along_axis(log_probability, ids[..., None], axis=-1)[..., 0]
-
-
-def _inverse_distribution(p: Float[Array, "*B V"], u: Float[Array, "*B"]) -> Int[Array, "*B"]:
-    """The first token up to which the probabilities exceed u: in blocks of 128, then within one."""
-    blocks = jnp.pad(p, ((0, 0),) * (p.ndim - 1) + ((0, -p.shape[-1] % 128),)).reshape(*p.shape[:-1], -1, 128)
-
-    def find(weights, u):
-        total = jnp.cumsum(weights, -1)
-        # Never past the last that has any weight, whatever the rounding.
-        return jnp.minimum((total <= u[..., None]).sum(-1), jnp.argmax(total >= total[..., -1:], -1)), total
-
-    sums = blocks.sum(-1)
-    u = u * sums.sum(-1)
-    block, total = find(sums, u)
-    # Rounding must not lead before the block, to tokens that were filtered out.
-    rest = jnp.maximum(u - jnp.take_along_axis(total - sums, block[..., None], axis=-1)[..., 0], 0)
-    within, _ = find(jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :], rest)
-    return block * 128 + within
-
-
-def uniform(seeds: Int[np.ndarray, "B k"], num_steps: int, shape: tuple[int, ...]) -> Float[np.ndarray, "S B *shape"]:
-    """Numbers in [0, 1) that belong to a row's seeds, the step and the place, whatever else is in the batch.
-
-    Drawn on the host: they are few, and random bits are what takes XLA longest to compile.
-    """
-    rows = [np.random.default_rng(row).random((num_steps, *shape), np.float32) for row in np.asarray(seeds).tolist()]
-    return np.stack(rows, axis=1)
 
 
 # ---- Schemes --------------------------------------------------------------------------------------------------------
@@ -308,8 +151,8 @@ class _Parallel(Sampling):
             )
         if not isinstance(self.steps, int) or self.steps < 1 or not 0 <= self.final_temperature < math.inf:
             raise ValueError(f"{self}: steps must be at least 1 and final_temperature at least 0")
-        _check_choice(self, "schedule", ("maskgit", "cosine", "linear"))
-        _check_choice(self, "temperature_schedule", ("constant", "linear", "power"))
+        check_choice(self, "schedule", ("maskgit", "cosine", "linear"))
+        check_choice(self, "temperature_schedule", ("constant", "linear", "power"))
 
     def counts(self, num_open: int) -> Int[np.ndarray, " S"]:
         """Tokens that each step decodes, for a grid of which so many are open."""
@@ -400,7 +243,7 @@ class _Parallel(Sampling):
             at, is_open = order[row, jnp.minimum(place, num - 1)], place < limit
             t = tokens(at, jnp.zeros_like(at), is_open)
             hidden = model.decode(Targets(t.ids, jnp.full_like(t.ids, -1), *t[1:]), context, valid)
-            logits = logits_of(_guided(hidden, weights))
+            logits = logits_of(guided(hidden, weights))
             drawn, sure = self.draw(logits, temperature[:, None, None], random[row, at])
             if by_confidence:
                 left = 1 - (num_known + count) / num
@@ -465,46 +308,6 @@ class ROAR(_Parallel):
     schedule: Schedule = "linear"
 
 
-class Grammar(NamedTuple):
-    """What a sequence may be: an automaton over classes of tokens that begins in state 0 and ends in the last one.
-
-    token_class [V] int32; next_state [states classes] int32, -1: not allowed; distance [states] int32: how many tokens
-    are needed at least from there to the end.
-    """
-
-    token_class: Int[Array, " V"]
-    next_state: Int[Array, "states classes"]
-    distance: Int[Array, " states"]
-
-    @classmethod
-    def make(cls, token_class: Int[np.ndarray, " V"], rules: Seq[Mapping[int, int]], end_id: int) -> Grammar:
-        """rules[state]: the state after each class; state -1 is the end, whose class is that of `end_id` alone.
-
-        ValueError if the end cannot be reached from some state.
-        """
-        token_class = np.asarray(token_class, np.int32)
-        next_state = np.full((len(rules) + 1, token_class.max() + 1), -1, np.int32)
-        for state, after in enumerate(rules):
-            for kind, to in after.items():
-                next_state[state, kind] = len(rules) if to == -1 else to
-        next_state[-1, token_class[end_id]] = len(rules)
-        far = len(rules) + 1
-        distance = np.full(far, far)
-        distance[-1] = 0
-        for _ in rules:
-            after = np.where(next_state >= 0, distance[next_state] + 1, far)
-            distance[:-1] = np.minimum(distance, after.min(1))[:-1]
-        if (distance >= far).any():
-            raise ValueError(f"a grammar never ends from the states {np.flatnonzero(distance >= far).tolist()}")
-        return cls(token_class, next_state, distance.astype(np.int32))
-
-    def allowed(self, state: Int[Array, " B"], room: Int[Array, ""]) -> Bool[Array, "B V"]:
-        """Tokens after which `room` - 1 more can still reach the end."""
-        after = jnp.asarray(self.next_state)[state]
-        fits = (after >= 0) & (jnp.asarray(self.distance)[after] < room)
-        return jnp.take(fits, self.token_class, axis=1)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Autoregressive(Sampling):
     """Left to right with a key/value cache, from the opening sentinel until every row has closed its last span.
@@ -554,7 +357,7 @@ class Autoregressive(Sampling):
             position, zero = jnp.full_like(index, step), jnp.zeros_like(index)
             target = Targets(previous, previous, index, position, zero, zero == 0)
             hidden, cache = model.decode_step(target, decoder, carry["cache"], step)
-            logits = logits_of(_guided(hidden, weights)[:, 0])
+            logits = logits_of(guided(hidden, weights)[:, 0])
             # What is kept stays in its place: sentinels come in order, and the end in the last span, if it is open.
             closing = modality.first_sentinel + 1 + carry["span"]
             last = carry["span"] == prompt.num_spans - 1

@@ -30,7 +30,8 @@ from m4.convert import convert  # noqa: E402
 from m4.modality import Features, Grid, Sequence  # noqa: E402
 from m4.model import Model  # noqa: E402
 from m4.model_file import load_model  # noqa: E402
-from m4.sampler import make_prompt, run_stage  # noqa: E402
+from m4.prompts import make_prompt  # noqa: E402
+from m4.sampler import run_stage  # noqa: E402
 from m4.sampling import ROAR, Autoregressive, Guidance, MaskGIT, Replay  # noqa: E402
 from m4.tokens import MaskedBatch  # noqa: E402
 from m4_tokenizers import released  # noqa: E402

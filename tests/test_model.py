@@ -11,7 +11,8 @@ from flax import nnx
 from m4 import losses
 from m4.model import Model, stack, survival
 from m4.nn import DecoderBlock, Visible, attend
-from m4.sampler import Sampler, Stage, pack, pack_features
+from m4.prompts import pack, pack_features
+from m4.sampler import Sampler, Stage
 from m4.sampling import ROAR, Autoregressive, MaskGIT
 from m4.tokens import MaskedBatch, Targets, Tokens
 

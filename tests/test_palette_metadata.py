@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from m4 import fourm
 from m4.components import from_json, load_tokenizer, save_tokenizer, to_json
 from m4.modality import Recipe, Tokenizer
-from m4.pretokenize import encode
+from m4.records import encode
 from m4_tokenizers.metadata import FIELDS, Bins, MetadataRecipe, Steps, Whole, image_metadata
 from m4_tokenizers.palette import PaletteRecipe, extract_palette
 

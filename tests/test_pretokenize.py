@@ -17,7 +17,7 @@ import safetensors.numpy
 from conftest import ROOT, environment
 from PIL import Image
 
-from m4 import pretokenize
+from m4 import pretokenize, shards
 from m4.data import Dataset, Stream, TokenShards
 from m4.datasets.crops import Crops
 from m4.datasets.folders import Folders
@@ -25,7 +25,10 @@ from m4.datasets.tars import Tars
 from m4.datasets.texts import Texts
 from m4.masking import Masking, Strategy
 from m4.modality import Grid, Modalities
-from m4.pretokenize import Team, prepare
+from m4.pretokenize import prepare
+from m4.records import compact, encode
+from m4.shards import Facts
+from m4.team import Team
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.palette import PaletteRecipe
@@ -220,8 +223,8 @@ def test_a_killed_job_goes_on_where_it_was(dataset, tmp_path, monkeypatch):
     (folder / f".{files[1].name}.77.tmp").write_bytes(b"half")
     with pytest.raises(ValueError, match="no finished split"):
         TokenShards(folder, "train")
-    encoded, encode = [], pretokenize.encode
-    monkeypatch.setattr(pretokenize, "encode", lambda e, t: encoded.append(len(e)) or encode(e, t))
+    encoded = []
+    monkeypatch.setattr(shards, "encode", lambda e, t: encoded.append(len(e)) or encode(e, t))
     prepare([dataset], RECIPES, tmp_path / "data", seed=0)
     assert not list(folder.glob(".*.tmp"))
     assert sum(encoded) == 16 and as_bytes(records(folder)) == expected
@@ -480,7 +483,7 @@ def test_ids_under_a_modalitys_own_name_are_taken_as_they_are(tmp_path, root):
     """Checked like any: range, number, axes."""
     tokenizers = {"tok_x@224": IdsRecipe(modality=TOKENS).fit([], seed=0)}
     ids = np.array([8, 0, 3, 3], np.int64)
-    (record,) = pretokenize.encode([{"tok_x@224": ids, "file": "a.npy"}], tokenizers)
+    (record,) = encode([{"tok_x@224": ids, "file": "a.npy"}], tokenizers)
     assert record["tok_x@224"].dtype == np.uint8 and record["tok_x@224"].tolist() == ids.tolist()
     for wrong, message in (
         (np.array([9, 0, 0, 0]), r"a.npy: tok_x@224: ids 0..9 outside \[0, 9\)"),
@@ -490,7 +493,7 @@ def test_ids_under_a_modalitys_own_name_are_taken_as_they_are(tmp_path, root):
         ("8 0 3 3", "not str"),
     ):
         with pytest.raises(ValueError, match=message):
-            pretokenize.encode([{"tok_x@224": wrong, "file": "a.npy"}], tokenizers)
+            encode([{"tok_x@224": wrong, "file": "a.npy"}], tokenizers)
 
 
 def test_ids_of_a_sequence_from_elsewhere_end_and_hold_no_sentinel(capsys, tmp_path):
@@ -498,15 +501,15 @@ def test_ids_of_a_sequence_from_elsewhere_end_and_hold_no_sentinel(capsys, tmp_p
     tokenizer = TextRecipe(max_length=8).fit([{"caption": "words"}], seed=0)
     m = tokenizer.modality
     good = np.array([m.vocab_size - 1, m.end_id])
-    (record,) = pretokenize.encode([{"caption": good}], {"caption": tokenizer})
+    (record,) = encode([{"caption": good}], {"caption": tokenizer})
     assert record["caption"].tolist() == good.tolist()
     for wrong, message in (
         (good[:1], r"caption: ids end in \d+, not in \[EOS\] \(\d+\)"),
         (np.array([m.first_sentinel + 2, m.end_id]), "caption: ids .* are masking's sentinels"),
     ):
         with pytest.raises(ValueError, match=message):
-            pretokenize.encode([{"caption": wrong}], {"caption": tokenizer})
-    facts = pretokenize._Facts({"caption": tokenizer})
+            encode([{"caption": wrong}], {"caption": tokenizer})
+    facts = Facts({"caption": tokenizer})
     facts.add_given({"caption": good})
     facts.add_given({"caption": "words"})
     assert facts.given == {"caption": 1}
@@ -514,7 +517,7 @@ def test_ids_of_a_sequence_from_elsewhere_end_and_hold_no_sentinel(capsys, tmp_p
 
 def test_ids_outside_the_vocabulary_are_refused(modalities):
     with pytest.raises(ValueError, match=r"depth_tokens: ids 0..7 outside \[0, 7\)"):
-        pretokenize.compact(np.arange(8), modalities.named("depth_tokens"))
+        compact(np.arange(8), modalities.named("depth_tokens"))
 
 
 @pytest.mark.parametrize(

@@ -15,31 +15,17 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m4.drawing import Grammar, Sampling, _inverse_distribution
+from m4.guidance import Guidance
 from m4.modality import Sequence
 from m4.model import Model
-from m4.sampler import (
-    Sampler,
-    Stage,
-    _run,
-    check_plan,
-    fill_spans,
-    make_prompt,
-    pack,
-    pack_features,
-    retrieve,
-    run_stage,
-    show_spans,
-    trim,
-)
+from m4.prompts import check_plan, fill_spans, make_prompt, pack, pack_features, show_spans, trim
+from m4.sampler import Sampler, Stage, _run, retrieve, run_stage
 from m4.sampling import (
     ROAR,
     Autoregressive,
-    Grammar,
-    Guidance,
     MaskGIT,
     Replay,
-    Sampling,
-    _inverse_distribution,
     token_schedule,
 )
 from m4.sampling import temperature_schedule as temperatures

@@ -7,7 +7,6 @@ normalised = (value - baseline) / (bound - baseline)     0 = trivial, 1 = as goo
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import sys
 import time
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from m4.checkpoints import load_run
 from m4.components import to_json, write_atomically
+from m4.pictures import contact_sheet, write_png
 from m4.sampler import Sampler
 from m4.sampling import Guidance, Stage
 
@@ -98,15 +97,12 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
             progress = lambda batches, k=key: tqdm(batches, desc=k, unit="batch", file=sys.stdout, mininterval=1)  # noqa: E731
             inputs = {name: [e[name] for e in examples] for name in direction.inputs}
             made = sampler(inputs, direction.stages, seed=seed, progress=progress)[direction.target]
-            tokenizer = sampler.tokenizers[sampler.modalities.as_target(direction.target).name]
+            tokenizer = sampler.tokenizer(direction.target)
             rebuilt = tokenizer.decode(tokenizer.encode([e[direction.target] for e in examples]))
             results[key] = _result(direction.measure, made, rebuilt, train, examples)
             predictions.setdefault(direction.name, made)
     out.mkdir(parents=True, exist_ok=True)
-    picture = gallery(splits[first], predictions, config.evaluations, sampler)
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "png")
-    write_atomically(out / "gallery.png", buffer.getvalue())
+    write_png(out / "gallery.png", gallery(splits[first], predictions, config.evaluations, sampler))
     write_atomically(out / "metrics.json", json.dumps(results, indent=1).encode())
     write_atomically(stamp, json.dumps(made_from).encode())
     print(f"{table(results)}\n{out}/metrics.json, {out}/gallery.png in {time.monotonic() - started:.0f} s", flush=True)
@@ -123,9 +119,7 @@ def sample_gallery(config: Any, model: Any, tokenizers: Mapping[str, Any], step:
         for d in config.evaluations
     }
     picture = gallery(examples, predictions, config.evaluations, sampler, rows=count)
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "png")
-    write_atomically(config.folder / "galleries" / f"{step:07d}.png", buffer.getvalue())
+    write_png(config.folder / "galleries" / f"{step:07d}.png", picture)
     return picture
 
 
@@ -163,23 +157,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def gallery(
-    examples, predictions, directions: Sequence[Direction], sampler: Sampler, *, rows: int = 10, tile: int = 128
-):
+def gallery(examples, predictions, directions: Sequence[Direction], sampler: Sampler, *, rows: int = 10):
     """uint8 picture: rows = samples; columns = the inputs and truths, then the prediction of each direction."""
     signals = list(dict.fromkeys(name for d in directions for name in (*d.inputs, d.target)))
     columns = [(f"{s} (truth)", s, [e[s] for e in examples]) for s in signals]
     columns += [(d.name.replace("_", " "), d.target, predictions[d.name]) for d in directions]
-    header, gap = 16, 4
-    count = min(rows, len(examples))
-    canvas = Image.new("RGB", (len(columns) * (tile + gap) + gap, header + count * (tile + gap) + gap), "white")
-    pen = ImageDraw.Draw(canvas)
-    for c, (title, signal, values) in enumerate(columns):
-        pen.text((gap + c * (tile + gap), 3), title, fill="black")
-        tokenizer = sampler.tokenizers[sampler.modalities.as_target(signal).name]
-        for r in range(count):
-            drawn = Image.fromarray(tokenizer.draw(values[r], image=examples[r]["rgb"]))
-            side = tile / max(drawn.size)
-            drawn = drawn.resize((round(drawn.width * side), round(drawn.height * side)), Image.Resampling.NEAREST)
-            canvas.paste(drawn, (gap + c * (tile + gap), header + gap + r * (tile + gap)))
-    return np.asarray(canvas)
+    return contact_sheet(
+        [
+            ("", {title: sampler.tokenizer(s).draw(values[r], image=e["rgb"]) for title, s, values in columns})
+            for r, e in enumerate(examples[:rows])
+        ]
+    )

@@ -200,7 +200,7 @@ class BoxTokenizer:
     @functools.cached_property
     def grammar(self) -> Any:
         """Boxes of four coordinates in order and a label, as many as there is room for."""
-        from m4.sampling import Grammar  # here: what only reads data must not load JAX
+        from m4.drawing import Grammar  # here: what only reads data must not load JAX
 
         ids = np.arange(self.modality.vocab_size)
         place = ids - self.layout.first_coordinate

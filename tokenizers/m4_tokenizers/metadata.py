@@ -209,7 +209,7 @@ class MetadataTokenizer(CoordinateTokenizer):
     @functools.cached_property
     def grammar(self) -> Any:
         """Fields and their values in turn, each value one that its field has."""
-        from m4.sampling import Grammar  # here: what only reads data must not load JAX
+        from m4.drawing import Grammar  # here: what only reads data must not load JAX
 
         fields, values = (self.layout.first_coordinate + axis * self.layout.num_bins for axis in (FIELD, VALUE))
         sizes = sorted({f.num_bins for f in self.recipe.fields})

@@ -111,7 +111,7 @@ class PaletteTokenizer(CoordinateTokenizer):
     @functools.cached_property
     def grammar(self) -> Any:
         """A number of colours, then so many of three values each."""
-        from m4.sampling import Grammar  # here: what only reads data must not load JAX
+        from m4.drawing import Grammar  # here: what only reads data must not load JAX
 
         counts, values = (self.layout.first_coordinate + axis * self.layout.num_bins for axis in (COUNT, VALUE))
         most, kinds = self.recipe.max_colors, np.zeros(self.modality.vocab_size, np.int32)

@@ -1,0 +1,194 @@
+"""From records, stored arrays by modality, to what a stage reads, and back: packed rows, spans, what is kept.
+
+B rows, P passes of guidance, N context slots, n tokens of the target, K vectors of F numbers
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from m4.components import closest
+from m4.guidance import Guidance
+from m4.modality import Features, Grid, Modalities, Modality, Sequence
+from m4.sampling import Prompt, Stage
+from m4.tokens import Tokens, pad
+
+MASK = "[MASK]"  # in a text: any number of words that are to be generated
+BUCKET = 16  # prompts are padded to a multiple of so many tokens, for other lengths to find them compiled
+
+
+def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kept: Seq[str] = ()) -> None:
+    """ValueError for unknown or repeated names, input-only targets, schemes that do not fit, guidance by nothing.
+
+    `kept`: signals that are given in part, and must be targets too. A signal that is given may be a target by the name
+    of another modality (a finer grid of it: super-resolution).
+    """
+    given = [modalities.as_input(name.partition("#")[0]) for name in inputs]
+    partial = {modalities.as_target(name).name for name in kept}
+    taken = {m.name for m in given} | {m.signal for m in given}
+    names = [n for name, m in zip(inputs, given, strict=True) for n in dict.fromkeys((name, m.name))]
+    if not stages:
+        raise ValueError(f"no targets given; allowed: {', '.join(modalities.signals)}")
+    for stage in stages:
+        modality = modalities.as_target(stage.target)
+        stage.scheme.check(modality)
+        if stage.target in taken and modality.name not in partial:
+            raise ValueError(f"{stage.target!r} is already given or generated; each signal may appear once")
+        if not isinstance(stage.ensemble, int) or stage.ensemble < 1:
+            raise ValueError(f"ensemble={stage.ensemble} of {stage.target} must be at least 1")
+        g = stage.guidance
+        for name in () if g is None else g.drop or ([n for n, _ in g.scale] if isinstance(g.scale, tuple) else ()):
+            if name not in names:
+                raise ValueError(f"guidance of {stage.target} names {name!r}; {closest(name, names)}")
+        taken |= {modality.name, modality.signal}
+        partial.discard(modality.name)
+        names += [stage.target, modality.name]
+    if partial:
+        raise ValueError(f"{', '.join(sorted(partial))} is given in part, to be completed, but is no target")
+
+
+def pack(rows: Seq[Mapping[str, np.ndarray]], modalities: Modalities, *, length: int) -> Tokens:
+    """Stored arrays by modality -> Tokens [B length]. A sequence goes in whole, as in training; "caption#x" is one."""
+    packed: list[list[np.ndarray]] = []
+    for row in rows:
+        ids, modality, position = [], [], []
+        for name, stored in row.items():
+            m, place = modalities.named(name.partition("#")[0]), np.arange(len(stored))
+            if not isinstance(m, Features):
+                place = place[stored >= 0]  # -1: of a grid that is given in part
+            ids.append(place if isinstance(m, Features) else stored[place])
+            modality.append(np.full(len(place), modalities.index(m.name)))
+            position.append(place)
+        valid = np.arange(length) < sum(map(len, ids))
+        packed.append(
+            [pad(ids, length), pad(modality, length), pad(position, length), np.zeros(length, np.int32), valid]
+        )
+    return Tokens(*(np.stack(column) for column in zip(*packed, strict=True)))
+
+
+def pack_features(records: Seq[Mapping[str, np.ndarray]], modalities: Modalities) -> dict[str, np.ndarray]:
+    """Normalised vectors of the continuous modalities that any record has, float32 [B K F], elsewhere zeros."""
+    features = {}
+    for m in modalities:
+        if isinstance(m, Features) and any(m.name in record for record in records):
+            features[m.name] = np.zeros((len(records), m.max_tokens, m.size), np.float32)
+            for b, record in enumerate(records):
+                if m.name in record:
+                    features[m.name][b, : len(record[m.name])] = m.normalize(record[m.name])
+    return features
+
+
+def show_spans(ids: Int[np.ndarray, " n"], modality: Sequence) -> tuple[Int[np.ndarray, " m"], int, bool]:
+    """A sequence with -1 for each run of tokens to generate -> the input as in training (a sentinel for each run), the
+    number of runs, and whether its end is among them.
+
+    ValueError if there are more runs than sentinels, or none.
+    """
+    masked = ids < 0
+    starts = masked & ~np.append(False, masked[:-1])
+    num_spans = int(starts.sum())
+    if not 1 <= num_spans < modality.num_sentinels:
+        raise ValueError(
+            f"{num_spans} spans to generate in {modality.name}; allowed: 1 to {modality.num_sentinels - 1}"
+        )
+    shown = np.where(starts, modality.first_sentinel + np.cumsum(starts) - 1, ids)[starts | ~masked]
+    return shown.astype(np.int32), num_spans, bool(masked[-1])
+
+
+def fill_spans(shown: Int[np.ndarray, " m"], generated: Int[np.ndarray, " k"], modality: Sequence):
+    """The inverse: each sentinel of `shown` replaced by what was generated for it. int32 [n]."""
+    spans, current = {modality.first_sentinel: []}, modality.first_sentinel
+    for i in generated.tolist():
+        if i == current + 1:
+            current = i
+            spans[current] = []
+        else:
+            spans[current].append(i)
+    last = modality.first_sentinel + modality.num_sentinels
+    # A model that ran out of room left the last spans empty.
+    filled = [spans.get(i, []) if modality.first_sentinel <= i < last else [i] for i in shown.tolist()]
+    return np.array([i for span in filled for i in span], np.int32)
+
+
+def trim(ids: Int[np.ndarray, " n"], modality: Sequence, limit: int = 0) -> np.ndarray:
+    """A sequence up to its end token, which is added if the model closed the span without one or ran out of room.
+
+    At most `limit` ids (0: as many as the modality may have).
+    """
+    limit = limit or modality.max_length
+    stop = np.flatnonzero((ids == modality.end_id) | (ids == modality.first_sentinel + 1))
+    kept = ids[: stop[0] if len(stop) else limit - 1]
+    return np.append(kept[: limit - 1], modality.end_id)
+
+
+def token_mask(mask: Any, m: Grid, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
+    """Tokens that stay: all of their pixels do; or a random share of them."""
+    if isinstance(mask, numbers.Real) and not isinstance(mask, bool | np.bool_):
+        if not 0 <= mask <= 1:
+            raise ValueError(f"keep={mask} of {m.name} must be a share within [0, 1]")
+        return rng.permutation(m.max_tokens) < round(mask * m.max_tokens)
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.ndim != len(m.shape) or any(a % b for a, b in zip(mask.shape, m.shape, strict=True)):
+        raise ValueError(
+            f"a mask of {mask.dtype} {list(mask.shape)} was given for {m.name}; allowed: bool, a multiple of "
+            f"{list(m.shape)}, True where it stays"
+        )
+    blocks = [n for a, b in zip(mask.shape, m.shape, strict=True) for n in (b, a // b)]
+    return mask.reshape(blocks).all(axis=tuple(range(1, len(blocks), 2))).ravel()
+
+
+def make_prompt(
+    records: Seq[Mapping[str, np.ndarray]], partial: Seq[np.ndarray | None], modality: Modality,
+    modalities: Modalities, guidance: Guidance | None = None, generated: Seq[str] = (), grammar: Any = None,
+) -> Prompt:  # fmt: skip
+    """What a stage reads: records by modality (or modality#tag), and what there is of the target already, if anything.
+
+    `generated`: names of records that earlier stages made.
+    """
+    names = list(dict.fromkeys(n for r in records for n in r))
+    tagged = {n for n in names if "#" in n}
+    lacks = [tagged]
+    if guidance is not None:
+        find = lambda name: _key(name, modalities, names)  # noqa: E731
+        lacks = guidance.passes([n for n in names if n not in generated], generated, find)
+    first_shown = guidance is not None and guidance.dropped_sequences == "masked"
+    rows, num_spans, keeps, open_end, given = [], [], [], [], []
+    for record, part in zip(records, partial, strict=True):
+        shown = {}
+        if isinstance(modality, Sequence):
+            spans, opened = 1, True
+            if part is not None:
+                shown[modality.name], spans, opened = show_spans(part, modality)
+            num_spans.append(spans)
+            keeps.append(part is not None and bool((part >= 0).any()))
+            open_end.append(opened)
+        given.append(part if part is not None and isinstance(modality, Grid) else np.full(modality.max_tokens, -1))
+        for lack in lacks:
+            row = {name: ids for name, ids in record.items() if name not in lack}
+            for name in [n for n in record if n in lack and first_shown and n not in tagged]:
+                if isinstance(m := modalities.named(name), Sequence):
+                    row[name] = np.array([m.first_sentinel])
+            rows.append({**row, **shown})
+    longest = max(sum(map(len, row.values())) for row in rows)
+    inputs = pack(rows, modalities, length=max(-(-longest // BUCKET) * BUCKET, 1))
+    features = pack_features(records, modalities)
+    zeros = np.zeros(len(records), np.int32)
+    return Prompt(
+        Tokens(*(x.reshape(len(records), len(lacks), -1) for x in inputs)), features, np.stack(given).astype(np.int32),
+        np.array(num_spans or zeros, np.int32), np.array(keeps or zeros, bool), np.array(open_end or zeros, bool),
+        grammar,
+    )  # fmt: skip
+
+
+def _key(name: str, modalities: Modalities, present: Seq[str]) -> str:
+    """The record's name for what users call `name`: an input or an earlier target, perhaps with a tag."""
+    base, hash_, tag = name.partition("#")
+    found = [modalities.as_input(base).name]
+    found += [m.name for m in modalities if m.signal == base]
+    return next((n for n in (f + hash_ + tag for f in found) if n in present), found[0] + hash_ + tag)
