@@ -8,16 +8,17 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from m4.components import closest
 from m4.guidance import Guidance
-from m4.modality import Features, Grid, Modalities, Modality, Sequence
+from m4.modality import Grid, Modalities, Modality, Sequence
+from m4.packing import Packed, Record, pack, stack
 from m4.sampling import Prompt, Stage
-from m4.tokens import Tokens, pad
+from m4.tokens import Tokens
 
 MASK = "[MASK]"  # in a text: any number of words that are to be generated
 BUCKET = 16  # prompts are padded to a multiple of so many tokens, for other lengths to find them compiled
@@ -51,37 +52,6 @@ def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kep
         names += [stage.target, modality.name]
     if partial:
         raise ValueError(f"{', '.join(sorted(partial))} is given in part, to be completed, but is no target")
-
-
-def pack(rows: Seq[Mapping[str, np.ndarray]], modalities: Modalities, *, length: int) -> Tokens:
-    """Stored arrays by modality -> Tokens [B length]. A sequence goes in whole, as in training; "caption#x" is one."""
-    packed: list[list[np.ndarray]] = []
-    for row in rows:
-        ids, modality, position = [], [], []
-        for name, stored in row.items():
-            m, place = modalities.named(name.partition("#")[0]), np.arange(len(stored))
-            if not isinstance(m, Features):
-                place = place[stored >= 0]  # -1: of a grid that is given in part
-            ids.append(place if isinstance(m, Features) else stored[place])
-            modality.append(np.full(len(place), modalities.index(m.name)))
-            position.append(place)
-        valid = np.arange(length) < sum(map(len, ids))
-        packed.append(
-            [pad(ids, length), pad(modality, length), pad(position, length), np.zeros(length, np.int32), valid]
-        )
-    return Tokens(*(np.stack(column) for column in zip(*packed, strict=True)))
-
-
-def pack_features(records: Seq[Mapping[str, np.ndarray]], modalities: Modalities) -> dict[str, np.ndarray]:
-    """Normalised vectors of the continuous modalities that any record has, float32 [B K F], elsewhere zeros."""
-    features = {}
-    for m in modalities:
-        if isinstance(m, Features) and any(m.name in record for record in records):
-            features[m.name] = np.zeros((len(records), m.max_tokens, m.size), np.float32)
-            for b, record in enumerate(records):
-                if m.name in record:
-                    features[m.name][b, : len(record[m.name])] = m.normalize(record[m.name])
-    return features
 
 
 def show_spans(ids: Int[np.ndarray, " n"], modality: Sequence) -> tuple[Int[np.ndarray, " m"], int, bool]:
@@ -143,13 +113,31 @@ def token_mask(mask: Any, m: Grid, rng: np.random.Generator) -> Bool[np.ndarray,
     return mask.reshape(blocks).all(axis=tuple(range(1, len(blocks), 2))).ravel()
 
 
+class Context(NamedTuple):
+    """What is read beside a record: further images of its example, at addresses of their own, and labelled examples."""
+
+    others: tuple[Record, ...] = ()
+    addresses: tuple[int, ...] = (0,)  # the record's, then theirs
+    shots: Packed = Packed.nothing()
+
+
+def in_buckets(rows: Seq[Packed], modalities: Modalities) -> tuple[Tokens, dict[str, np.ndarray]]:
+    """Rows padded to a length that others share; features float32, normalised."""
+    up = lambda count: max(-(-count // BUCKET) * BUCKET, 1)  # noqa: E731
+    length = up(max(row.columns.shape[1] for row in rows))
+    num_vectors = up(max([0, *(len(x) for row in rows for x in row.features.values())]))
+    inputs, features = stack(rows, modalities, length, num_vectors)
+    return inputs, {name: modalities.named(name).normalize(x) for name, x in features.items()}
+
+
 def make_prompt(
     records: Seq[Mapping[str, np.ndarray]], partial: Seq[np.ndarray | None], modality: Modality,
     modalities: Modalities, guidance: Guidance | None = None, generated: Seq[str] = (), grammar: Any = None,
+    contexts: Seq[Context] | None = None,
 ) -> Prompt:  # fmt: skip
     """What a stage reads: records by modality (or modality#tag), and what there is of the target already, if anything.
 
-    `generated`: names of records that earlier stages made.
+    `generated`: names of records that earlier stages made. `contexts`: of each record, what every pass reads too.
     """
     names = list(dict.fromkeys(n for r in records for n in r))
     tagged = {n for n in names if "#" in n}
@@ -159,7 +147,8 @@ def make_prompt(
         lacks = guidance.passes([n for n in names if n not in generated], generated, find)
     first_shown = guidance is not None and guidance.dropped_sequences == "masked"
     rows, num_spans, keeps, open_end, given = [], [], [], [], []
-    for record, part in zip(records, partial, strict=True):
+    contexts = contexts or [Context()] * len(records)
+    for record, part, query in zip(records, partial, contexts, strict=True):
         shown = {}
         if isinstance(modality, Sequence):
             spans, opened = 1, True
@@ -174,13 +163,14 @@ def make_prompt(
             for name in [n for n in record if n in lack and first_shown and n not in tagged]:
                 if isinstance(m := modalities.named(name), Sequence):
                     row[name] = np.array([m.first_sentinel])
-            rows.append({**row, **shown})
-    longest = max(sum(map(len, row.values())) for row in rows)
-    inputs = pack(rows, modalities, length=max(-(-longest // BUCKET) * BUCKET, 1))
-    features = pack_features(records, modalities)
+            packed = pack([{**row, **shown}, *query.others], query.addresses, modalities)
+            rows.append(Packed.join([packed, query.shots], modalities))
+    inputs, features = in_buckets(rows, modalities)
     zeros = np.zeros(len(records), np.int32)
     return Prompt(
-        Tokens(*(x.reshape(len(records), len(lacks), -1) for x in inputs)), features, np.stack(given).astype(np.int32),
+        Tokens(*(x.reshape(len(records), len(lacks), -1) for x in inputs)),
+        {name: x.reshape(len(records), len(lacks), *x.shape[1:]) for name, x in features.items()},
+        np.stack(given).astype(np.int32),
         np.array(num_spans or zeros, np.int32), np.array(keeps or zeros, bool), np.array(open_end or zeros, bool),
         grammar,
     )  # fmt: skip

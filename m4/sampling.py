@@ -44,7 +44,7 @@ class Prompt(NamedTuple):
     """
 
     inputs: Tokens  # [B P N]
-    features: dict[str, Float[Array, "B K F"]]
+    features: dict[str, Float[Array, "B P K F"]]
     given: Int[Array, "B n"]
     num_spans: Int[Array, " B"]
     keeps: Bool[Array, " B"]
@@ -58,7 +58,7 @@ class Prompt(NamedTuple):
     def rows(self) -> tuple[Tokens, dict]:
         """Inputs [B*P N] and features, as the model reads them."""
         inputs = Tokens(*(x.reshape(-1, x.shape[-1]) for x in self.inputs))
-        return inputs, {name: jnp.repeat(x, self.num_passes, axis=0) for name, x in self.features.items()}
+        return inputs, {name: x.reshape(-1, *x.shape[2:]) for name, x in self.features.items()}
 
 
 class Generated(NamedTuple):

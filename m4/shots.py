@@ -15,20 +15,17 @@ The task forms follow VL-ICL Bench (Zong et al. 2024) and M2IXT (Chen et al. 202
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from m4.modality import Features, Grid, Modalities, Modality, Sequence, Tokenizer
-from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, Tokens, pad
-
-ANSWER = 0  # the declaration before an answer; declaration i is image i of the example
-Record = Mapping[str, np.ndarray]  # stored arrays by modality
+from m4.modality import Features, Modalities, Modality, Sequence, Tokenizer
+from m4.packing import ANSWER, Packed, Record, pack, stack
+from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, pad
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,76 +92,6 @@ def encode(shot: Shot, tokenizers: Mapping[str, Tokenizer], modalities: Modaliti
             (record[names[name].name],) = tokenizer.encode([value])
         records.append(record)
     return records
-
-
-@functools.cache
-def coarse_to_fine(shape: tuple[int, ...]) -> Int[np.ndarray, " n"]:
-    """Raster positions in an order whose beginnings are grids: 1 token, 4, 16, 64, .. evenly over the whole."""
-    offsets = []
-    for size in shape:
-        bits = max(size - 1, 1).bit_length()
-        # A place's level: how far it is halved; the middle first.
-        places = (np.arange(size) + size // 2) % size
-        level = np.array([0 if p == 0 else bits - ((p & -p).bit_length() - 1) for p in places.tolist()])
-        offsets.append(level)
-    level = functools.reduce(np.maximum.outer, offsets)
-    return np.argsort(level.ravel(), kind="stable")
-
-
-# ---- Packing --------------------------------------------------------------------------------------------------------
-
-
-class Packed(NamedTuple):
-    """Columns of input tokens (ids, modality, position, shot) and the vectors that ids of features count."""
-
-    columns: Int[np.ndarray, "4 n"]
-    features: dict[str, np.ndarray]  # stored [k F]
-
-    @classmethod
-    def join(cls, parts: Seq[Packed], modalities: Modalities) -> Packed:
-        columns, features = [], {}
-        for part in parts:
-            ids = part.columns[0].copy()
-            for name, vectors in part.features.items():
-                ids[part.columns[1] == modalities.index(name)] += sum(map(len, features.setdefault(name, [])))
-                features[name].append(vectors)
-            columns.append(np.concatenate([ids[None], part.columns[1:]]))
-        empty = np.zeros((4, 0), np.int32)
-        return cls(np.concatenate([empty, *columns], axis=1), {n: np.concatenate(v) for n, v in features.items()})
-
-
-def pack(records: Seq[Record], addresses: Seq[int], modalities: Modalities, num_tokens: int = 0) -> Packed:
-    """One example, each of its images at its own address. `num_tokens`: of each image at most so many, coarse to fine
-    (0: all)."""
-    columns, features = [], {}
-    for record, address in zip(records, addresses, strict=True):
-        for name, stored in record.items():
-            m = modalities.named(name)
-            if isinstance(m, Sequence):
-                ids, place, shot = stored, np.arange(len(stored)), _addressed(stored, m, addresses, addresses[0])
-            else:
-                place = coarse_to_fine(m.shape)[: num_tokens or None]
-                place = place[place < len(stored)]
-                if isinstance(m, Grid):
-                    place = place[stored[place] >= 0]  # -1: of a grid that is given in part
-                ids, shot = stored[place], np.full(len(place), address)
-            if isinstance(m, Features):
-                known = features.setdefault(name, [])
-                ids, _ = np.arange(len(place)) + sum(map(len, known)), known.append(ids)
-            columns.append(np.stack([ids, np.full(len(ids), modalities.index(name)), place, shot]))
-    empty = np.zeros((4, 0), np.int32)
-    return Packed(
-        np.concatenate([empty, *columns], axis=1).astype(np.int32), {n: np.concatenate(v) for n, v in features.items()}
-    )
-
-
-def _addressed(ids: np.ndarray, m: Sequence, addresses: Seq[int], own: int) -> np.ndarray:
-    """A text's tokens have its example's address, its declarations of images those of the images."""
-    number = ids.astype(int) - m.first_declaration
-    shot = np.full(len(ids), own)
-    for i, address in enumerate(addresses, 1):
-        shot[(number == i) & (i < m.num_declarations)] = address
-    return shot
 
 
 def pack_shots(
@@ -309,22 +236,10 @@ class ShotMasking:
             self(e, modalities, np.random.default_rng(key), num_inputs, num_targets)
             for e, key in zip(episodes, keys, strict=True)
         ]
-        inputs, targets = (
-            [np.stack([pad([row[c]], length) for row in columns]) for c in range(len(columns[0]))]
-            for columns, length in (([p.columns for p, _ in rows], num_inputs), ([t for _, t in rows], num_targets))
-        )
-        valid = [
-            np.arange(length) < np.array(count)[:, None]
-            for length, count in (
-                (num_inputs, [p.columns.shape[1] for p, _ in rows]),
-                (num_targets, [t.shape[1] for _, t in rows]),
-            )
-        ]
-        features = {}
+        inputs, features = stack([packed for packed, _ in rows], modalities, num_inputs, num_inputs)
         for m in modalities:
-            if isinstance(m, Features):
+            if isinstance(m, Features) and m.name not in features:
                 features[m.name] = np.zeros((len(rows), num_inputs, m.size), m.dtype)
-                for out, (packed, _) in zip(features[m.name], rows, strict=True):
-                    if m.name in packed.features:
-                        out[: len(packed.features[m.name])] = packed.features[m.name]
-        return MaskedBatch(Tokens(*inputs, valid[0]), Targets(*targets, valid[1]), features)
+        counts = np.array([t.shape[1] for _, t in rows])
+        targets = [np.stack([pad([t[i]], num_targets) for _, t in rows]) for i in range(5)]
+        return MaskedBatch(inputs, Targets(*targets, np.arange(num_targets) < counts[:, None]), features)

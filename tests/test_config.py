@@ -76,7 +76,8 @@ def test_every_config_holds_together(path, monkeypatch):
 
 LAYERS = [
     ["components", "modality", "tokens", "workers"],
-    ["masking", "nn", "kernels"],
+    ["masking", "packing", "nn", "kernels"],
+    ["shots"],
     ["model"],
     ["losses", "fourm", "model_file"],
     ["convert"],

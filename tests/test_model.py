@@ -11,7 +11,8 @@ from flax import nnx
 from m4 import losses
 from m4.model import Model, stack, survival
 from m4.nn import DecoderBlock, Visible, attend
-from m4.prompts import pack, pack_features
+from m4.packing import pack
+from m4.prompts import in_buckets
 from m4.sampler import Sampler, Stage
 from m4.sampling import ROAR, Autoregressive, MaskGIT
 from m4.tokens import MaskedBatch, Targets, Tokens
@@ -163,8 +164,7 @@ def test_cached_decoding_equals_uncached(model, modalities, make_example):
     records = [
         {"rgb_pixels": make_example(i)["rgb_pixels"], "depth_tokens": make_example(i)["depth_tokens"]} for i in range(3)
     ]
-    inputs = jax.tree.map(jnp.asarray, pack(records, modalities, length=30))
-    features = jax.tree.map(jnp.asarray, pack_features(records, modalities))
+    inputs, features = jax.tree.map(jnp.asarray, in_buckets([pack([r], [0], modalities) for r in records], modalities))
     context = model.encode(inputs, features)
     length, caption = 6, modalities.index("caption")
     previous = jax.random.randint(jax.random.key(3), (3, length), 5, 30)

@@ -19,7 +19,8 @@ from m4.drawing import Grammar, Sampling, _inverse_distribution
 from m4.guidance import Guidance
 from m4.modality import Sequence
 from m4.model import Model
-from m4.prompts import check_plan, fill_spans, make_prompt, pack, pack_features, show_spans, trim
+from m4.packing import pack
+from m4.prompts import check_plan, fill_spans, in_buckets, make_prompt, show_spans, trim
 from m4.sampler import Sampler, Stage, _run, retrieve, run_stage
 from m4.sampling import (
     ROAR,
@@ -139,8 +140,7 @@ def test_draws_follow_the_distribution(size):
 
 def uncached(model, records, modality, noise, modalities):
     """Decoding that runs the whole prefix for each token: the most likely, or the likeliest with Gumbel noise."""
-    inputs = jax.tree.map(jnp.asarray, pack(records, modalities, length=48))
-    features = jax.tree.map(jnp.asarray, pack_features(records, modalities))
+    inputs, features = jax.tree.map(jnp.asarray, in_buckets([pack([r], [0], modalities) for r in records], modalities))
     length = len(noise)
     index = jnp.full((len(records), length), modalities.index(modality.name))
     position = jnp.broadcast_to(jnp.arange(length), index.shape)
@@ -205,8 +205,7 @@ def test_two_devices_equal_one(sampler, records, target, scheme):
 
 def first_logits(model, modalities, record, target="depth_tokens"):
     """Of all positions of an empty grid."""
-    inputs = jax.tree.map(jnp.asarray, pack([record], modalities, length=32))
-    features = jax.tree.map(jnp.asarray, pack_features([record], modalities))
+    inputs, features = jax.tree.map(jnp.asarray, in_buckets([pack([record], [0], modalities)], modalities))
     num = modalities.named(target).max_tokens
     position = jnp.arange(num)[None]
     index = jnp.full((1, num), modalities.index(target))
