@@ -34,10 +34,39 @@ from m4_tokenizers.text import (
     WordPieceTokenizer,
 )
 
+Colour = tuple[int, int, int]
 Boxes = dict[str, Any]  # {"bbox": float32 [n 4] as (ymin, xmin, ymax, xmax) in [0, 1], "label": n strings}
 AS_TOKENS = [1, 0, 3, 2]  # (ymin, xmin, ymax, xmax) <-> (xmin, ymin, xmax, ymax)
 LABEL, OTHER, END = range(NUM_COORDINATES, NUM_COORDINATES + 3)  # classes of tokens beside the four coordinates
 SMALLEST_PICTURE = 256  # pixels: labels on anything smaller cannot be read
+
+
+def canvas(image: np.ndarray | None) -> Image.Image:
+    """The image (or white), enlarged until labels on it can be read."""
+    size = SMALLEST_PICTURE
+    picture = Image.new("RGB", (size, size), "white") if image is None else Image.fromarray(image).convert("RGB")
+    factor = -(-SMALLEST_PICTURE // min(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def hue(index: int) -> Colour:
+    """The golden angle keeps the hues of neighbouring labels apart, in whatever order they came to be known."""
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(int(index) * 0.618 % 1, 0.85, 0.75))
+
+
+def draw_label(pen: ImageDraw.ImageDraw, place: tuple[float, float], label: str, colour: Colour) -> None:
+    """White on the colour; `place`: (x, y) of its upper left corner."""
+    name = label.encode("latin-1", "replace").decode("latin-1")  # all that PIL's built-in font has
+    left, top, right, bottom = pen.textbbox(place, name)
+    pen.rectangle((left - 2, top - 1, right + 1, bottom + 1), fill=colour)
+    pen.text(place, name, fill="white")
+
+
+def draw_box(pen: ImageDraw.ImageDraw, size: tuple[int, int], box: np.ndarray, label: str, colour: Colour) -> None:
+    """`size`: the picture's (width, height); `box`: (ymin, xmin, ymax, xmax) in [0, 1]."""
+    y0, x0, y1, x1 = (float(v) for v in box * np.tile(size[::-1], 2))
+    pen.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=2)
+    draw_label(pen, (x0 + 3, max(y0 - 12, 0)), label, colour)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,24 +274,11 @@ class BoxTokenizer:
 
     def draw(self, signal: Boxes, *, image: np.ndarray | None) -> np.ndarray:
         """Boxes in a colour per label, on the image (or on white)."""
-        size = SMALLEST_PICTURE
-        picture = Image.new("RGB", (size, size), "white") if image is None else Image.fromarray(image).convert("RGB")
-        factor = -(-SMALLEST_PICTURE // min(picture.size))
-        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        picture = canvas(image)
         pen = ImageDraw.Draw(picture)
         for box, label in zip(np.asarray(signal["bbox"]), signal["label"], strict=True):
-            y0, x0, y1, x1 = (float(v) for v in box * np.tile([picture.height, picture.width], 2))
-            colour, name = self._colour(label), label.encode("latin-1", "replace").decode("latin-1")
-            pen.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=2)
-            left, top, right, bottom = pen.textbbox((x0 + 3, max(y0 - 12, 0)), name)
-            pen.rectangle((left - 2, top - 1, right + 1, bottom + 1), fill=colour)
-            pen.text((x0 + 3, max(y0 - 12, 0)), name, fill="white")
+            draw_box(pen, picture.size, box, label, hue(sum(self.text.encode_unbounded([label])[0])))
         return np.asarray(picture)
-
-    def _colour(self, label: str) -> tuple[int, int, int]:
-        """The golden angle keeps the hues of neighbouring labels apart, in whatever order they came to be known."""
-        index = int(sum(self.text.encode_unbounded([label])[0]))
-        return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(index * 0.618 % 1, 0.85, 0.75))
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         text, _ = self.text.state()
