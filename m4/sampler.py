@@ -297,9 +297,9 @@ class Sampler:
     ) -> Results:
         """What labelled examples let the model say of queries (their outputs are not read), without a gradient step.
 
-        `shots`: for all queries, or one list for each. `num_tokens`: of each image of the shots, coarse to fine (0: all).
-        Shots that do not fit into `budget` input tokens beside the query are dropped whole, the oldest first, with a
-        warning. A target that the query has as an input is a question, to be continued by its answer.
+        `shots`: for all queries, or one list for each. `num_tokens`: of each image of the shots, coarse to fine
+        (0: all). Shots that do not fit into `budget` input tokens beside the query are dropped whole, the oldest first,
+        with a warning. A target that the query has as an input is a question, to be continued by its answer.
         """
         (stage,) = self.plan([target])
         single = isinstance(queries, Shot)
@@ -380,8 +380,8 @@ class Sampler:
             asked.append((record, partial, Context(tuple(others), tuple(range(1 + len(others))), packed)))
         if num_dropped:
             warnings.warn(
-                f"up to {num_dropped} of the oldest shots were dropped: they exceed the budget of {budget} input tokens "
-                "or the model's number of addresses; num_tokens gives each image fewer",
+                f"up to {num_dropped} of the oldest shots were dropped: they exceed the budget of {budget} input "
+                "tokens or the model's number of addresses; num_tokens gives each image fewer",
                 stacklevel=3,
             )
         return asked

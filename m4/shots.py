@@ -94,6 +94,13 @@ def encode(shot: Shot, tokenizers: Mapping[str, Tokenizer], modalities: Modaliti
     return records
 
 
+def inputs_of(shots: Seq[Shot]) -> dict[str, list[Any]]:
+    """The inputs of each by name, None where it lacks one; of several images the first."""
+    first = lambda value: value[0] if isinstance(value, list) else value  # noqa: E731
+    names = dict.fromkeys(name for shot in shots for name in shot.inputs)
+    return {n: [first(s.inputs[n]) if n in s.inputs else None for s in shots] for n in names}
+
+
 def pack_shots(
     shots: Seq[Seq[Record]], modalities: Modalities, *, budget: int, num_tokens: int = 0, first_address: int = 1
 ) -> tuple[Packed, int]:

@@ -1,0 +1,275 @@
+"""Accuracy of few-shot tasks against the number of examples, beside what a model would score for the wrong reasons.
+
+    shots            the examples as they are; 0 of them: zero-shot
+    open             the same, answered freely instead of chosen among candidates
+    shuffled_labels  outputs dealt out anew among the examples of a prompt (Min et al. 2022)
+    shuffled_images  images of another episode
+    text_only        no images in the examples
+    nearest_mean     without training or context: the class mean of the frozen encoder's embeddings that is nearest
+    gda              the same with a covariance that classes share: Gaussian discriminant analysis (Wang et al. 2024)
+    tokens_N         at the largest number of shots: N tokens of each context image
+
+K examples, D width of embeddings, Q queries
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from m4.checkpoints import load_run
+from m4.components import to_json, write_atomically
+from m4.evals.episodes.counting import Counting
+from m4.evals.episodes.fast_binding import FastBinding
+from m4.evals.episodes.operators import OperatorInduction
+from m4.prompts import in_buckets
+from m4.sampler import Sampler
+from m4.shots import Episode, Shot, Task, encode, pack_shots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShot:
+    """What is measured: every task with each number of shots, on `seeds` draws of `num_queries` episodes each.
+
+    `num_tokens`: of each context image (0: all); `token_counts`: those of the accuracy-against-tokens curve.
+    `calibrate`: scores of candidates less those after a query without content.
+    """
+
+    tasks: tuple[Any, ...] = (FastBinding(), OperatorInduction(), Counting())
+    shots: tuple[int, ...] = (0, 1, 2, 4, 8)
+    num_queries: int = 200
+    seeds: int = 3
+    num_tokens: int = 16
+    token_counts: tuple[int, ...] = (1, 4, 16, 64)
+    calibrate: bool = False
+
+    def __post_init__(self):
+        if not self.tasks or not self.shots or min(*self.shots, 0) < 0 or min(self.num_queries, self.seeds) < 1:
+            raise ValueError(f"a few-shot evaluation needs tasks, shots of at least 0, queries and seeds: {self}")
+        for task in self.tasks:
+            if task.max_shots < max(self.shots):
+                raise ValueError(f"{task.name} has max_shots={task.max_shots}, and shots={self.shots} are asked")
+
+
+def shuffle_labels(shots: Seq[Shot], rng: np.random.Generator, other: Episode) -> list[Shot]:
+    order = rng.permutation(len(shots))
+    return [dataclasses.replace(shot, outputs=shots[i].outputs) for shot, i in zip(shots, order, strict=True)]
+
+
+def shuffle_images(shots: Seq[Shot], rng: np.random.Generator, other: Episode) -> list[Shot]:
+    return [_with_images(shot, their) for shot, their in zip(shots, other.shots, strict=False)]
+
+
+def text_only(shots: Seq[Shot], rng: np.random.Generator, other: Episode) -> list[Shot]:
+    return [_with_images(shot, None) for shot in shots]
+
+
+def _with_images(shot: Shot, other: Shot | None) -> Shot:
+    """All that is no text replaced by another example's, or left out."""
+
+    def replaced(signals: Mapping[str, Any], their: Mapping[str, Any]) -> dict[str, Any]:
+        images = {n for n, v in signals.items() if not isinstance(v, str | tuple)}
+        return {n: their[n] if n in images else v for n, v in signals.items() if n not in images or n in their}
+
+    theirs = other or Shot(inputs={})
+    return Shot(inputs=replaced(shot.inputs, theirs.inputs), outputs=replaced(shot.outputs, theirs.outputs))
+
+
+CONTROLS: dict[str, Callable[[Seq[Shot], np.random.Generator, Episode], list[Shot]]] = {
+    "shuffled_labels": shuffle_labels,
+    "shuffled_images": shuffle_images,
+    "text_only": text_only,
+}
+
+
+# ---- Baselines without training -------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graph, params, inputs, features) -> Float[Array, "B D"]:
+    model = nnx.merge(graph, params)
+    x = model.run_encoder(model.encoder_input(inputs, features), inputs.valid)[:, model.config.num_registers :]
+    return (x * inputs.valid[..., None]).sum(1) / jnp.maximum(inputs.valid.sum(1), 1)[:, None]
+
+
+def embeddings(sampler: Sampler, shots: Seq[Shot]) -> Float[np.ndarray, "K D"]:
+    """Mean of the frozen encoder's tokens of each example's inputs, read as a query."""
+    rows = []
+    for shot in shots:
+        records = encode(Shot(inputs=shot.inputs), sampler.tokenizers, sampler.modalities)
+        rows.append(pack_shots([records], sampler.modalities, budget=1 << 30, first_address=0)[0])
+    found = []
+    for first in range(0, len(rows), sampler.batch_size):
+        part = rows[first : first + sampler.batch_size]
+        part += part[-1:] * (min(sampler.batch_size, len(rows)) - len(part))
+        found.append(np.asarray(_embed(sampler.graph, sampler.params, *in_buckets(part, sampler.modalities))))
+    return np.concatenate(found)[: len(rows)]
+
+
+def nearest_mean(
+    shots: Float[np.ndarray, "K D"], labels: Seq[Any], query: Float[np.ndarray, " D"], shared: bool = False
+) -> Any:
+    """The label of the nearest class mean; `shared`: by a precision that classes share, D ((K - 1) S + tr(S) I)^-1.
+
+    Kubokawa and Srivastava 2008, as Wang et al. 2024 take it for few examples.
+    """
+    classes = list(dict.fromkeys(labels))
+    of = np.array([classes.index(label) for label in labels])
+    means = np.stack([shots[of == c].mean(0) for c in range(len(classes))])
+    apart = query - means
+    if shared:
+        within = shots - means[of]
+        covariance = within.T @ within / max(len(shots) - 1, 1)
+        ridge = np.trace(covariance) + 1e-6
+        precision = np.linalg.inv((len(shots) - 1) * covariance + ridge * np.eye(len(query)))
+        return classes[int(np.einsum("cd,de,ce->c", apart, precision, apart).argmin())]
+    return classes[int((apart**2).sum(1).argmin())]
+
+
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
+
+
+def summary(correct: Seq[float]) -> dict[str, Any]:
+    """Mean, its standard error over queries, and how many there were."""
+    correct = np.asarray(correct, float)
+    sem = correct.std(ddof=1) / len(correct) ** 0.5 if len(correct) > 1 else 0.0
+    return {"mean": float(correct.mean()), "sem": float(sem), "num_queries": len(correct)}
+
+
+def judge(sampler: Sampler, task: Task, episodes: Seq[Episode], shots: Seq[Seq[Shot]], c: FewShot, **options) -> list:
+    """Whether (or how far) each query's answer is right: chosen among its candidates, or free where it has none."""
+    queries = [e.query for e in episodes]
+    question = [dataclasses.replace(q, outputs={}) for q in queries]
+    options = {"num_tokens": c.num_tokens, "shots": shots, **options}
+    if episodes[0].candidates and not options.pop("free", False):
+        candidates = [e.candidates for e in episodes]
+        scores = sampler.score(question, task.output, candidates, calibrate=c.calibrate, **options)
+        answers = [found[int(row.argmax())] for row, found in zip(scores, candidates, strict=True)]
+    else:
+        answers = sampler.answer(question, task.output, **options)[task.output]
+    return [float(task.correct(answer, episode)) for answer, episode in zip(answers, episodes, strict=True)]
+
+
+def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: tqdm) -> dict[str, dict[str, Any]]:
+    """{condition: {number of shots: {"mean", "sem", "num_queries"}}}; all on the same episodes."""
+    num = c.seeds * c.num_queries
+    episodes = [task.draw("test", i, data_dir) for i in range(num)]
+    others = [*episodes[1:], episodes[0]]
+    rngs = [np.random.default_rng([7, i]) for i in range(num)]
+    results: dict[str, dict[str, Any]] = {}
+
+    def note(condition: str, count: int, correct: Seq[float]) -> None:
+        results.setdefault(condition, {})[str(count)] = summary(correct)
+        bar.set_postfix_str(f"{task.name} {condition} {count}")
+        bar.update()
+
+    closed = bool(episodes[0].candidates)
+    has_images = task.images > 0
+    for k in c.shots:
+        plain = [list(e.shots[:k]) for e in episodes]
+        note("shots", k, judge(sampler, task, episodes, plain, c))
+        if closed:
+            note("open", k, judge(sampler, task, episodes, plain, c, free=True))
+        for name, control in CONTROLS.items() if k else ():
+            if has_images or name == "shuffled_labels":
+                changed = [control(s, rng, other) for s, rng, other in zip(plain, rngs, others, strict=True)]
+                note(name, k, judge(sampler, task, episodes, changed, c))
+    if has_images and task.output == "caption":
+        inputs = embeddings(sampler, [shot for e in episodes for shot in (*e.shots, e.query)])
+        inputs = inputs.reshape(num, -1, inputs.shape[-1])
+        for k in [k for k in c.shots if k]:
+            for name, shared in (("nearest_mean", False), ("gda", True)):
+                said = [
+                    nearest_mean(x[:k], [s.outputs[task.output] for s in e.shots[:k]], x[-1], shared)
+                    for x, e in zip(inputs, episodes, strict=True)
+                ]
+                note(name, k, [float(task.correct(answer, e)) for answer, e in zip(said, episodes, strict=True)])
+    if has_images:
+        k = max(c.shots)
+        for count in c.token_counts:
+            plain = [list(e.shots[:k]) for e in episodes]
+            note(f"tokens_{count}", k, judge(sampler, task, episodes, plain, c, num_tokens=count))
+    return results
+
+
+def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
+    """Scores a trained model (see `load_run`) on few-shot tasks; writes fewshot.json, fewshot.md and fewshot.png.
+
+    What is measured is the config's `fewshot`, else FewShot(). Into `out` (default: `workdir`).
+    """
+    started, out = time.monotonic(), Path(out or workdir)
+    run = load_run(workdir)
+    c = run.config.fewshot or FewShot()
+    sampler = Sampler(run.model, run.tokenizers)
+    for task in c.tasks:
+        sampler.tokenizer(task.output)  # says what is missing before any work
+    for task in c.tasks:
+        task.prepare(run.config.data_dir)
+    results = {}
+    out.mkdir(parents=True, exist_ok=True)
+    per_task = len(c.shots) * 8 + len(c.token_counts)
+    with tqdm(total=per_task * len(c.tasks), desc="few-shot", unit="score", file=sys.stdout, mininterval=1) as bar:
+        for task in c.tasks:
+            results[task.name] = evaluate_task(sampler, task, c, run.config.data_dir, bar)
+            write_atomically(out / "fewshot.json", json.dumps(results, indent=1).encode())
+    write_atomically(out / "fewshot.md", table(results, c).encode())
+    curves(results, c, out / "fewshot.png")
+    print(f"{table(results, c)}\n{out}/fewshot.json, .md, .png in {time.monotonic() - started:.0f} s", flush=True)
+    return results
+
+
+def table(results: Mapping[str, Any], c: FewShot) -> str:
+    """Markdown: a row for each task and condition, a column for each number of shots."""
+    lines = [
+        "| task | condition | " + " | ".join(f"{k} shots" for k in c.shots) + " |",
+        "|---|---|" + "---|" * len(c.shots),
+    ]
+    for task, conditions in results.items():
+        for condition, cells in conditions.items():
+            figures = [
+                f"{cells[str(k)]['mean']:.3f} ± {cells[str(k)]['sem']:.3f}" if str(k) in cells else "" for k in c.shots
+            ]
+            lines.append(f"| {task} | {condition} | " + " | ".join(figures) + " |")
+    queries = c.seeds * c.num_queries
+    lines.append(f"\nMeans and standard errors over {queries} queries ({c.seeds} draws of {c.num_queries} episodes).")
+    return "\n".join(lines) + "\n"
+
+
+def curves(results: Mapping[str, Any], c: FewShot, file: Path) -> None:
+    """One panel for each task: accuracy against shots, a line for each condition."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(results), figsize=(4.2 * len(results), 3.6), squeeze=False, sharey=True)
+    for axis, (task, conditions) in zip(axes[0], results.items(), strict=True):
+        for condition, cells in conditions.items():
+            if not condition.startswith("tokens_"):
+                counts = sorted(map(int, cells))
+                means, errors = ([cells[str(k)][what] for k in counts] for what in ("mean", "sem"))
+                style = {"linewidth": 2.5, "color": "black"} if condition == "shots" else {"linewidth": 1, "alpha": 0.8}
+                axis.errorbar(counts, means, errors, label=condition, marker="o", markersize=3, **style)
+        axis.set(title=task, xlabel="examples in the context", ylim=(0, 1), xticks=list(c.shots))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("accuracy")
+    axes[0][-1].legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    temporary = file.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(file)
+    pyplot.close(figure)
