@@ -75,7 +75,7 @@ def test_every_config_holds_together(path, monkeypatch):
 
 
 LAYERS = [
-    ["components", "modality", "tokens", "workers"],
+    ["components", "modality", "tokens", "workers", "shots"],
     ["masking", "nn", "kernels"],
     ["model"],
     ["losses", "fourm", "model_file"],
