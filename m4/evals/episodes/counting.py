@@ -9,10 +9,11 @@ import numpy as np
 
 from m4.datasets.rendering import SIZES, VARIANTS
 from m4.datasets.scenes import Scenes
-from m4.evals.episodes.draws import Bank, balanced, bank, generator, pick, same_text, shuffled
+from m4.evals.episodes.bank import SCENES, Bank, bank
+from m4.evals.episodes.draws import balanced, generator, pick, shuffled
+from m4.evals.episodes.words import same_text
 from m4.shots import Episode, Shot
 
-SCENES = Scenes(variant="simple", num_train=8000, num_validation=8, num_test=4000, num_heldout=4000)
 TEST_VALUES = (("colour", "cyan"), ("colour", "purple"), ("shape", "cylinder"))
 FEWEST = 40  # scenes of a count that are enough to draw from
 

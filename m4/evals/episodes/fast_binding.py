@@ -13,21 +13,21 @@ import numpy as np
 
 from m4.datasets.scenes import Scenes
 from m4.datasets.stamps import Stamps
-from m4.evals.episodes.draws import balanced, bank, draw_words, generator, pick, same_text, shuffled
+from m4.evals.episodes.bank import KINDS, bank, heldout
+from m4.evals.episodes.draws import balanced, generator, pick, shuffled
+from m4.evals.episodes.words import draw_words, same_text
 from m4.evals.scenes import read_colours
 from m4.shots import Episode, Shot
 
-SCENES = Scenes(variant="kinds", num_train=8000, num_validation=8, num_test=8, num_heldout=3000)
 STAMPS = Stamps(max_objects=1, num_train=6000, num_validation=8, num_test=3000)
-# Categories of which STAMPS has the most cut-outs in its test split, so that naming them is more than recognising one.
-HELD_OUT = ("animals", "food", "plants", "town", "vehicles")
+HELD_OUT = ("food", "household", "plants", "seasonal", "town")  # categories with several cut-outs among those for tests
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneKinds:
     """Pairs of colour and shape; those for tests, new colours and a new shape among them, are in no training split."""
 
-    scenes: Scenes = SCENES
+    scenes: Scenes = KINDS
 
     suffix: ClassVar[str] = ""
 
@@ -36,7 +36,7 @@ class SceneKinds:
 
     def read(self, split: str, data_dir: str | os.PathLike) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
         """Images [N H W C], and the numbers of those of each kind."""
-        return _scene_kinds(self.scenes, {"train": "train", "test": "heldout"}[split], os.fspath(data_dir))
+        return _scene_kinds(self.scenes, heldout(split), os.fspath(data_dir))
 
 
 @functools.cache

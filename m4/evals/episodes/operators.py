@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from m4.datasets.rendering import check
-from m4.evals.episodes.draws import generator, same_text, shuffled
+from m4.evals.episodes.draws import generator, shuffled
+from m4.evals.episodes.words import same_text
 from m4.evals.episodes.writing import note
 from m4.shots import Episode, Shot
 
@@ -40,6 +41,8 @@ def _split_pairs(num_test: int = 20) -> dict[str, list[Pair]]:
 
 
 PAIRS = _split_pairs()
+# Queries, whose results tell the operators apart.
+TELLING = {split: [p for p in pairs if len(set(_results(p))) == len(OPERATORS)] for split, pairs in PAIRS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,7 @@ class OperatorInduction:
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)
-        telling = [pair for pair in PAIRS[split] if len(set(_results(pair))) == len(OPERATORS)]
-        query = telling[rng.integers(len(telling))]
+        query = TELLING[split][rng.integers(len(TELLING[split]))]
         others = [pair for pair in PAIRS[split] if pair != query]
         pairs = [*(others[i] for i in rng.choice(len(others), self.max_shots, replace=False)), query]
         operator = list(OPERATORS.values())[rng.integers(len(OPERATORS))]
