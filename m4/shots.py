@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -50,6 +51,30 @@ class Episode:
     shots: tuple[Shot, ...]
     query: Shot
     candidates: tuple[Any, ...] = ()
+
+
+class Task(Protocol):
+    """A frozen dataclass that draws episodes. Nothing of its test split that is to be learned occurs in training.
+
+    name: its key in results. output: the signal that is asked for. images: how many are in each example.
+    max_shots: labelled examples in every episode, of which every prefix is as balanced over labels as it can be.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    output: str
+    images: int
+    max_shots: int
+
+    def prepare(self, data_dir: str | os.PathLike) -> None:
+        """Renders what is needed; returns at once when it is there."""
+
+    def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
+        """Episode `index` of "train" or "test": a pure function of the task's fields, split and index."""
+
+    def correct(self, answer: Any, episode: Episode) -> bool | float:
+        """Whether, or how much, an answer to the query is right."""
 
 
 # ---- Encoding -------------------------------------------------------------------------------------------------------

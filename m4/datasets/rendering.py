@@ -37,7 +37,7 @@ class Variant:
     phrasings: bool  # many ways to say a scene, with materials and relations, or a single plain one
 
 
-# Two ways to draw and caption scenes; a set of scenes names one.
+# Ways to draw and caption scenes; a set of scenes names one. New ones go last: their number seeds the scenes.
 VARIANTS = {
     "simple": Variant(
         colours=("red", "yellow", "green", "cyan", "blue", "purple"),
@@ -56,6 +56,21 @@ VARIANTS = {
         phrasings=True,
     ),
 }
+# Single objects: those that "simple" shows in training, and held out all others.
+_seen = VARIANTS["simple"]
+VARIANTS["kinds"] = Variant(
+    colours=tuple(COLOURS),
+    shapes=SHAPES,
+    materials=("matte",),
+    max_objects=1,
+    heldout=tuple(
+        (colour, shape)
+        for colour in COLOURS
+        for shape in SHAPES
+        if colour not in _seen.colours or shape not in _seen.shapes or (colour, shape) in _seen.heldout
+    ),
+    phrasings=False,
+)
 
 
 def check(kind: str, given: str, allowed: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from m4.checkpoints import load_run
-from m4.components import to_json, write_atomically
+from m4.components import write_atomically
 from m4.evals.episodes.counting import Counting
 from m4.evals.episodes.fast_binding import FastBinding
 from m4.evals.episodes.operators import OperatorInduction
