@@ -75,14 +75,9 @@ def test_every_config_holds_together(path, monkeypatch):
 
 
 LAYERS = [
-<<<<<<< HEAD
     ["components", "modality", "tokens", "workers"],
     ["masking", "packing", "nn", "kernels"],
     ["shots"],
-=======
-    ["components", "modality", "tokens", "workers", "shots"],
-    ["masking", "nn", "kernels"],
->>>>>>> episodes
     ["model"],
     ["losses", "fourm", "model_file"],
     ["convert"],
