@@ -451,6 +451,8 @@ def test_errors_name_the_released_file(bench):
         ("[{", "query.json is not JSON"),
         ("{}", "query.json must hold a list of objects"),
         ('[{"image": ["0.png"], "answer": "4"}]', "query 0 of .*query.json.*KeyError 'operator'"),
+        ('[{"image": ["0.png"], "operator": "+", "question": "?"}]', "query 0 of .*query.json.*KeyError 'answer'"),
+        ('[{"image": [], "operator": "+", "question": "?", "answer": 4}]', "query 0 of .*0 images instead of 1"),
     ],
 )
 def test_broken_released_files_are_named(bench, content, match):

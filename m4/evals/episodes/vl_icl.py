@@ -129,22 +129,31 @@ class VLICL:
         query, choose = queries[index % len(queries)], DATASETS[self.dataset][2]
         try:
             entries, query, candidates = choose(query, self._read("support"), self.max_shots, rng)
-            examples = [self._shot(entry) for entry in (*entries, query)]
-        except (KeyError, IndexError, TypeError) as error:
-            where = f"query {index % len(queries)} of {Path(self.folder, self.dataset, 'query.json')}"
+            texts = [(entry["question"], str(entry["answer"])) for entry in (*entries, query)]
+            pictures = [self._paths(entry) for entry in (*entries, query)]
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{where}, or the support for it, is not as VL-ICL Bench has {self.dataset}: "
-                f"{type(error).__name__} {error}; {DOWNLOAD}"
+                f"query {index % len(queries)} of {Path(self.folder, self.dataset, 'query.json')}, or its examples in "
+                f"support.json, are not as VL-ICL Bench has {self.dataset}: {type(error).__name__} {error}; {DOWNLOAD}"
             ) from error
+        examples = [self._shot(*text, paths) for text, paths in zip(texts, pictures, strict=True)]
         return Episode(shots=tuple(examples[:-1]), query=examples[-1], candidates=shuffled(candidates, rng))
 
-    def _shot(self, entry: Entry) -> Shot:
-        paths = entry["image"] if self.images and "image" in entry else []
-        pictures = [self._image(path) for path in ([paths] if isinstance(paths, str) else paths)]
-        rgb = {"rgb": pictures[0] if self.images == 1 else pictures} if pictures else {}
-        if self.output == "rgb":  # queries of open_t2i_mi have no image, since any picture of their class will do
-            return Shot(inputs={"caption": entry["question"]}, outputs=rgb)
-        return Shot(inputs={**rgb, "caption": entry["question"]}, outputs={"caption": str(entry["answer"])})
+    def _paths(self, entry: Entry) -> list[str]:
+        """The images of an entry. Queries of open_t2i_mi have none, since any picture of their class will do."""
+        if not self.images or (self.output == "rgb" and "image" not in entry):
+            return []
+        paths = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
+        if len(paths) != self.images:
+            raise ValueError(f"{len(paths)} images instead of {self.images}")
+        return paths
+
+    def _shot(self, question: str, answer: str, paths: list[str]) -> Shot:
+        images = [self._image(path) for path in paths]
+        rgb = {"rgb": images if self.images > 1 else images[0]} if images else {}
+        if self.output == "rgb":
+            return Shot(inputs={"caption": question}, outputs=rgb)
+        return Shot(inputs={**rgb, "caption": question}, outputs={"caption": answer})
 
     def _image(self, path: str) -> np.ndarray:
         """uint8 [size size 3]."""
