@@ -68,15 +68,26 @@ def data(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """RUN [--out DIR]: scores a trained model on its test split; writes metrics.json and gallery.png."""
-    parser = argparse.ArgumentParser(prog="python -m m4 evaluate", description=evaluate.__doc__)
+    """RUN [--suite NAME] [--out DIR]: scores a trained model.
+
+    directions: the config's conditional tasks on its test split; writes metrics.json and gallery.png.
+    fewshot: tasks that labelled examples in the context define, against the number of examples and beside controls;
+    writes fewshot.json, fewshot.md and fewshot.png.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m m4 evaluate", description=evaluate.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="the folder of a run, e.g. runs/quickstart, or a model of the package")
-    parser.add_argument("--out", default="", help="where metrics.json and gallery.png go (default: RUN)")
+    parser.add_argument("--suite", choices=["directions", "fewshot"], default="directions")
+    parser.add_argument("--out", default="", help="folder of the results (default: RUN)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    from m4.evals import suite
+    from m4.evals import fewshot, suite
 
-    suite.evaluate(args.run, args.out, seed=args.seed)
+    if args.suite == "fewshot":
+        fewshot.evaluate(args.run, args.out)
+    else:
+        suite.evaluate(args.run, args.out, seed=args.seed)
 
 
 def plan(argv: list[str]) -> None:

@@ -27,7 +27,8 @@ class Config:
 
     datasets: what is read, by weight (the first is also what evaluations score); tokenizers: recipes, in the model's
     modality order (m4.modality.Recipe); evaluations: directions to score (m4.evals.suite.Direction), each on all of
-    eval_splits, the first also in pictures. batch_size is the global number of examples a step; num_workers processes
+    eval_splits, the first also in pictures; fewshot: what `evaluate --suite fewshot` measures
+    (m4.evals.fewshot.FewShot). batch_size is the global number of examples a step; num_workers processes
     on each host read and mask them (0: threads).
     micro_batches: parts of a batch that are computed one after the other, for memory; the gradient is the same.
     average_decay: of an exponential moving average of the parameters, which is then what is evaluated (0: none).
@@ -47,6 +48,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     evaluations: tuple[Any, ...] = ()
     eval_splits: tuple[str, ...] = ("test",)
+    fewshot: Any = None
     num_eval_samples: int = 512
     batch_size: int = 64
     micro_batches: int = 1
@@ -118,6 +120,7 @@ FREE_TO_CHANGE = (
     "mesh",
     "evaluations",
     "eval_splits",
+    "fewshot",
     "num_eval_samples",
     "num_workers",
     "micro_batches",

@@ -24,6 +24,7 @@ from m4.pictures import contact_sheet, write_png
 from m4.prompts import MASK, check_plan, trim
 from m4.sampler import Results, Sampler, Stage, default_scheme, keep_compiled
 from m4.sampling import Autoregressive, Guidance
+from m4.shots import Shot, read_shots
 
 FLAGS = ("steps", "temperature", "top_k", "top_p", "min_p", "schedule")  # fields of schemes that flags set
 SHEET_ROWS = 24
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for the results: OUT/<sample>/rgb.png, depth.png, ...")
     parser.add_argument("--keep", nargs="+", default=[], metavar="NAME=MASK", help="what stays of an input that is a "
                         "target too: a picture, white = stays, or a share (rgb=0.5: variations)")  # fmt: skip
+    like = '[{"inputs": {"rgb": "a.png"}, "outputs": {"caption": "a dax"}}, ...]'
+    parser.add_argument("--shots", default="", metavar="FILE.json", help=f"labelled examples of a task: {like}")
+    parser.add_argument("--shot-tokens", type=int, default=0, help="of each image of --shots (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same results (default: 0)")
     parser.add_argument("--num-samples", type=int, default=1, help="results for each input (different draws)")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -64,9 +68,14 @@ def main(args: argparse.Namespace) -> None:
     keep_compiled()
     sampler = Sampler.load(args.run, batch_size=args.batch_size)
     stages = _stages(args, sampler)
+    shots = read_shots(Path(args.shots)) if args.shots else []
     keep = dict(_pair("--keep", item) for item in args.keep)
     masked = {n for row in rows for n, v in row.items() if MASK in v}
-    check_plan(stages, names, sampler.modalities, [*keep, *masked])
+    # With examples of a task, an input text that is asked for is a question.
+    asked = {n for n in names if shots and sampler.modalities.as_input(n).signal == stages[0].target}
+    check_plan(stages, [n for n in names if n not in asked], sampler.modalities, [*keep, *masked])
+    if shots and (len(stages) > 1 or keep or masked or args.stream):
+        raise ValueError("--shots takes one target, and neither --keep, --stream nor [MASK]")
     if args.stream and len(rows) * args.num_samples > 1:
         raise ValueError(f"--stream prints one sample, and there are {len(rows) * args.num_samples}")
     out = Path(args.out)
@@ -93,10 +102,14 @@ def main(args: argparse.Namespace) -> None:
                 if len(rows) == args.num_samples:
                     raise
         if signals:
-            results = sampler(  # a line of a table may lack what others have
-                {n: [s.get(n) for s in signals.values()] for n in names}, stages, keep=keep, seed=args.seed,
-                indices=list(signals), listener=_printer(sampler) if args.stream else None,
-            )  # fmt: skip
+            common = {"seed": args.seed, "indices": list(signals)}
+            if shots:
+                queries = [Shot(inputs=inputs) for inputs in signals.values()]
+                results = sampler.answer(queries, stages[0], shots=shots, num_tokens=args.shot_tokens, **common)
+            else:  # a line of a table may lack what others have
+                inputs = {n: [s.get(n) for s in signals.values()] for n in names}
+                listener = _printer(sampler) if args.stream else None
+                results = sampler(inputs, stages, keep=keep, listener=listener, **common)
             for k, i in enumerate(signals):
                 results.write(out / samples[i], k)
                 for value in [results[name][k] for name in results] if not args.stream else ():

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,6 +119,39 @@ def encode(shot: Shot, tokenizers: Mapping[str, Tokenizer], modalities: Modaliti
             (record[names[name].name],) = tokenizer.encode([value])
         records.append(record)
     return records
+
+
+def read_shots(file: Path) -> list[Shot]:
+    """Labelled examples from JSON: [{"inputs": {NAME: VALUE}, "outputs": {NAME: VALUE}}, ...].
+
+    A VALUE is text, a file's name beside FILE, or a list: of files, or of text and numbers of images. ValueError for
+    anything else.
+    """
+    like = '[{"inputs": {"rgb": "a.png"}, "outputs": {"caption": "a dax"}}, ...]'
+    try:
+        items = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}; it should hold {like}") from error
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{file} must hold a list of examples, such as {like}")
+    shots = []
+    for number, item in enumerate(items, 1):
+        given = set(item) if isinstance(item, dict) else set()
+        if given != {"inputs", "outputs"} or not all(isinstance(v, dict) and v for v in item.values()):
+            raise ValueError(f"{file}, example {number} must have inputs and outputs by name, such as {like}: {item!r}")
+        shots.append(Shot(**{kind: {n: _value(v, file) for n, v in item[kind].items()} for kind in item}))
+    return shots
+
+
+def _value(value: Any, file: Path) -> Any:
+    if isinstance(value, list) and any(isinstance(v, int) for v in value):
+        return tuple(value)
+    if isinstance(value, list):
+        return [_value(v, file) for v in value]
+    if not isinstance(value, str):
+        raise ValueError(f"{file}: {value!r} must be text, a file's name, or a list of them")
+    beside = file.parent / value
+    return str(beside) if len(value) < 200 and beside.is_file() else value
 
 
 def inputs_of(shots: Seq[Shot]) -> dict[str, list[Any]]:

@@ -251,12 +251,10 @@ def table(results: Mapping[str, Any], c: FewShot) -> str:
 
 def curves(results: Mapping[str, Any], c: FewShot, file: Path) -> None:
     """One panel for each task: accuracy against shots, a line for each condition."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(results), figsize=(4.2 * len(results), 3.6), squeeze=False, sharey=True)
+    figure = Figure(figsize=(4.2 * len(results), 3.6), layout="tight")  # seconds to import, used here alone
+    axes = figure.subplots(1, len(results), squeeze=False, sharey=True)
     for axis, (task, conditions) in zip(axes[0], results.items(), strict=True):
         for condition, cells in conditions.items():
             if not condition.startswith("tokens_"):
@@ -268,8 +266,6 @@ def curves(results: Mapping[str, Any], c: FewShot, file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy")
     axes[0][-1].legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
     temporary = file.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     temporary.replace(file)
-    pyplot.close(figure)
