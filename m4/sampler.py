@@ -362,7 +362,7 @@ class Sampler:
             raise ValueError(f"{len(shots)} lists of shots were given for {len(queries)} queries")
         for i, query in enumerate(queries):
             record, *others = encode_shot(Shot(inputs=query.inputs), self.tokenizers, self.modalities)
-            partial = None
+            partial = np.array([-1]) if isinstance(m, Sequence) else None
             for name in [n for n in query.inputs if self.modalities.as_input(n).name == m.name]:
                 (ids,) = self.tokenizers[m.name].encode([joined(query.inputs[name], None, name)])
                 partial = np.append(ids[:-1], -1)

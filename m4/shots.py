@@ -2,7 +2,7 @@
 
     address 2     rgb .....   caption d a x $               a shot: goes in whole
     address 1     rgb .....   caption b l i c k e t $
-    address 0     rgb .....   caption S1 -> d a x $         the query: its outputs are asked
+    address 0     rgb .....   caption S1                    the query: what S1 stands for is asked
 
 Everything is a token with an address: the `shot` of its address says to which example a token belongs. Each further
 image of an example has an address of its own, and a text says [D_i] where it means the example's image i; that token
@@ -186,13 +186,13 @@ def asked(
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "5 m"]]:
     """What is shown of an output that is asked, and its columns of targets (ids, previous, modality, position, shot).
 
-    Of a text the question, up to where the answer begins, and a sentinel; of a grid a random share.
+    Of a text the question, up to where the answer begins, and a sentinel in its place; of a grid a random share.
     """
     ids = stored.astype(np.int32)
     if isinstance(m, Sequence):
         (begins,) = np.nonzero(ids == m.first_declaration + ANSWER) if m.num_declarations else ([],)
-        question = np.append(ids[: begins[0] + 1], m.first_sentinel) if len(begins) else ids[:0]
-        ids = ids[begins[0] + 1 :] if len(begins) else ids
+        begin = begins[0] + 1 if len(begins) else 0
+        question, ids = np.append(ids[:begin], m.first_sentinel), ids[begin:]
         previous, place = np.append(m.first_sentinel, ids[:-1]), np.arange(len(ids))
     else:
         known = rng.permutation(len(ids)) < rng.integers(len(ids))
@@ -278,8 +278,7 @@ class ShotMasking:
                 for m in asks:
                     question, target = asked(examples[i][0][m.name], m, addresses[0], modalities, rng)
                     shown[0].pop(m.name, None)
-                    if len(question):
-                        shown[0][m.name] = question
+                    shown[0][m.name] = question
                     wanted.append(target)
             part = pack(shown, addresses, modalities, 0 if is_query else num_tokens)
             count = sum(t.shape[1] for t in wanted)

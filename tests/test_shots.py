@@ -1,0 +1,394 @@
+"""In-context examples: what is packed where, what may not leak, what must not change."""
+
+import dataclasses
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mask_keys
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m4 import sampler as sampling
+from m4.config import Config
+from m4.data import Dataset, Mask
+from m4.masking import Masking, Strategy
+from m4.modality import Modalities
+from m4.model import Model, ModelConfig
+from m4.optim import OptimizerConfig
+from m4.packing import ANSWER, coarse_to_fine, pack
+from m4.prompts import in_buckets
+from m4.sampler import Sampler
+from m4.sharding import MeshConfig
+from m4.shots import Shot, ShotMasking, encode, joined, pack_shots, raw_examples, read_shots
+from m4.step import Trainer
+from m4.tokens import NUM_SHOTS, Targets, Tokens, normalized
+from m4_tokenizers.image import PixelPatchesRecipe
+from m4_tokenizers.text import TextRecipe
+
+WORDS = ("dax", "blicket", "wug", "fep")
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    pixels, text = PixelPatchesRecipe(image_size=16, patch_size=4), TextRecipe(max_length=24)
+    source = [{"rgb": np.zeros((16, 16, 3), np.uint8), "caption": "a red cube"}]
+    return {r.modality.name: r.fit(source, seed=0) for r in (pixels, text)}
+
+
+@pytest.fixture(scope="module")
+def own(tokenizers):
+    return Modalities([t.modality for t in tokenizers.values()])
+
+
+@pytest.fixture(scope="module")
+def model(own):
+    config = ModelConfig(width=16, num_heads=2, encoder_depth=2, decoder_depth=2, hidden=24, embedding_scale=14.0)
+    model = Model(config, own, rngs=nnx.Rngs(0))
+    model.shot_embedding[...] = 30 * model.shot_embedding[...]
+    return model
+
+
+@pytest.fixture(scope="module")
+def sampler(model, tokenizers):
+    return Sampler(model, tokenizers, devices=jax.devices()[:1])
+
+
+def shot(seed: int, answer: str | None = None, question: str | tuple | None = None, images: int = 1) -> Shot:
+    rng = np.random.default_rng(seed)
+    pictures = [rng.integers(0, 256, (16, 16, 3)).astype(np.uint8) for _ in range(images)]
+    inputs = {"rgb": pictures if images > 1 else pictures[0], **({"caption": question} if question else {})}
+    return Shot(inputs=inputs, outputs={"caption": answer} if answer else {})
+
+
+def shots(count: int, **options) -> list[Shot]:
+    return [shot(i, WORDS[i % len(WORDS)], **options) for i in range(count)]
+
+
+# ---- Packing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (14, 14), (5,), (3, 4), (1, 1)])
+def test_coarse_to_fine_is_a_permutation_of_nested_grids(shape):
+    order = coarse_to_fine(shape)
+    assert sorted(order) == list(range(np.prod(shape)))
+    if shape == (8, 8):
+        for count in (1, 4, 16, 64):
+            rows, columns = (np.unique(x) for x in np.unravel_index(order[:count], shape))
+            assert len(rows) == len(columns) == count**0.5
+            assert len(rows) == 1 or (np.diff(rows) == 8 // len(rows)).all()
+
+
+def test_every_image_has_an_address_and_texts_refer_to_them(tokenizers, own):
+    question = ("is", 1, "like", 2)
+    packed, dropped = pack_shots(
+        [encode(s, tokenizers, own) for s in shots(2, question=question, images=2)], own, budget=1000
+    )
+    ids, modality, position, address = packed.columns
+    text = modality == own.index("caption")
+    assert dropped == 0 and {*address[~text]} == {1, 2, 3, 4}
+    first = own.named("caption").first_declaration
+    # The newer example has addresses 1 and 2: its text the first, its declarations those of the images they mean.
+    own_text, declared = text & np.isin(address, (1, 2)), ids - first
+    assert address[own_text & (declared == 1)] == 1 and address[own_text & (declared == 2)] == 2
+    assert {*address[own_text & ~np.isin(declared, (1, 2))]} == {1}
+    assert (np.bincount(address[~text])[1:] == 16).all()
+    # Each id of a pixel patch counts the vector of its own image.
+    newest = raw_examples(shots(2, question=question, images=2)[-1])
+    (expected,) = tokenizers["rgb_pixels"].encode([newest[1]["rgb"]])
+    second = (modality == own.index("rgb_pixels")) & (address == 2)
+    np.testing.assert_array_equal(packed.features["rgb_pixels"][ids[second]], expected[position[second]])
+
+
+@given(budget=st.integers(0, 120), num_tokens=st.integers(0, 20), count=st.integers(0, 6))
+@settings(max_examples=40, deadline=None)
+def test_what_does_not_fit_is_dropped_whole_the_oldest_first(tokenizers, own, budget, num_tokens, count):
+    examples = [encode(s, tokenizers, own) for s in shots(count)]
+    packed, dropped = pack_shots(examples, own, budget=budget, num_tokens=num_tokens)
+    sizes = [pack(e, [1], own, num_tokens).columns.shape[1] for e in examples]
+    kept = sizes[dropped:]
+    assert packed.columns.shape[1] == sum(kept) <= budget
+    assert not dropped or sum(sizes[dropped - 1 :]) > budget
+    assert sorted({*packed.columns[3]}) == list(range(1, len(kept) + 1))
+
+
+def test_no_more_examples_than_addresses(tokenizers, own):
+    examples = [encode(s, tokenizers, own) for s in shots(20)]
+    packed, dropped = pack_shots(examples, own, budget=10_000)
+    assert dropped == 20 - (NUM_SHOTS - 1) and packed.columns[3].max() == NUM_SHOTS - 1
+
+
+def test_a_question_and_its_answer_are_one_text(tokenizers):
+    assert joined("what colour ?", "red", "caption") == ("what colour ?", ANSWER, "red")
+    text = tokenizers["caption"]
+    (whole,), (question,) = text.encode([("what colour ?", ANSWER, "red")]), text.encode([("what colour ?", ANSWER)])
+    assert list(whole[: len(question) - 1]) == list(question[:-1])
+    assert text.decode([whole]) == ["what colour ?red"]  # declarations say nothing
+    assert list(text.encode(["[D_0]"])[0]) != list(text.encode([(ANSWER,)])[0])  # nobody types them
+    with pytest.raises(ValueError, match="no declaration 32; it has 32"):
+        text.encode([("a", 32)])
+    with pytest.raises(ValueError, match="rgb is both input and output"):
+        joined(np.zeros(3), "red", "rgb")
+
+
+# ---- Masking of episodes --------------------------------------------------------------------------------------------
+
+
+def records(tokenizers, own, seed: int, count: int = 5, **options) -> list:
+    made = [shot(100 * seed + i, WORDS[i % len(WORDS)], **options) for i in range(count)]
+    return [r for s in made for r in encode(s, tokenizers, own)]
+
+
+@given(seed=st.integers(0, 10_000), low=st.integers(0, 4), images=st.integers(1, 2))
+@settings(max_examples=40, deadline=None)
+def test_what_is_asked_is_not_shown(tokenizers, own, seed, low, images):
+    """Labelled examples go in with their outputs, all others are targets without them; another answer changes none."""
+    masking = ShotMasking(num_examples=5, num_images=images, labelled=(low, 4), num_tokens=(4, 0))
+    question = ("is", 1, "so") if seed % 2 else None
+    episode = records(tokenizers, own, seed, images=images, question=question)
+    packed, targets = masking(episode, own, np.random.default_rng(seed), 400, 120)
+    _, modality, _, address = packed.columns
+    text = modality == own.index("caption")
+    asked = {*targets[4]}
+    assert 0 in asked and len(asked) == 5 - len({*address[text]} - asked)
+    assert len({*address[text]} - asked) >= low
+    for a in asked:  # of an asked text: the question, if any, and a sentinel
+        shown = packed.columns[0][text & (address == a)]
+        assert shown[-1] == own.named("caption").first_sentinel and (len(shown) == 1) == (question is None)
+    # Other answers: the inputs stay.
+    place = {a: targets[0][targets[4] == a] for a in asked}
+    last = episode[-images]["caption"].copy()
+    np.testing.assert_array_equal(place[0], last[len(last) - len(place[0]) :])
+    last[-3:-1] = tokenizers["caption"].encode(["zz"])[0][:2]
+    changed = [*episode[:-images], {**episode[-images], "caption": last}, *episode[len(episode) - images + 1 :]]
+    again, other = masking(changed, own, np.random.default_rng(seed), 400, 120)
+    np.testing.assert_array_equal(packed.columns, again.columns)
+    assert (targets[0] != other[0]).any()
+
+
+def test_a_batch_of_episodes_and_ordinary_examples_is_each_alone(tokenizers, own):
+    everything = Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0})
+    masking = Masking(num_inputs=120, num_targets=40, strategies=(everything,))
+    datasets = (Dataset(tokens="a"), Dataset(tokens="b", shots=ShotMasking(num_examples=5, labelled=(1, 3))))
+    mask = Mask(masking, datasets, own, seed=3)
+    batch = [(i, (i % 2, records(tokenizers, own, i) if i % 2 else records(tokenizers, own, i)[0])) for i in range(6)]
+    whole = mask(batch)
+    for i, item in enumerate(batch):
+        alone = mask([item])
+        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(jax.tree.map(lambda x, i=i: x[i], whole)), strict=True):
+            np.testing.assert_array_equal(a[0], b)
+    assert (whole.inputs.shot[::2] == 0).all() and (whole.inputs.shot[1::2] > 0).any()
+
+
+def test_errors_of_episodes(tokenizers, own):
+    with pytest.raises(ValueError, match=r"labelled=\(0, 9\).*within \[0, 8\]"):
+        ShotMasking(labelled=(0, 9))
+    with pytest.raises(ValueError, match="more than the 17 addresses"):
+        ShotMasking(num_images=2)
+    with pytest.raises(ValueError, match="unknown modality 'capton'.*caption"):
+        ShotMasking(outputs=("capton",)).check(own)
+    with pytest.raises(ValueError, match="a query of 17 input and 4 target tokens does not fit into num_inputs=10"):
+        ShotMasking(num_examples=2, labelled=(0, 0))(
+            records(tokenizers, own, 0, 1) * 2, own, np.random.default_rng(0), 10, 10
+        )
+    with pytest.raises(ValueError, match="neither skip_bad nor strategies"):
+        Dataset(tokens="a", shots=ShotMasking(), skip_bad=0.1)
+
+
+# ---- The model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def episode_batch(tokenizers, own):
+    masking = ShotMasking(num_examples=5, labelled=(2, 2), num_tokens=(4,))
+    episodes = [records(tokenizers, own, i) for i in range(4)]
+    batch = masking.batch(episodes, own, mask_keys(4), 96, 40)
+    return jax.tree.map(jnp.asarray, normalized(batch, own))
+
+
+def test_padding_changes_nothing(model, episode_batch):
+    """Whatever slots that are not valid hold: the same bits. More of them: the same within rounding."""
+    b = episode_batch
+    expected = np.asarray(model(b))
+    valid = b.inputs.valid
+    noise = Tokens(*(jnp.where(valid, x, 1) for x in b.inputs[:4]), valid)
+    kept = np.asarray(b.targets.valid)
+    np.testing.assert_array_equal(np.asarray(model(b._replace(inputs=noise)))[kept], expected[kept])
+    # In between, behind every token.
+    spread = [jnp.stack([x, jnp.zeros_like(x)], -1).reshape(len(x), -1) for x in b.inputs]
+    wider = np.asarray(model(b._replace(inputs=Tokens(*spread))))
+    np.testing.assert_allclose(wider[kept], expected[kept], atol=2e-6)
+
+
+def test_the_order_of_slots_carries_no_meaning_and_addresses_do(model, episode_batch):
+    b, rng = episode_batch, np.random.default_rng(0)
+    expected, kept = np.asarray(model(b)), np.asarray(b.targets.valid)
+    order = np.stack([rng.permutation(b.inputs.ids.shape[1]) for _ in range(4)])
+    shuffled = Tokens(*(jnp.take_along_axis(x, order, 1) for x in b.inputs))
+    np.testing.assert_allclose(np.asarray(model(b._replace(inputs=shuffled)))[kept], expected[kept], atol=3e-6)
+    # Examples that change places keep everything else, once all addresses look alike.
+    alike = nnx.merge(*nnx.split(model))
+    alike.shot_embedding[...] = jnp.zeros_like(alike.shot_embedding[...])
+    rename = np.concatenate([[0], 1 + rng.permutation(NUM_SHOTS - 1)])
+    moved = b._replace(
+        inputs=b.inputs._replace(shot=jnp.asarray(rename)[b.inputs.shot]),
+        targets=b.targets._replace(shot=jnp.asarray(rename)[b.targets.shot]),
+    )
+    np.testing.assert_array_equal(np.asarray(alike(moved))[kept], np.asarray(alike(b))[kept])
+    assert np.abs(np.asarray(model(moved)) - expected)[kept].max() > 1e-3
+
+
+def test_no_gradient_from_one_examples_answer_to_another(model, episode_batch):
+    """The decoder's inputs at address a reach its outputs at address a alone (and of a text what comes after them)."""
+    b = episode_batch
+    context = model.encode(b.inputs, b.features)
+    visible = model.decoder_visibility(b.targets)
+    x = model.decoder_input(b.targets)
+
+    def at(x, address):
+        from m4.nn import Visible
+
+        hidden = model._run(model.decoder, x, None, visible, context, Visible.keys(model.context_valid(b.inputs.valid)))
+        return (hidden * (b.targets.valid & (b.targets.shot == address))[..., None] ** 2).sum()
+
+    for address in np.unique(np.asarray(b.targets.shot)[np.asarray(b.targets.valid)])[:3]:
+        gradient = np.abs(np.asarray(jax.grad(at)(x, address))).sum(-1)
+        same = np.asarray(b.targets.valid & (b.targets.shot == address))
+        assert (gradient[same] > 0).any() and (gradient[~same] == 0).all()
+
+
+def test_the_query_reads_its_examples(model, episode_batch):
+    """Its outputs depend on labelled examples: their content has a gradient."""
+    b = episode_batch
+    address = model.input_address(b.inputs)
+    content = model.input_content(b.inputs, b.features)
+
+    def query(content):
+        context = model.encode_embedded(content + address, address, b.inputs.valid)
+        hidden = model.decode(b.targets, context, b.inputs.valid)
+        return (hidden * (b.targets.valid & (b.targets.shot == 0))[..., None]).std()
+
+    gradient = np.abs(np.asarray(jax.grad(query)(content))).sum(-1)
+    labelled = np.asarray(b.inputs.valid & (b.inputs.shot > 0))
+    assert (gradient[labelled] > 0).all() and (gradient[~np.asarray(b.inputs.valid)] == 0).all()
+
+
+def digest(params) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p): hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for p, x in leaves}
+
+
+def test_the_shot_encoder_alone_is_trained(own, tokenizers, episode_batch):
+    """The backbone keeps its bytes; without examples the model is the backbone, bit for bit."""
+    light = ModelConfig(width=16, num_heads=2, encoder_depth=2, decoder_depth=2, hidden=24, shot_depth=1)
+    c = Config(
+        name="light", datasets=(), tokenizers=tuple(t.recipe for t in tokenizers.values()),
+        masking=Masking(num_inputs=96, num_targets=40, strategies=()), model=light, batch_size=4, num_steps=4,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, train=("shot_encoder*",)),
+    )  # fmt: skip
+    trainer = Trainer(c, MeshConfig().make(jax.devices()[:1]))
+    state = trainer.init()
+    before, share = digest(state.params), trainer.num_trained / trainer.num_parameters
+    assert 0 < share < 0.5
+    masking = ShotMasking(num_examples=5, labelled=(2, 2), num_tokens=(4,))
+    batch = masking.batch([records(tokenizers, own, i) for i in range(4)], own, mask_keys(4), 96, 40)
+    for step in range(1, 4):
+        state, scalars = trainer.step(state, batch, step)
+    after = digest(state.params)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed and all("shot_encoder" in name for name in changed)
+    tuned = trainer.trained(state)
+    plain = Model(dataclasses.replace(light, shot_depth=0), own, rngs=nnx.Rngs(0))
+    backbone = [(p, x) for p, x in nnx.to_flat_state(nnx.state(tuned, nnx.Param)) if "shot_encoder" not in p[0]]
+    nnx.update(plain, nnx.from_flat_state(backbone))
+    b = episode_batch
+    is_query = b.inputs.valid & (b.inputs.shot == 0)
+    alone = b._replace(inputs=b.inputs._replace(valid=is_query))
+    np.testing.assert_array_equal(np.asarray(tuned(alone)), np.asarray(plain(alone)))
+    assert np.abs(np.asarray(tuned(b)) - np.asarray(plain(b))).max() > 1e-4
+    with pytest.raises(ValueError, match="train='shot_encodr\\*' fits no parameter"):
+        OptimizerConfig(train=("shot_encodr*",)).is_trained(state.params)
+
+
+# ---- Answers --------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_each_candidate_alone(sampler, model, tokenizers, own):
+    """Mean log-probability under teacher forcing; prompts are encoded once each, whatever their candidates."""
+    queries, context = [shot(50 + i) for i in range(3)], shots(4)
+    candidates = [WORDS, WORDS[:2], WORDS[1:]]
+    counted = []
+    encode_ = Model.encode
+
+    def count(self, inputs, *args):
+        counted.append(inputs.ids.shape[0])
+        return encode_(self, inputs, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "encode", count)
+        sampling._score.clear_cache()
+        found = sampler.score(queries, "caption", candidates, shots=context, num_tokens=4)
+    assert counted == [3]
+    for i, query in enumerate(queries):
+        for j, word in enumerate(candidates[i]):
+            alone = sampler.score([query], "caption", [[word]], shots=context, num_tokens=4)
+            np.testing.assert_allclose(found[i, j], alone[0, 0], atol=1e-5)
+    assert np.isneginf(found[1, 2:]).all()
+    # By hand, without the sampler.
+    row, _ = pack_shots([encode(s, tokenizers, own) for s in context], own, budget=999, num_tokens=4)
+    query = pack(encode(queries[0], tokenizers, own), [0], own)
+    inputs, features = jax.tree.map(jnp.asarray, in_buckets([type(row).join([query, row], own)], own))
+    (ids,) = tokenizers["caption"].encode([WORDS[1]])
+    n, m = len(ids), own.named("caption")
+    zeros = np.zeros((1, n), np.int32)
+    targets = Targets(
+        ids[None], np.array([[m.first_sentinel, *ids[:-1]]]), zeros + own.index("caption"), np.arange(n)[None], zeros,
+        np.ones((1, n), bool),
+    )  # fmt: skip
+    hidden = model.decode(jax.tree.map(jnp.asarray, targets), model.encode(inputs, features), inputs.valid)
+    log = jax.nn.log_softmax(model.logits(hidden, "caption"))[0]
+    np.testing.assert_allclose(found[0, 1], float(jnp.mean(log[np.arange(n), ids])), atol=1e-5)
+
+
+def test_calibrated_scores_do_not_depend_on_a_candidates_own_likelihood(sampler):
+    """A query without content scores zero, candidate by candidate."""
+    empty = [Shot(inputs={"caption": "what ?"})]
+    scores = sampler.score(empty, "caption", [WORDS], shots=shots(2), calibrate=True)
+    np.testing.assert_allclose(scores, 0, atol=1e-6)
+
+
+def test_answers_with_questions_and_images_of_their_own(sampler):
+    context = shots(3, question=("is", 1, "like", 2), images=2)
+    queries = [shot(80 + i, question=("is", 1, "like", 2), images=2) for i in range(2)]
+    results = sampler.answer(queries, "caption", shots=context, num_tokens=4)
+    alone = sampler.answer(queries[1], "caption", shots=context, num_tokens=4)
+    assert len(results["caption"]) == 2 and alone["caption"] == results["caption"][1]
+    other = sampler.answer(queries, "caption", shots=[context, context[:1]], num_tokens=4)
+    assert other["caption"][0] == results["caption"][0]
+    with pytest.raises(ValueError, match="1 lists of shots were given for 2 queries"):
+        sampler.answer(queries, "caption", shots=[context])
+    with pytest.warns(UserWarning, match="2 of the oldest shots were dropped"):
+        sampler.answer(queries[0], "caption", shots=context, budget=80)
+
+
+def test_shots_from_a_file(tmp_path):
+    file = tmp_path / "shots.json"
+    (tmp_path / "a.png").write_bytes(b"")
+    items = [{"inputs": {"rgb": ["a.png", "a.png"], "caption": ["is", 1, "?"]}, "outputs": {"caption": "dax"}}]
+    file.write_text(json.dumps(items))
+    (read,) = read_shots(file)
+    assert read.inputs == {"rgb": [str(tmp_path / "a.png")] * 2, "caption": ("is", 1, "?")}
+    assert read.outputs == {"caption": "dax"}
+    for bad, message in (
+        ("[", "cannot be read"),
+        ("[]", "must hold a list"),
+        ('[{"inputs": {"rgb": "a.png"}}]', "example 1 must have inputs and outputs"),
+        ('[{"inputs": {"rgb": 1.5}, "outputs": {"caption": "a"}}]', "1.5 must be text"),
+    ):
+        file.write_text(bad)
+        with pytest.raises(ValueError, match=message):
+            read_shots(file)
