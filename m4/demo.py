@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from m4.modality import Grid, Sequence
-from m4.prompts import trim
+from m4.prompts import MASK, trim
 from m4.sampler import Results, Sampler, Stage, default_scheme
 from m4.sampling import Guidance
 
@@ -66,7 +66,7 @@ def build(sampler: Sampler, title: str) -> gr.Blocks:
 def _input(sampler: Sampler, name: str) -> Any:
     tokenizer = sampler.input_tokenizer(name)
     if isinstance(tokenizer.modality, Sequence):
-        return gr.Textbox(label=name, elem_id=f"in-{name}", info="[MASK] stands for words to generate")
+        return gr.Textbox(label=name, elem_id=f"in-{name}", info=f"{MASK} stands for words to generate")
     if hasattr(tokenizer, "read_padded"):
         return gr.ImageEditor(
             label=name, type="numpy", sources=["upload", "clipboard"], height=2 * PICTURE, elem_id=f"in-{name}",
@@ -140,14 +140,10 @@ def _read(sampler: Sampler, values: dict[str, Any], wanted: list[str], scratch: 
             value = str(file)
         if value is None or value == "":
             continue
-        # All but texts would be read from a file of this machine.
-        is_text = isinstance(m, Sequence) and isinstance(
-            sampler.tokenizers[m.name].decode([np.array([m.end_id])])[0], str
-        )
-        if isinstance(m, Sequence) and not is_text and value.lstrip()[:1] not in ("[", "{", "#"):
+        if isinstance(m, Sequence) and not _is_text(sampler, m) and value.lstrip()[:1] not in ("[", "{", "#"):
             raise ValueError(f"{name} must be written out, as JSON; got {value[:60]!r}")
-        if isinstance(m, Sequence) and name in wanted and "[MASK]" not in value:
-            raise ValueError(f"{name} is given and asked for: write [MASK] where it is to be generated, or untick it")
+        if isinstance(m, Sequence) and name in wanted and MASK not in value:
+            raise ValueError(f"{name} is given and asked for: write {MASK} where it is to be generated, or untick it")
         inputs[name] = sampler.tokenizers[m.name].read(str(value)) if not isinstance(m, Sequence) else value
     return inputs, keep
 
