@@ -158,3 +158,18 @@ def test_not_a_run_and_unknown_verb(tmp_path):
     assert done.returncode != 0 and "is not a run" in done.stderr
     done = m4("generat")
     assert done.returncode != 0 and re.search("unknown verb 'generat'.*Did you mean 'generate'", done.stderr)
+
+
+def test_generate_from_labelled_examples(whole_run, tmp_path):
+    """Examples are read from beside their file; what is asked for may be a question's answer."""
+    picture = (ROOT / "tests/data/scene.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(picture)
+    shots = tmp_path / "shots.json"
+    shots.write_text(json.dumps([{"inputs": {"rgb": "a.png", "caption": "what ?"}, "outputs": {"caption": "dax"}}]))
+    common = ["generate", str(whole_run), "--inputs", "rgb=tests/data/scene.png", "caption=what ?", "--targets"]
+    options = ["--shots", str(shots), "--shot-tokens", "4"]
+    done = m4(*common, "caption", *options, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "scene" / "caption.txt").exists()
+    done = m4(*common, "caption", "boxes", *options, "--out", str(tmp_path / "out2"))
+    assert done.returncode == 1 and "--shots takes one target" in done.stderr

@@ -1,0 +1,114 @@
+"""Few-shot evaluation: controls change what they say, baselines see no context, tables hold every figure."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from tqdm import tqdm
+
+from m4.components import from_json, to_json
+from m4.datasets.scenes import Scenes
+from m4.evals import fewshot
+from m4.evals.episodes.fast_binding import FastBinding, SceneKinds
+from m4.evals.episodes.operators import OperatorInduction
+from m4.evals.episodes.source import EpisodeSource
+from m4.evals.fewshot import CONTROLS, FewShot, nearest_mean, summary
+from m4.modality import Modalities
+from m4.model import Model, ModelConfig
+from m4.sampler import Sampler
+from m4.shots import ShotMasking
+from m4_tokenizers.image import PixelPatchesRecipe
+from m4_tokenizers.text import TextRecipe
+
+SMALL = FastBinding(
+    kinds=SceneKinds(scenes=Scenes(variant="kinds", num_train=60, num_validation=1, num_test=1, num_heldout=80))
+)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    source = [{"rgb": np.zeros((64, 64, 3), np.uint8), "caption": "a red cube"}]
+    tokenizers = {r.modality.name: r.fit(source, seed=0) for r in (PixelPatchesRecipe(), TextRecipe(max_length=12))}
+    modalities = Modalities([t.modality for t in tokenizers.values()])
+    config = ModelConfig(width=16, num_heads=2, encoder_depth=1, decoder_depth=1, hidden=16)
+    model = Model(config, modalities, rngs=nnx.Rngs(0))
+    return Sampler(model, tokenizers, batch_size=8, devices=jax.devices()[:1])
+
+
+def test_controls_change_what_they_say(data_dir):
+    SMALL.prepare(data_dir)
+    first, second = (SMALL.draw("test", i, data_dir) for i in range(2))
+    rng = np.random.default_rng(0)
+    labels = lambda shots: [s.outputs["caption"] for s in shots]  # noqa: E731
+    shuffled = CONTROLS["shuffled_labels"](first.shots, rng, second)
+    assert sorted(labels(shuffled)) == sorted(labels(first.shots)) and labels(shuffled) != labels(first.shots)
+    assert all(a.inputs["rgb"] is b.inputs["rgb"] for a, b in zip(shuffled, first.shots, strict=True))
+    other = CONTROLS["shuffled_images"](first.shots[:4], rng, second)
+    assert labels(other) == labels(first.shots[:4])
+    assert all(a.inputs["rgb"] is b.inputs["rgb"] for a, b in zip(other, second.shots, strict=False))
+    bare = CONTROLS["text_only"](first.shots, rng, second)
+    assert labels(bare) == labels(first.shots) and not any(s.inputs for s in bare)
+
+
+def test_nearest_mean_and_its_shared_covariance():
+    """Far apart classes are told by both; where one direction is mere noise within classes, only the second sees so."""
+    rng = np.random.default_rng(0)
+    centres = np.array([[3.0, 0, 0], [-3.0, 0, 0]])
+    shots = np.repeat(centres, 4, axis=0) + rng.normal(size=(8, 3)) * 0.1
+    labels = ["a"] * 4 + ["b"] * 4
+    for shared in (False, True):
+        assert nearest_mean(shots, labels, np.array([2.5, 0, 0]), shared) == "a"
+        assert nearest_mean(shots, labels, np.array([-2.5, 0, 0]), shared) == "b"
+    noise = np.array([0, 20.0, 0]) * np.tile([1, -1], 4)[:, None]
+    skewed = np.repeat(centres, 4, axis=0) + noise + np.repeat([[0, 6.0, 0], [0, -6.0, 0]], 4, axis=0)
+    query = np.array([2.0, -9.0, 0])
+    assert nearest_mean(skewed, labels, query) == "b" and nearest_mean(skewed, labels, query, shared=True) == "a"
+
+
+def test_standard_errors():
+    assert summary([1.0, 0.0, 1.0, 0.0]) == {"mean": 0.5, "sem": pytest.approx(12**-0.5), "num_queries": 4}
+
+
+def test_every_condition_is_measured(sampler, data_dir, tmp_path):
+    c = FewShot(
+        tasks=(SMALL, OperatorInduction(form="text")), shots=(0, 2), num_queries=4, seeds=2, token_counts=(1, 4)
+    )
+    results = {}
+    for task in c.tasks:
+        task.prepare(data_dir)
+        with tqdm(disable=True) as bar:
+            results[task.name] = fewshot.evaluate_task(sampler, task, c, str(data_dir), bar)
+    images, text = results.values()
+    controls = {"shots", "open", "shuffled_labels"}
+    assert {*text} == controls
+    assert {*images} == controls | {"shuffled_images", "text_only", "nearest_mean", "gda", "tokens_1", "tokens_4"}
+    assert {*images["shots"]} == {"0", "2"} and {*images["gda"]} == {"2"}
+    for conditions in results.values():
+        for cells in conditions.values():
+            for cell in cells.values():
+                assert {*cell} == {"mean", "sem", "num_queries"} and 0 <= cell["mean"] <= 1
+                assert cell["num_queries"] == 8
+    assert fewshot.table(results, c).count("\n| fast_binding_2way") == 9
+    json.dumps(results)
+    fewshot.curves(results, c, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 500 and len(set(picture.convert("L").getdata())) > 10
+    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_settings_are_checked_and_saved():
+    c = FewShot(tasks=(FastBinding(ways=5),), num_tokens=4)
+    assert from_json(json.loads(json.dumps(to_json(c)))) == c
+    with pytest.raises(ValueError, match=r"fast_binding_2way has max_shots=4, and shots=\(0, 1, 2, 4, 8\)"):
+        FewShot(tasks=(dataclasses.replace(SMALL, max_shots=4),))
+    with pytest.raises(ValueError, match="needs tasks"):
+        FewShot(tasks=())
+
+
+def test_a_source_of_episodes_has_the_records_that_masking_expects(data_dir):
+    """9 examples of one image: ShotMasking's default is FastBinding's."""
+    assert EpisodeSource(task=SMALL).records == ShotMasking().num_records
