@@ -25,7 +25,7 @@ from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.text import TextRecipe
 
 SMALL = FastBinding(
-    kinds=SceneKinds(scenes=Scenes(variant="kinds", num_train=60, num_validation=1, num_test=1, num_heldout=80))
+    kinds=SceneKinds(scenes=Scenes(variant="kinds", num_train=200, num_validation=1, num_test=1, num_heldout=250))
 )
 
 
@@ -65,7 +65,7 @@ def test_nearest_mean_and_its_shared_covariance():
         assert nearest_mean(shots, labels, np.array([-2.5, 0, 0]), shared) == "b"
     noise = np.array([0, 20.0, 0]) * np.tile([1, -1], 4)[:, None]
     skewed = np.repeat(centres, 4, axis=0) + noise + np.repeat([[0, 6.0, 0], [0, -6.0, 0]], 4, axis=0)
-    query = np.array([2.0, -9.0, 0])
+    query = np.array([2.8, -9.0, 0])
     assert nearest_mean(skewed, labels, query) == "b" and nearest_mean(skewed, labels, query, shared=True) == "a"
 
 

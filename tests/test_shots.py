@@ -340,7 +340,8 @@ def test_scores_are_those_of_each_candidate_alone(sampler, model, tokenizers, ow
     assert np.isneginf(found[1, 2:]).all()
     # By hand, without the sampler.
     row, _ = pack_shots([encode(s, tokenizers, own) for s in context], own, budget=999, num_tokens=4)
-    query = pack(encode(queries[0], tokenizers, own), [0], own)
+    (record,) = encode(queries[0], tokenizers, own)
+    query = pack([{**record, "caption": np.array([own.named("caption").first_sentinel])}], [0], own)
     inputs, features = jax.tree.map(jnp.asarray, in_buckets([type(row).join([query, row], own)], own))
     (ids,) = tokenizers["caption"].encode([WORDS[1]])
     n, m = len(ids), own.named("caption")

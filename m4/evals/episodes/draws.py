@@ -29,7 +29,10 @@ def shuffled(choices: Iterable[Any], rng: np.random.Generator) -> tuple[Any, ...
 
 
 def pick(pools: Sequence[np.ndarray], labels: Sequence[int], rng: np.random.Generator) -> list[int]:
-    """An entry of its pool for each label, none of a pool twice."""
+    """An entry of its pool for each label, none of a pool twice. ValueError if a pool is too small."""
     counts = np.bincount(labels, minlength=len(pools))
+    for pool, count in zip(pools, counts.tolist(), strict=True):
+        if len(pool) < count:
+            raise ValueError(f"an episode needs {count} different examples of one kind, and there are {len(pool)}")
     decks = [iter(rng.choice(pool, n, replace=False)) for pool, n in zip(pools, counts, strict=True)]
     return [int(next(decks[label])) for label in labels]
