@@ -30,6 +30,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from m4.matching import Matches, Matching, at_address
 from m4.modality import Features, Modalities, Modality, Sequence
 from m4.nn import BATCH, BlockConfig, DecoderBlock, EncoderBlock, LayerNorm, Linear, Visible, cut, lookup
 from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, Tokens
@@ -54,6 +55,10 @@ class ModelConfig(BlockConfig):
         them but norms, the MLPs' gates and attention weights.
     unroll: blocks that are compiled as one piece: several are faster on CPU (fewer copies), and take more memory and
         longer to compile.
+    separate_depth: of the encoder's blocks the first so many, in which the query and each in-context example see only
+        themselves, as in pretraining; those behind see all.
+    match_size: of the vectors by which examples are compared for the decoder to copy from those that are like the query
+        (m4.matching; 0: none).
     shot_depth: blocks that read the in-context examples before the encoder does: a light module to train beside a
         frozen model (`OptimizerConfig.train`), after Chen et al. 2023 (M2IXT, section 3).
     encoder_drop_path, decoder_drop_path: stochastic depth in training, from 0 in the first block to this in the last.
@@ -66,6 +71,8 @@ class ModelConfig(BlockConfig):
     embedding_scale: float = 1.0
     position_base: float = 10_000.0
     num_registers: int = 0
+    separate_depth: int = 0
+    match_size: int = 0
     shot_depth: int = 0
     decoder_within_modality: bool = True
     decoder_causal: bool = False
@@ -78,6 +85,11 @@ class ModelConfig(BlockConfig):
         super().__post_init__()
         if min(self.width, self.num_heads, self.encoder_depth, self.decoder_depth, self.hidden, self.unroll) < 1:
             raise ValueError(f"every size must be at least 1: {self}")
+        if not 0 <= self.separate_depth < max(self.encoder_depth, 1) or min(self.shot_depth, self.match_size) < 0:
+            raise ValueError(
+                f"separate_depth={self.separate_depth} must be at least 0 and less than encoder_depth="
+                f"{self.encoder_depth}; shot_depth={self.shot_depth} and match_size={self.match_size} at least 0"
+            )
         if not (0 <= self.encoder_drop_path < 1 and 0 <= self.decoder_drop_path < 1):
             raise ValueError(f"encoder_drop_path and decoder_drop_path must lie within [0, 1): {self}")
 
@@ -136,12 +148,20 @@ def stack(block: type[nnx.Module], c: ModelConfig, depth: int, rngs: nnx.Rngs) -
     )
 
 
+class Encoded(NamedTuple):
+    """What the decoder reads of the inputs. `matches`: which examples are alike, if the model compares them."""
+
+    tokens: Float[Array, "B C D"]
+    matches: Matches | None = None
+
+
 class Decoding(NamedTuple):
     """The decoder as autoregressive decoding reads it: by block, keys and values of the context, of earlier tokens."""
 
     blocks: list[DecoderBlock]
     context: list[tuple[Array, Array]]  # [B C N H]
     context_visible: Visible
+    matches: Matches | None
     cache: list[tuple[Array, Array]]  # [B L N H], empty
 
 
@@ -206,6 +226,7 @@ class Model(nnx.Module):
         self.decoder_norm = LayerNorm(c)
         self.shot_encoder = stack(EncoderBlock, c, c.shot_depth, rngs) if c.shot_depth else None
         self.shot_encoder_embedding = table(NUM_SHOTS) if c.shot_depth else None
+        self.matching = Matching(c.width, c.match_size, c.num_heads, rngs=rngs) if c.match_size else None
 
     def __call__(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> Float[Array, "B M D"]:
         """Hidden vectors of all targets. A key turns stochastic depth on."""
@@ -261,11 +282,40 @@ class Model(nnx.Module):
         registers = jnp.broadcast_to(self.registers[...], (len(x), c.num_registers, c.width))
         return jnp.concatenate([registers, x], axis=1)
 
-    def encode(self, inputs: Tokens, features: dict, key: PRNGKeyArray | None = None) -> Float[Array, "B C D"]:
+    def encode(self, inputs: Tokens, features: dict, key: PRNGKeyArray | None = None) -> Encoded:
         """What the decoder reads of the inputs."""
         address = self.input_address(inputs)
-        x = self.read_shots(self.input_content(inputs, features) + address, inputs)
-        return self.encode_embedded(x, address, inputs.valid, key)
+        return self.encode_embedded(self.input_content(inputs, features) + address, address, inputs, key)
+
+    def encode_embedded(
+        self, x: Float[Array, "B N D"], address: Float[Array, "B N D"], inputs: Tokens, key=None
+    ) -> Encoded:
+        """`encode` of inputs whose content + address is x."""
+        c = self.config
+        x = self._after_registers(self.read_shots(x, inputs))
+        keep = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
+        x = self._separately(x, inputs, keep)
+        matches = None
+        if self.matching is not None:
+            matches = self.matching(x[:, c.num_registers :], inputs, self.modalities)
+        return Encoded(self.context(self._together(x, inputs.valid, keep), address), matches)
+
+    def run_encoder(self, x: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
+        """Its output for embedded inputs (and registers), normalised."""
+        return self._together(self._separately(x, inputs, None), inputs.valid, None)
+
+    def _separately(self, x: Float[Array, "B C D"], inputs: Tokens, keep: Array | None) -> Float[Array, "B C D"]:
+        """The first blocks, in which registers go with the query."""
+        depth = self.config.separate_depth
+        if not depth:
+            return x
+        shot = jnp.pad(inputs.shot, ((0, 0), (self.config.num_registers, 0)))
+        own = Visible(shot, 0 * shot, jnp.where(self.context_valid(inputs.valid), shot, -1), 0 * shot)
+        return self._run(self.encoder, x, keep, own, part=slice(depth))
+
+    def _together(self, x: Float[Array, "B C D"], valid: Bool[Array, "B N"], keep: Array | None):
+        visible, part = Visible.keys(self.context_valid(valid)), slice(self.config.separate_depth, None)
+        return self.encoder_norm(self._run(self.encoder, x, keep, visible, part=part))
 
     def read_shots(self, x: Float[Array, "B N D"], inputs: Tokens) -> Float[Array, "B N D"]:
         """Tokens of in-context examples as the shot encoder hands them on; the others as they are."""
@@ -275,23 +325,17 @@ class Model(nnx.Module):
         y = x + self.shot_encoder_embedding[...][inputs.shot]
         return jnp.where(is_shot[..., None], self._run(self.shot_encoder, y, None, Visible.keys(is_shot)), x)
 
-    def encode_embedded(self, x: Float[Array, "B N D"], address: Float[Array, "B N D"], valid: Array, key=None):
-        """`encode` of inputs whose content + address is x."""
-        return self.context(self.run_encoder(self._after_registers(x), valid, key), address)
-
-    def run_encoder(self, x: Float[Array, "B C D"], inputs_valid: Bool[Array, "B N"], key: PRNGKeyArray | None = None):
-        c = self.config
-        visible = Visible.keys(self.context_valid(inputs_valid))
-        keep = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
-        return self.encoder_norm(self._run(self.encoder, x, keep, visible))
-
-    def _run(self, blocks: nnx.Module, x: Float[Array, "B T D"], keep: Array | None, *args) -> Float[Array, "B T D"]:
-        """x through a stack of blocks."""
+    def _run(
+        self, blocks: nnx.Module, x: Float[Array, "B T D"], keep: Array | None, *args, part: slice = slice(0, None)
+    ):
+        """x through a stack of blocks, or a part of it."""
         if isinstance(blocks, nnx.List):
-            for block in blocks:
+            for block in list(blocks)[part]:
                 x = block(cut(x, BATCH), *args)
             return x
         graph, params = nnx.split(blocks, nnx.Param)
+        if part != slice(0, None):
+            params, keep = jax.tree.map(lambda x: x[part], (params, keep))
         unrolled = self.config.unroll > 1 and jax.sharding.get_abstract_mesh().size <= 1
 
         def run_one(x, layer):
@@ -323,14 +367,22 @@ class Model(nnx.Module):
         return jnp.pad(valid, ((0, 0), (self.config.num_registers, 0)), constant_values=True)
 
     def decode(
-        self, targets: Targets, context: Array, inputs_valid: Bool[Array, "B N"], key: PRNGKeyArray | None = None
+        self, targets: Targets, context: Encoded, inputs_valid: Bool[Array, "B N"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "B M D"]:
         """Hidden vectors from which `logits` are read, one for each target slot."""
         c = self.config
         x = self.decoder_input(targets)
         visible, context_visible = self.decoder_visibility(targets), Visible.keys(self.context_valid(inputs_valid))
         keep = survival(key, DecoderBlock.num_branches, c.decoder_depth, c.decoder_drop_path, len(x))
-        return self.decoder_norm(self._run(self.decoder, x, keep, visible, context, context_visible))
+        match = self._match(context.matches, targets)
+        return self.decoder_norm(self._run(self.decoder, x, keep, visible, context.tokens, context_visible, match))
+
+    def _match(self, matches: Matches | None, targets: Targets):
+        """What cross-attention adds for targets of examples that are like those of the context."""
+        if matches is None:
+            return None
+        keys = jnp.pad(matches.keys, ((0, 0), (self.config.num_registers, 0), (0, 0)))
+        return at_address(matches.examples, targets.shot), keys, matches.weight
 
     def decoder_input(self, targets: Targets) -> Float[Array, "B M D"]:
         table = self.token_embedding if self.decoder_embedding is None else self.decoder_embedding
@@ -387,20 +439,21 @@ class Model(nnx.Module):
         vocabulary = self.output_table[self.output_rows[i] : self.output_rows[i + 1]].astype(self.config.dtype)
         return lambda hidden: jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
 
-    def start_decoding(self, context: Float[Array, "B C D"], inputs_valid: Bool[Array, "B N"], length: int) -> Decoding:
+    def start_decoding(self, context: Encoded, inputs_valid: Bool[Array, "B N"], length: int) -> Decoding:
         """What `decode_step` of an unstacked model needs to decode `length` positions, one after the other."""
         c, blocks = self.config, list(self.decoder)
-        context_keys_values = [b.cross_attention.keys_values(context, b.context_norm) for b in blocks]
-        empty = jnp.zeros((len(context), length, c.num_heads, c.width // c.num_heads), c.dtype)
+        context_keys_values = [b.cross_attention.keys_values(context.tokens, b.context_norm) for b in blocks]
+        empty = jnp.zeros((len(context.tokens), length, c.num_heads, c.width // c.num_heads), c.dtype)
         cache = [(empty, empty)] * c.decoder_depth
-        return Decoding(blocks, context_keys_values, Visible.keys(self.context_valid(inputs_valid)), cache)
+        visible = Visible.keys(self.context_valid(inputs_valid))
+        return Decoding(blocks, context_keys_values, visible, context.matches, cache)
 
     def decode_step(self, target: Targets, decoding: Decoding, cache: list, index: Int[Array, ""]):
         """One sequence position (target slots [B 1]) -> hidden [B 1 D] and the new cache."""
         x = self.decoder_input(target)
         visible = Visible.keys((jnp.arange(cache[0][0].shape[1]) <= index)[None])
-        new = []
+        new, match = [], self._match(decoding.matches, target)
         for block, context, old in zip(decoding.blocks, decoding.context, cache, strict=True):
-            x, kept = block.step(x, old, context, index, visible, decoding.context_visible)
+            x, kept = block.step(x, old, context, index, visible, decoding.context_visible, match)
             new.append(kept)
         return self.decoder_norm(x), new

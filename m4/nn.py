@@ -149,6 +149,21 @@ class LayerNorm(nnx.Module):
         return (y if self.bias is None else y + _as_row(self.bias[...], y)).astype(self.dtype)
 
 
+def extended(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    queries: Float[Array, "B T R"],
+    keys: Float[Array, "B S R"],
+    weight: Float[Array, " N"],
+):
+    """Queries and keys of H + R numbers, whose product after scaling is q k / sqrt(H) + weight (queries keys)."""
+    width, longer = q.shape[-1], q.shape[-1] + queries.shape[-1]
+    more = queries[:, :, None] * (weight * longer**0.5)[None, None, :, None]
+    keys = jnp.broadcast_to(keys[:, :, None], (*k.shape[:3], keys.shape[-1]))
+    join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=-1)  # noqa: E731
+    return join(q * (longer / width) ** 0.5, more), join(k, keys)
+
+
 class Visible(NamedTuple):
     """Which keys each query sees, as a rule: those of its own segment whose rank is not above its own.
 
@@ -249,13 +264,15 @@ class Attention(nnx.Module):
         q, kv = project((self.query, self.key_value), x, norm=norm)
         return self.finish(self._queries(q), *self._keys_values(kv), visible)
 
-    def __call__(self, x: Array, norm: LayerNorm, context: Array, context_norm: LayerNorm, visible: Visible):
-        """`visible`: all queries see the same keys (`Visible.keys`)."""
+    def __call__(
+        self, x: Array, norm: LayerNorm, context: Array, context_norm: LayerNorm, visible: Visible, match=None
+    ):
+        """`visible`: all queries see the same keys (`Visible.keys`). `match`: see `finish`."""
         (_, num_queries, width), num_keys = x.shape, context.shape[1]
         plain = self.key_value.bias is None and self.key_norm is None
-        if plain and num_queries * (width + self.num_heads * num_keys) < num_keys * width / 2:
+        if plain and match is None and num_queries * (width + self.num_heads * num_keys) < num_keys * width / 2:
             return self._few(self.queries(x, norm), context_norm(context), visible)
-        return self.finish(self.queries(x, norm), *self.keys_values(context, context_norm), visible)
+        return self.finish(self.queries(x, norm), *self.keys_values(context, context_norm), visible, match)
 
     def _few(self, q: Float[Array, "B T N H"], context: Float[Array, "B S D"], visible: Visible):
         """For few queries it is less work to map these to the context's width than all of the context to keys and
@@ -270,8 +287,14 @@ class Attention(nnx.Module):
         values = jnp.einsum("btnd,dnh->btnh", rearrange(mean, "b (t n) 1 d -> b t n d", n=num_heads), w_v)
         return self.out(rearrange(values, "b t n h -> b t (n h)"), "float32")
 
-    def finish(self, q: Array, k: Array, v: Array, visible: Visible) -> Float[Array, "B T D"]:
-        return self.out(rearrange(attend(q, k, v, visible), "b t n h -> b t (n h)"), "float32")
+    def finish(self, q: Array, k: Array, v: Array, visible: Visible, match=None) -> Float[Array, "B T D"]:
+        """`match`: vectors of queries [B T R] and keys [B S R], whose products add to the logits by each head's weight
+        [N]."""
+        width = q.shape[-1]
+        if match is not None:
+            q, k = extended(q, k, *match)
+            v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - width)))  # kernels want one width
+        return self.out(rearrange(attend(q, k, v, visible)[..., :width], "b t n h -> b t (n h)"), "float32")
 
 
 @jax.custom_vjp
@@ -352,13 +375,15 @@ class DecoderBlock(nnx.Module):
         self.mlp_norm = LayerNorm(c)
         self.mlp = MLP(c, rngs=rngs)
 
-    def __call__(self, x, visible, context, context_visible, keep=(None, None, None)) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x, visible, context, context_visible, match=None, keep=(None, None, None)
+    ) -> Float[Array, "B T D"]:
         x = residual(x, self.self_attention.to_itself(x, self.self_norm, visible), keep[0])
-        y = self.cross_attention(x, self.query_norm, context, self.context_norm, context_visible)
+        y = self.cross_attention(x, self.query_norm, context, self.context_norm, context_visible, match)
         x = residual(x, y, keep[1])
         return residual(x, self.mlp(x, self.mlp_norm), keep[2])
 
-    def step(self, x: Float[Array, "B 1 D"], cache, context_keys_values, index, visible, context_visible):
+    def step(self, x: Float[Array, "B 1 D"], cache, context_keys_values, index, visible, context_visible, match=None):
         """One position of autoregressive decoding: writes its key and value at `index` of the cache and reads all."""
         new = self.self_attention.keys_values(x, self.self_norm)
         keys, values = (
@@ -366,5 +391,5 @@ class DecoderBlock(nnx.Module):
         )
         x = x + self.self_attention.finish(self.self_attention.queries(x, self.self_norm), keys, values, visible)
         q = self.cross_attention.queries(x, self.query_norm)
-        x = x + self.cross_attention.finish(q, *context_keys_values, context_visible)
+        x = x + self.cross_attention.finish(q, *context_keys_values, context_visible, match)
         return x + self.mlp(x, self.mlp_norm), (keys, values)

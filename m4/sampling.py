@@ -209,7 +209,7 @@ class _Parallel(Sampling):
         passes = prompt.num_passes
         row, index = jnp.arange(batch)[:, None], model.modalities.index(modality.name)
         address = model.input_address(inputs)
-        embedded = model.read_shots(model.input_content(inputs, features) + address, inputs)
+        embedded = model.input_content(inputs, features) + address
         logits_of = model.logits_of(modality.name)
         by_confidence = self.by_confidence and replay.order is None
         known = prompt.given >= 0
@@ -235,14 +235,14 @@ class _Parallel(Sampling):
             so_far = tokens(at, ids[row, at], jnp.arange(num_known_slots)[None] < num_known[:, None])
             where = model.input_address(so_far)
             join = lambda a, b: jnp.concatenate([a, b], axis=1)  # noqa: E731
-            valid = join(inputs.valid, so_far.valid)
+            read = Tokens(*map(join, inputs, so_far))
             known = join(embedded, model.input_content(so_far, {}) + where)
-            context = model.encode_embedded(known, join(address, where), valid)
+            context = model.encode_embedded(known, join(address, where), read)
             place = num_known[:, None] + jnp.arange(num_open_slots)[None]
             limit = num if self.by_confidence else (num_known + count)[:, None]
             at, is_open = order[row, jnp.minimum(place, num - 1)], place < limit
             t = tokens(at, jnp.zeros_like(at), is_open)
-            hidden = model.decode(Targets(t.ids, jnp.full_like(t.ids, -1), *t[1:]), context, valid)
+            hidden = model.decode(Targets(t.ids, jnp.full_like(t.ids, -1), *t[1:]), context, read.valid)
             logits = logits_of(guided(hidden, weights))
             drawn, sure = self.draw(logits, temperature[:, None, None], random[row, at])
             if by_confidence:

@@ -28,7 +28,7 @@ from m4 import fourm, losses  # noqa: E402
 from m4.components import load_tokenizer  # noqa: E402
 from m4.convert import convert  # noqa: E402
 from m4.modality import Features, Grid, Sequence  # noqa: E402
-from m4.model import Model  # noqa: E402
+from m4.model import Encoded, Model  # noqa: E402
 from m4.model_file import load_model  # noqa: E402
 from m4.prompts import make_prompt  # noqa: E402
 from m4.sampler import run_stage  # noqa: E402
@@ -91,9 +91,9 @@ def forward(model: Model, meta: dict, batch: MaskedBatch) -> dict[str, np.ndarra
         valid = model.context_valid(inputs.valid)
         encoder_input = jnp.where(valid[..., None], model.encoder_input(inputs, batch.features), 0)
         address = jnp.where(inputs.valid[..., None], model.input_address(inputs), 0)
-        encoded = model.run_encoder(encoder_input, inputs.valid)
+        encoded = model.run_encoder(encoder_input, inputs)
         context = model.context(encoded, model.input_address(inputs))
-        hidden = model.decode(targets, context, inputs.valid)
+        hidden = model.decode(targets, Encoded(context), inputs.valid)
         modality_of = lambda t: jnp.where(t.valid, ids[np.asarray(t.modality)], -1)  # noqa: E731
         return {
             "encoder_input": encoder_input,

@@ -77,7 +77,7 @@ def test_every_config_holds_together(path, monkeypatch):
 LAYERS = [
     ["components", "modality", "tokens", "workers"],
     ["masking", "packing", "nn", "kernels"],
-    ["shots"],
+    ["shots", "matching"],
     ["model"],
     ["losses", "fourm", "model_file"],
     ["convert"],

@@ -210,7 +210,7 @@ def test_a_sample_does_not_depend_on_its_batch(model, modalities, make_example, 
 def test_embedding_only_selected_tokens_needs_no_full_grid(model, batch):
     """An example's encoder length is its number of slots, whatever the modalities could hold."""
     length = model.config.num_registers + batch.inputs.ids.shape[1]
-    assert model.encode(batch.inputs, batch.features).shape[1] == length
+    assert model.encode(batch.inputs, batch.features).tokens.shape[1] == length
     assert isinstance(batch, MaskedBatch) and isinstance(batch.inputs, Tokens)
 
 

@@ -21,7 +21,7 @@ from m4.modality import Modalities
 from m4.model import Model, ModelConfig
 from m4.optim import OptimizerConfig
 from m4.packing import ANSWER, coarse_to_fine, pack
-from m4.prompts import in_buckets
+from m4.prompts import in_buckets, make_prompt
 from m4.sampler import Sampler
 from m4.sharding import MeshConfig
 from m4.shots import Shot, ShotMasking, encode, joined, pack_shots, raw_examples, read_shots
@@ -231,7 +231,7 @@ def test_the_order_of_slots_carries_no_meaning_and_addresses_do(model, episode_b
     shuffled = Tokens(*(jnp.take_along_axis(x, order, 1) for x in b.inputs))
     np.testing.assert_allclose(np.asarray(model(b._replace(inputs=shuffled)))[kept], expected[kept], atol=3e-6)
     # Examples that change places keep everything else, once all addresses look alike.
-    alike = nnx.merge(*nnx.split(model))
+    alike = nnx.clone(model)
     alike.shot_embedding[...] = jnp.zeros_like(alike.shot_embedding[...])
     rename = np.concatenate([[0], 1 + rng.permutation(NUM_SHOTS - 1)])
     moved = b._replace(
@@ -252,7 +252,14 @@ def test_no_gradient_from_one_examples_answer_to_another(model, episode_batch):
     def at(x, address):
         from m4.nn import Visible
 
-        hidden = model._run(model.decoder, x, None, visible, context, Visible.keys(model.context_valid(b.inputs.valid)))
+        hidden = model._run(
+            model.decoder,
+            x,
+            None,
+            visible,
+            context.tokens,
+            Visible.keys(model.context_valid(b.inputs.valid)),
+        )
         return (hidden * (b.targets.valid & (b.targets.shot == address))[..., None] ** 2).sum()
 
     for address in np.unique(np.asarray(b.targets.shot)[np.asarray(b.targets.valid)])[:3]:
@@ -268,7 +275,7 @@ def test_the_query_reads_its_examples(model, episode_batch):
     content = model.input_content(b.inputs, b.features)
 
     def query(content):
-        context = model.encode_embedded(content + address, address, b.inputs.valid)
+        context = model.encode_embedded(content + address, address, b.inputs)
         hidden = model.decode(b.targets, context, b.inputs.valid)
         return (hidden * (b.targets.valid & (b.targets.shot == 0))[..., None]).std()
 
@@ -393,3 +400,79 @@ def test_shots_from_a_file(tmp_path):
         file.write_text(bad)
         with pytest.raises(ValueError, match=message):
             read_shots(file)
+
+
+# ---- Matching -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def matching(own):
+    config = ModelConfig(
+        width=16, num_heads=2, encoder_depth=2, decoder_depth=2, hidden=24, embedding_scale=14.0, num_registers=2,
+        separate_depth=1, match_size=8,
+    )  # fmt: skip
+    return Model(config, own, rngs=nnx.Rngs(0))
+
+
+def test_matches_compare_images_of_labelled_examples(matching, tokenizers, own):
+    """All tokens of an example have its cosine, that of a like image is larger; what is not labelled adds nothing."""
+    same, other = shot(1, "dax"), shot(2, "wug")
+    query = shot(1)
+    row = pack(
+        [{**encode(query, tokenizers, own)[0], "caption": np.array([own.named("caption").first_sentinel])}], [0], own
+    )
+    context, _ = pack_shots([encode(s, tokenizers, own) for s in (same, other)], own, budget=999)
+    rows = [type(row).join([row, context], own), row]
+    inputs, features = jax.tree.map(jnp.asarray, in_buckets(rows, own))
+    matches = matching.encode(inputs, features).matches
+    cosine = np.asarray(jnp.einsum("br,bcr->bc", matches.examples[:, 0], matches.keys))
+    address, valid = np.asarray(inputs.shot), np.asarray(inputs.valid)
+    alike, unlike = (np.unique(cosine[0][valid[0] & (address[0] == a)].round(4)) for a in (2, 1))
+    assert len(alike) == len(unlike) == 1 and alike > 0.3 > unlike  # the older example shows what the query shows
+    assert (cosine[0][~valid[0] | (address[0] == 0)] == 0).all() and (cosine[1] == 0).all()
+
+
+def test_a_weight_of_zero_is_plain_attention(matching, episode_batch):
+    b = episode_batch
+    plain = nnx.clone(matching)
+    plain.matching.weight[...] = jnp.zeros(2)
+    context = plain.encode(b.inputs, b.features)
+    kept = np.asarray(b.targets.valid)
+    expected = plain.decode(b.targets, context._replace(matches=None), b.inputs.valid)
+    np.testing.assert_allclose(np.asarray(plain(b))[kept], np.asarray(expected)[kept], atol=2e-6)
+    assert np.abs(np.asarray(matching(b)) - np.asarray(expected))[kept].max() > 1e-3
+
+
+def test_examples_are_read_separately_at_first(matching, episode_batch):
+    """Before the last blocks, no example's tokens depend on another's: gradients are zero."""
+    b = episode_batch
+    x = matching.encoder_input(b.inputs, b.features)
+    address = np.asarray(jnp.pad(b.inputs.shot, ((0, 0), (2, 0))))
+    valid = np.asarray(matching.context_valid(b.inputs.valid))
+    one = address[0].max()
+
+    def of_one(x):
+        return (matching._separately(x, b.inputs, None)[0] * (address[0] == one)[:, None]).std()
+
+    gradient = np.abs(np.asarray(jax.grad(of_one)(x))).sum(-1)[0]
+    assert (gradient[valid[0] & (address[0] == one)] > 0).all() and (gradient[address[0] != one] == 0).all()
+
+
+def test_answers_with_matching_are_those_of_uncached_decoding(matching, tokenizers, own):
+    """Greedy answers with caches: each id is the likeliest after those before it, teacher-forced."""
+    tuned = Sampler(matching, tokenizers, devices=jax.devices()[:1])
+    queries, context = [shot(60 + i) for i in range(2)], shots(3)
+    results = tuned.answer(queries, "caption", shots=context)
+    m, name = own.named("caption"), own.index("caption")
+    asked = tuned._asked(queries, "caption", context, 0, 999)
+    records, partial, contexts = zip(*asked, strict=True)
+    prompt = make_prompt(records, partial, m, own, contexts=contexts)
+    inputs, features = jax.tree.map(jnp.asarray, prompt.rows())
+    for row, ids in enumerate(results.tokens["caption"]):
+        previous = np.append(m.first_sentinel, ids[:-1])
+        n = len(ids)
+        targets = [ids, previous, np.full(n, name), np.arange(n), np.zeros(n, int), np.ones(n, bool)]
+        targets = Targets(*(jnp.asarray(np.stack([t] * 2)) for t in targets))
+        hidden = matching.decode(targets, matching.encode(inputs, features), inputs.valid)
+        likeliest = np.asarray(matching.logits(hidden, "caption").argmax(-1))[row]
+        np.testing.assert_array_equal(likeliest[: n - 1], ids[: n - 1])

@@ -102,7 +102,7 @@ CONTROLS: dict[str, Callable[[Seq[Shot], np.random.Generator, Episode], list[Sho
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(graph, params, inputs, features) -> Float[Array, "B D"]:
     model = nnx.merge(graph, params)
-    x = model.run_encoder(model.encoder_input(inputs, features), inputs.valid)[:, model.config.num_registers :]
+    x = model.run_encoder(model.encoder_input(inputs, features), inputs)[:, model.config.num_registers :]
     return (x * inputs.valid[..., None]).sum(1) / jnp.maximum(inputs.valid.sum(1), 1)[:, None]
 
 
