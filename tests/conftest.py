@@ -38,6 +38,14 @@ from m4.model import ModelConfig  # noqa: E402
 from m4.tokens import normalized  # noqa: E402
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Compiled programs of a module's tests are let go: those of all exceed Linux's number of memory maps (65,530),
+    and XLA then ends with a segmentation fault."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def modalities():
     """One of each kind, small."""
