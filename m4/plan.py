@@ -225,6 +225,7 @@ def collectives(text: str) -> Iterator[tuple[str, int, int]]:
             if known := re.search(r'known_trip_count.{0,4}\{.{0,2}n.{0,4}"(\d+)"', line):
                 count = int(known[1])
             elif condition := re.search(r" while\(.*condition=%?([\w.-]+)", line):  # a TPU's does not say so
+                # A condition whose computation is not printed has no known limit.
                 limits = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(condition[1], ())))
                 count = int(limits[0]) if len(limits) == 1 else 1
             for callee in re.findall(r"(?:body|to_apply|calls|condition)=%?([\w.-]+)", line):
@@ -302,6 +303,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     if "compile_s" in result:
         rows.append(("compiled in", f"{result['compile_s']} s"))
+    # A plan that did not compile has no collectives.
     for name, size in result.get("collective_bytes_per_device", {}).items():
         rows.append((f"{name} per step", gib(size)))
     if "roofline" in result:
@@ -310,5 +312,6 @@ def table(result: dict[str, Any]) -> str:
         rows.append(("step, at best", f"{r['step_s']:.4f} s ({parts})"))
         rows.append(("MFU, at best", f"{r['mfu']:.0%} ({r['tokens_per_s']:,.0f} tokens/s)"))
     rows.append(("fits", "yes" if result["fits"] else f"no: {result['why']}"))
+    # A plan that fits has no advice.
     rows += [("instead", line) for line in result.get("advice", [])]
     return "\n".join(f"{name:<28}{value}" for name, value in rows)
