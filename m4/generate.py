@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from m4.components import write_atomically
+from m4.in_context import answer
 from m4.modality import Sequence
 from m4.pictures import contact_sheet, write_png
 from m4.prompts import MASK, check_plan, trim
@@ -105,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
             common = {"seed": args.seed, "indices": list(signals)}
             if shots:
                 queries = [Shot(inputs=inputs) for inputs in signals.values()]
-                results = sampler.answer(queries, stages[0], shots=shots, num_tokens=args.shot_tokens, **common)
+                results = answer(sampler, queries, stages[0], shots=shots, num_tokens=args.shot_tokens, **common)
             else:  # a line of a table may lack what others have
                 inputs = {n: [s.get(n) for s in signals.values()] for n in names}
                 listener = _printer(sampler) if args.stream else None

@@ -18,19 +18,17 @@ import dataclasses
 import functools
 import math
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from m4.checkpoints import load_run
 from m4.components import closest
@@ -40,11 +38,6 @@ from m4.model import Model
 from m4.prompts import MASK, Context, check_plan, fill_spans, make_prompt, show_spans, token_mask, trim
 from m4.sampling import ROAR, Autoregressive, Generated, MaskGIT, Prompt, Replay, Scheme, Stage
 from m4.sharding import MeshConfig
-from m4.shots import Shot, inputs_of, joined, pack_shots
-from m4.shots import encode as encode_shot
-from m4.tokens import Targets
-
-BUDGET = 2048  # input tokens of a prompt with in-context examples
 
 
 def keep_compiled() -> None:
@@ -57,32 +50,6 @@ def keep_compiled() -> None:
 def default_scheme(modality: Modality, of_grids: Literal["maskgit", "roar"] = "maskgit") -> Scheme:
     grids = {"maskgit": MaskGIT(temperature=0.7, top_p=0.9), "roar": ROAR(steps=16, temperature=0.7, top_p=0.9)}
     return Autoregressive() if isinstance(modality, Sequence) else grids[of_grids]
-
-
-def candidate_targets(candidates: Seq[Seq[np.ndarray]], m: Modality, index: int) -> Targets:
-    """Ids of B queries' candidates as what a decoder is asked, [B C n]."""
-    shape = len(candidates), max(map(len, candidates)), max(len(ids) for row in candidates for ids in row)
-    ids, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for b, row in enumerate(candidates):
-        for c, candidate in enumerate(row):
-            ids[b, c, : len(candidate)], valid[b, c, : len(candidate)] = candidate, True
-    previous = np.full(shape, -1, np.int32)
-    if isinstance(m, Sequence):
-        previous[..., 0], previous[..., 1:] = m.first_sentinel, ids[..., :-1]
-    position = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
-    return Targets(ids, previous, np.full(shape, index, np.int32), position, np.zeros(shape, np.int32), valid)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _score(graph, params, name, inputs, features, targets: Targets) -> Float[Array, "B C"]:
-    """Mean log-probabilities of candidates [B C n] after prompts [B N]."""
-    model = nnx.merge(graph, params)
-    model.unstack()
-    context = model.encode(inputs, features)
-    hidden = jax.vmap(lambda t: model.decode(t, context, inputs.valid), in_axes=1, out_axes=1)(targets)
-    log_probability = jax.nn.log_softmax(model.logits(hidden, name))
-    chosen = jnp.take_along_axis(log_probability, targets.ids[..., None], axis=-1)[..., 0]
-    return (chosen * targets.valid).sum(-1) / jnp.maximum(targets.valid.sum(-1), 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5, 6))
@@ -125,6 +92,12 @@ class Results(dict):
         self.sampler, self.inputs, self.single = sampler, inputs, single
         self.tokens: dict[str, list[np.ndarray]] = {}
         self.history: dict[str, list[np.ndarray]] = {}
+
+    def add(self, other: Results) -> None:
+        """Further samples of the same targets."""
+        for mine, theirs in ((self, other), (self.tokens, other.tokens), (self.history, other.history)):
+            for name in theirs:
+                mine.setdefault(name, []).extend(theirs[name])
 
     def signals(self, name: str) -> list[Any]:
         return [self[name]] if self.single else self[name]
@@ -233,7 +206,7 @@ class Sampler:
         for first in progress(range(0, count, self.batch_size)):
             part = slice(first, first + self.batch_size)
             known = {name: values[part] for name, values in partial.items()}
-            self._generate(records[part], known, stages, seed, numbers[part], out, listener)
+            out.add(self.generate(records[part], stages, seed, numbers[part], partial=known, listener=listener))
         for name in out if single else ():
             out[name] = out[name][0]
         return out
@@ -283,109 +256,6 @@ class Sampler:
                     partial[m.name][i] = np.where(stays, ids, -1)
         return partial
 
-    def answer(
-        self,
-        queries: Shot | Seq[Shot],
-        target: str | Stage,
-        *,
-        shots: Seq[Shot] | Seq[Seq[Shot]] = (),
-        num_tokens: int = 0,
-        budget: int = BUDGET,
-        seed: int = 0,
-        indices: Seq[int] | None = None,
-        progress: Callable[[range], Any] = lambda batches: batches,
-    ) -> Results:
-        """What labelled examples let the model say of queries (their outputs are not read), without a gradient step.
-
-        `shots`: for all queries, or one list for each. `num_tokens`: of each image of the shots, coarse to fine
-        (0: all). Shots that do not fit into `budget` input tokens beside the query are dropped whole, the oldest first,
-        with a warning. A target that the query has as an input is a question, to be continued by its answer.
-        """
-        (stage,) = self.plan([target])
-        single = isinstance(queries, Shot)
-        asked = self._asked([queries] if single else queries, stage.target, shots, num_tokens, budget)
-        numbers = np.arange(len(asked)) if indices is None else np.asarray(indices)
-        out = Results(self, [stage.target], inputs_of([queries] if single else queries), single)
-        for first in progress(range(0, len(asked), self.batch_size)):
-            part = slice(first, first + self.batch_size)
-            records, partial, contexts = zip(*asked[part], strict=True)
-            name = self.modalities.as_target(stage.target).name
-            self._generate(records, {name: list(partial)}, [stage], seed, numbers[part], out, None, contexts)
-        if single:
-            (out[stage.target],) = out[stage.target]
-        return out
-
-    def score(
-        self,
-        queries: Seq[Shot],
-        target: str,
-        candidates: Seq[Seq[Any]],
-        *,
-        shots: Seq[Shot] | Seq[Seq[Shot]] = (),
-        num_tokens: int = 0,
-        budget: int = BUDGET,
-        calibrate: bool = False,
-        progress: Callable[[range], Any] = lambda batches: batches,
-    ) -> Float[np.ndarray, "B C"]:
-        """Mean log-probability (nats a token) of each query's candidate answers; of fewer candidates than others, -inf.
-
-        Every prompt is encoded once, whatever the number of its candidates. `calibrate`: less that of the same
-        candidates after the same shots and a query without content (contextual calibration, Zhao et al. 2021).
-        The other arguments are those of `answer`.
-        """
-        m = self.modalities.as_target(target)
-        scores = np.full((len(queries), max(map(len, candidates), default=0)), -np.inf, np.float32)
-        asked = self._asked(queries, target, shots, num_tokens, budget)
-        for first in progress(range(0, len(queries), self.batch_size)):
-            rows = range(first, min(first + self.batch_size, len(queries)))
-            records, partial, contexts = zip(*asked[rows.start : rows.stop], strict=True)
-            prompt = make_prompt(records, partial, m, self.modalities, contexts=contexts)
-            encoded = [self.tokenizers[m.name].encode(list(candidates[i])) for i in rows]
-            targets = candidate_targets(encoded, m, self.modalities.index(m.name))
-            # One compilation serves every batch: a short one is filled up with its last row.
-            fill = np.minimum(np.arange(self.batch_size if first else len(rows)), len(rows) - 1)
-            inputs, features, targets = jax.tree.map(lambda x, fill=fill: x[fill], (*prompt.rows(), targets))
-            found = np.asarray(_score(self.graph, self.params, m.name, inputs, features, targets))
-            for row, i in enumerate(rows):
-                scores[i, : len(candidates[i])] = found[row, : len(candidates[i])]
-        if calibrate:
-            empty = [Shot(inputs={n: v for n, v in q.inputs.items() if n == target}) for q in queries]
-            options = {"shots": shots, "num_tokens": num_tokens, "budget": budget, "progress": progress}
-            scores -= np.where(np.isfinite(scores), self.score(empty, target, candidates, **options), 0)
-        return scores
-
-    def _asked(self, queries: Seq[Shot], target: str, shots, num_tokens: int, budget: int) -> list[tuple]:
-        """Of each query its record, what is given of the target, and its context."""
-        m, asked, encoded, num_dropped = self.modalities.as_target(target), [], {}, 0
-        own = bool(shots) and not isinstance(shots[0], Shot)
-        if own and len(shots) != len(queries):
-            raise ValueError(f"{len(shots)} lists of shots were given for {len(queries)} queries")
-        for i, query in enumerate(queries):
-            record, *others = encode_shot(Shot(inputs=query.inputs), self.tokenizers, self.modalities)
-            partial = np.array([-1]) if isinstance(m, Sequence) else None
-            for name in [n for n in query.inputs if self.modalities.as_input(n).name == m.name]:
-                (ids,) = self.tokenizers[m.name].encode([joined(query.inputs[name], None, name)])
-                partial = np.append(ids[:-1], -1)
-                del record[m.name]
-            examples = []
-            for shot in shots[i] if own else shots:
-                if id(shot) not in encoded:
-                    encoded[id(shot)] = encode_shot(shot, self.tokenizers, self.modalities)
-                examples.append(encoded[id(shot)])
-            room = budget - sum(len(ids) for r in (record, *others) for ids in r.values())
-            packed, dropped = pack_shots(
-                examples, self.modalities, budget=room, num_tokens=num_tokens, first_address=1 + len(others)
-            )
-            num_dropped = max(num_dropped, dropped)
-            asked.append((record, partial, Context(tuple(others), tuple(range(1 + len(others))), packed)))
-        if num_dropped:
-            warnings.warn(
-                f"up to {num_dropped} of the oldest shots were dropped: they exceed the budget of {budget} input "
-                "tokens or the model's number of addresses; num_tokens gives each image fewer",
-                stacklevel=3,
-            )
-        return asked
-
     def _partial_text(self, m: Sequence, text: str | None) -> np.ndarray | None:
         """[MASK] -> -1; the end is open only behind a [MASK]."""
         if text is None:
@@ -398,14 +268,22 @@ class Sampler:
         return np.concatenate([*ids, encoded[-1] if pieces[-1] else encoded[-1][:-1]]).astype(np.int32)
 
     def generate(
-        self, records: Seq[dict[str, np.ndarray]], stages: Seq[Stage], seed: int, indices: Seq[int]
+        self,
+        records: Seq[dict[str, np.ndarray]],
+        stages: Seq[Stage],
+        seed: int,
+        indices: Seq[int],
+        *,
+        partial: Mapping[str, Seq[np.ndarray | None]] | None = None,
+        contexts: Seq[Context] | None = None,
+        listener: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
     ) -> Results:
-        """One batch of encoded conditions through all stages; `indices`: the samples' numbers."""
-        out = Results(self, [s.target for s in stages], {}, False)
-        self._generate(records, {}, stages, seed, np.asarray(indices), out, None)
-        return out
+        """One batch of encoded conditions through all stages; `indices`: the samples' numbers.
 
-    def _generate(self, records, partial, stages, seed, indices, out: Results, listener, contexts=None) -> None:
+        `partial`: by modality, ids of what is given in part, -1 where they are to be generated. `contexts`: what stands
+        beside each sample, such as in-context examples.
+        """
+        out, partial, indices = Results(self, [s.target for s in stages], {}, False), partial or {}, np.asarray(indices)
         records, made = [dict(r) for r in records], []
         for name, known in partial.items():  # context of the stages before its own
             m = self.modalities.named(name)
@@ -440,6 +318,7 @@ class Sampler:
             out[stage.target].extend(signals)
             out.tokens.setdefault(m.name, []).extend(ids)
             out.history.setdefault(m.name, []).extend(history)
+        return out
 
     def _on_device(self, stage, m, prompt: Prompt, numbers: list[int], indices, listener) -> Generated:
         """One compilation serves every batch: a short one is filled up with its last row.

@@ -13,9 +13,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m4 import sampler as sampling
+from m4 import in_context
 from m4.config import Config
 from m4.data import Dataset, Mask
+from m4.in_context import answer, score
 from m4.masking import Masking, Strategy
 from m4.modality import Modalities
 from m4.model import Model, ModelConfig
@@ -337,12 +338,12 @@ def test_scores_are_those_of_each_candidate_alone(sampler, model, tokenizers, ow
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Model, "encode", count)
-        sampling._score.clear_cache()
-        found = sampler.score(queries, "caption", candidates, shots=context, num_tokens=4)
+        in_context._score.clear_cache()
+        found = score(sampler, queries, "caption", candidates, shots=context, num_tokens=4)
     assert counted == [3]
     for i, query in enumerate(queries):
         for j, word in enumerate(candidates[i]):
-            alone = sampler.score([query], "caption", [[word]], shots=context, num_tokens=4)
+            alone = score(sampler, [query], "caption", [[word]], shots=context, num_tokens=4)
             np.testing.assert_allclose(found[i, j], alone[0, 0], atol=1e-5)
     assert np.isneginf(found[1, 2:]).all()
     # By hand, without the sampler.
@@ -365,22 +366,22 @@ def test_scores_are_those_of_each_candidate_alone(sampler, model, tokenizers, ow
 def test_calibrated_scores_do_not_depend_on_a_candidates_own_likelihood(sampler):
     """A query without content scores zero, candidate by candidate."""
     empty = [Shot(inputs={"caption": "what ?"})]
-    scores = sampler.score(empty, "caption", [WORDS], shots=shots(2), calibrate=True)
+    scores = score(sampler, empty, "caption", [WORDS], shots=shots(2), calibrate=True)
     np.testing.assert_allclose(scores, 0, atol=1e-6)
 
 
 def test_answers_with_questions_and_images_of_their_own(sampler):
     context = shots(3, question=("is", 1, "like", 2), images=2)
     queries = [shot(80 + i, question=("is", 1, "like", 2), images=2) for i in range(2)]
-    results = sampler.answer(queries, "caption", shots=context, num_tokens=4)
-    alone = sampler.answer(queries[1], "caption", shots=context, num_tokens=4)
+    results = answer(sampler, queries, "caption", shots=context, num_tokens=4)
+    alone = answer(sampler, queries[1], "caption", shots=context, num_tokens=4)
     assert len(results["caption"]) == 2 and alone["caption"] == results["caption"][1]
-    other = sampler.answer(queries, "caption", shots=[context, context[:1]], num_tokens=4)
+    other = answer(sampler, queries, "caption", shots=[context, context[:1]], num_tokens=4)
     assert other["caption"][0] == results["caption"][0]
     with pytest.raises(ValueError, match="1 lists of shots were given for 2 queries"):
-        sampler.answer(queries, "caption", shots=[context])
+        answer(sampler, queries, "caption", shots=[context])
     with pytest.warns(UserWarning, match="2 of the oldest shots were dropped"):
-        sampler.answer(queries[0], "caption", shots=context, budget=80)
+        answer(sampler, queries[0], "caption", shots=context, budget=80)
 
 
 def test_shots_from_a_file(tmp_path):
@@ -462,10 +463,10 @@ def test_answers_with_matching_are_those_of_uncached_decoding(matching, tokenize
     """Greedy answers with caches: each id is the likeliest after those before it, teacher-forced."""
     tuned = Sampler(matching, tokenizers, devices=jax.devices()[:1])
     queries, context = [shot(60 + i) for i in range(2)], shots(3)
-    results = tuned.answer(queries, "caption", shots=context)
+    results = answer(tuned, queries, "caption", shots=context)
     m, name = own.named("caption"), own.index("caption")
-    asked = tuned._asked(queries, "caption", context, 0, 999)
-    records, partial, contexts = zip(*asked, strict=True)
+    prompts = in_context.asked(tuned, queries, "caption", context, 0, 999)
+    records, partial, contexts = zip(*prompts, strict=True)
     prompt = make_prompt(records, partial, m, own, contexts=contexts)
     inputs, features = jax.tree.map(jnp.asarray, prompt.rows())
     for row, ids in enumerate(results.tokens["caption"]):

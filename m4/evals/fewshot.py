@@ -36,6 +36,7 @@ from m4.components import write_atomically
 from m4.evals.episodes.counting import Counting
 from m4.evals.episodes.fast_binding import FastBinding
 from m4.evals.episodes.operators import OperatorInduction
+from m4.in_context import answer, score
 from m4.prompts import in_buckets
 from m4.sampler import Sampler
 from m4.shots import Episode, Shot, Task, encode, pack_shots
@@ -157,10 +158,10 @@ def judge(sampler: Sampler, task: Task, episodes: Seq[Episode], shots: Seq[Seq[S
     options = {"num_tokens": c.num_tokens, "shots": shots, **options}
     if episodes[0].candidates and not options.pop("free", False):
         candidates = [e.candidates for e in episodes]
-        scores = sampler.score(question, task.output, candidates, calibrate=c.calibrate, **options)
+        scores = score(sampler, question, task.output, candidates, calibrate=c.calibrate, **options)
         answers = [found[int(row.argmax())] for row, found in zip(scores, candidates, strict=True)]
     else:
-        answers = sampler.answer(question, task.output, **options)[task.output]
+        answers = answer(sampler, question, task.output, **options)[task.output]
     return [float(task.correct(answer, episode)) for answer, episode in zip(answers, episodes, strict=True)]
 
 
