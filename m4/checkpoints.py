@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -178,7 +179,8 @@ class LoadedWeights:
 def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, LoadedWeights]:
     """Parameters with all that fits of a trained model (see `load_run`) or a model file; each stays where it is.
 
-    Tables are matched by modality, so that a model with further modalities keeps the old ones' rows bit for bit.
+    Tables are matched by modality, so that a model with further modalities keeps the old ones' rows bit for bit. The
+    new rows stay as they were drawn, but with the spread of the old ones, for the model to tell them apart.
     ValueError if nothing fits.
     """
     source = Path(source)
@@ -206,6 +208,7 @@ def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, Lo
                 else:
                     report.new.append(block)
         elif name in rows:
+            known, fresh = np.zeros((0, x.shape[1]), np.float32), []
             for i, modality in enumerate(names):
                 place = rows[name][i], rows[name][i + 1]
                 if place[0] == place[1]:
@@ -215,9 +218,14 @@ def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, Lo
                 old = (0, 0) if j is None or name not in old_rows else (old_rows[name][j], old_rows[name][j + 1])
                 if old[0] == old[1]:
                     report.new.append(title)
+                    fresh.append(place)
                     continue
                 used.add(title)
-                x = put(x, theirs[name][old[0] : old[1]], place, title)
+                mine = theirs[name][old[0] : old[1]]
+                known = np.concatenate([known, mine])
+                x = put(x, mine, place, title)
+            for place in fresh if len(known) > 1 else ():
+                x = _at_scale(x, place, float(known.std(axis=0).mean()))
         elif name in theirs:
             used.add(name)
             x = put(x, theirs[name], None, name)
@@ -234,6 +242,17 @@ def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, Lo
     if not report.loaded:
         raise ValueError(f"nothing of {source} fits this model:\n{report}")
     return nnx.from_flat_state(flat), report
+
+
+def _at_scale(x: jax.Array, rows: tuple[int, int], spread: float) -> jax.Array:
+    """x with some rows scaled to a root mean square of `spread`."""
+
+    def scale(x):
+        part = x[rows[0] : rows[1]]
+        part = part * (spread / jnp.sqrt(jnp.mean(part**2)))
+        return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), rows[0], axis=0)
+
+    return jax.jit(scale, out_shardings=x.sharding)(x)
 
 
 def _set(x: jax.Array, value: np.ndarray, rows: tuple[int, int] | None) -> jax.Array:

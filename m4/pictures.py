@@ -35,6 +35,19 @@ def contact_sheet(rows: Seq[tuple[str, Mapping[str, UInt8[np.ndarray, "_ _ 3"]]]
     return np.asarray(canvas)
 
 
+def labelled(picture: UInt8[np.ndarray, "_ _ 3"] | None, text: str) -> UInt8[np.ndarray, "H W 3"]:
+    """A tile for a contact sheet: a picture (or none) above a line of text."""
+    tile, side = Image.new("RGB", (TILE, TILE), "white"), TILE - HEADER
+    if picture is not None:
+        drawn = Image.fromarray(picture)
+        scale = side / max(drawn.size)
+        drawn = drawn.resize((round(drawn.width * scale), round(drawn.height * scale)), Image.Resampling.NEAREST)
+        tile.paste(drawn, ((TILE - drawn.width) // 2, 0))
+    printable = text.encode("latin-1", "replace").decode("latin-1")  # all that PIL's built-in font has
+    ImageDraw.Draw(tile).text((TILE / 2, TILE - HEADER / 2), printable[:22], fill="black", anchor="mm")
+    return np.asarray(tile)
+
+
 def write_png(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "png")

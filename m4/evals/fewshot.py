@@ -37,6 +37,7 @@ from m4.evals.episodes.counting import Counting
 from m4.evals.episodes.fast_binding import FastBinding
 from m4.evals.episodes.operators import OperatorInduction
 from m4.in_context import answer, score
+from m4.pictures import contact_sheet, labelled, write_png
 from m4.prompts import in_buckets
 from m4.sampler import Sampler
 from m4.shots import Episode, Shot, Task, encode, pack_shots
@@ -189,7 +190,7 @@ def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: 
             if has_images or name == "shuffled_labels":
                 changed = [control(s, rng, other) for s, rng, other in zip(plain, rngs, others, strict=True)]
                 note(name, k, judge(sampler, task, episodes, changed, c))
-    if has_images and task.output == "caption":
+    if has_images and closed:
         inputs = embeddings(sampler, [shot for e in episodes for shot in (*e.shots, e.query)])
         inputs = inputs.reshape(num, -1, inputs.shape[-1])
         for k in [k for k in c.shots if k]:
@@ -207,8 +208,43 @@ def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: 
     return results
 
 
+def prompt_row(episode: Episode, shots: Seq[Shot], answer: Any, right: bool | float) -> dict[str, np.ndarray]:
+    """A prompt as people read it: a tile for each image, below it what its example says; the query's answer last."""
+    pictures: dict[str, np.ndarray] = {}
+
+    def add(title: str, signals: Seq[Any], words: str) -> None:
+        flat = [x for s in signals for x in (s if isinstance(s, list) else [s])]
+        images = [x for x in flat if isinstance(x, np.ndarray)] or [None]
+        for i, image in enumerate(images):
+            pictures[title if len(images) == 1 else f"{title}, image {i + 1}"] = labelled(image, words)
+
+    def spoken(*signals: Any) -> str:
+        plain = lambda x: "".join(str(part) for part in x) if isinstance(x, tuple) else x  # noqa: E731
+        return " > ".join(plain(x) for x in signals if isinstance(x, str | tuple))
+
+    for i, shot in enumerate(shots):
+        signals = [*shot.inputs.values(), *shot.outputs.values()]
+        add(f"shot {i + 1}", signals, spoken(*signals))
+    add("query", [*episode.query.inputs.values()], spoken(*episode.query.inputs.values()))
+    truth = spoken(*episode.query.outputs.values())
+    words = f"{answer if isinstance(answer, str) else ''} ({'right' if right >= 0.5 else f'wrong: {truth}'})"
+    add("answer", [answer], words)
+    return pictures
+
+
+def draw_prompts(sampler: Sampler, c: FewShot, data_dir: str, file: Path) -> None:
+    """One prompt of each task, at most 4 examples of it, with the model's free answer."""
+    rows = []
+    for task in c.tasks:
+        episode = task.draw("test", 0, data_dir)
+        shots, query = episode.shots[:4], dataclasses.replace(episode.query, outputs={})
+        said = answer(sampler, query, task.output, shots=shots, num_tokens=c.num_tokens)[task.output]
+        rows.append((task.name, prompt_row(episode, shots, said, task.correct(said, episode))))
+    write_png(file, contact_sheet(rows))
+
+
 def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
-    """Scores a trained model (see `load_run`) on few-shot tasks; writes fewshot.json, fewshot.md and fewshot.png.
+    """Scores a trained model (see `load_run`) on few-shot tasks: fewshot.json, .md, .png and fewshot_prompts.png.
 
     What is measured is the config's `fewshot`, else FewShot(). Into `out` (default: `workdir`).
     """
@@ -229,7 +265,9 @@ def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
             write_atomically(out / "fewshot.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "fewshot.md", table(results, c).encode())
     curves(results, c, out / "fewshot.png")
-    print(f"{table(results, c)}\n{out}/fewshot.json, .md, .png in {time.monotonic() - started:.0f} s", flush=True)
+    draw_prompts(sampler, c, run.config.data_dir, out / "fewshot_prompts.png")
+    files = f"{out}/fewshot.json, .md, .png, fewshot_prompts.png"
+    print(f"{table(results, c)}\n{files} in {time.monotonic() - started:.0f} s", flush=True)
     return results
 
 

@@ -82,7 +82,7 @@ def as_sequence(*, name: str, signal: str, vocab_size: int, max_length: int, lay
     )
 
 
-def fit_pieces(texts: Seq[str], *, num_pieces: int, split_words: bool) -> tuple[list[str], list[list[str]]]:
+def fit_pieces(texts: Seq[Text], *, num_pieces: int, split_words: bool) -> tuple[list[str], list[list[str]]]:
     """(pieces, merges) of a byte-level model: the 256 bytes first, at most `num_pieces` in all.
 
     Where all words (with their leading space) fit, each becomes one piece, at no cost for intermediate merges; any
@@ -90,7 +90,8 @@ def fit_pieces(texts: Seq[str], *, num_pieces: int, split_words: bool) -> tuple[
     one word.
     """
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
-    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    said = [part for text in texts for part in ((text,) if isinstance(text, str) else text) if isinstance(part, str)]
+    counts = Counter(word for text in said for word, _ in splitter.pre_tokenize_str(text))
     words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
     if len(ALPHABET) + len(words) <= num_pieces:
         return ALPHABET + words, []
@@ -99,7 +100,7 @@ def fit_pieces(texts: Seq[str], *, num_pieces: int, split_words: bool) -> tuple[
     trainer = trainers.BpeTrainer(
         vocab_size=num_pieces, initial_alphabet=ALPHABET, min_frequency=2, show_progress=False, special_tokens=[]
     )
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator(said, trainer)
     vocabulary = model.get_vocab()
     state = json.loads(model.to_str())["model"]
     return sorted(vocabulary, key=vocabulary.__getitem__), [list(pair) for pair in state["merges"]]
@@ -144,7 +145,7 @@ class TextRecipe:
         texts = [source[i][self.signal] for i in range(min(len(source), self.num_examples))]
         return self.fit_texts(texts, split_words=True, seed=seed)
 
-    def fit_texts(self, texts: Seq[str], *, split_words: bool, seed: int) -> "TextTokenizer":
+    def fit_texts(self, texts: Seq[Text], *, split_words: bool, seed: int) -> "TextTokenizer":
         """The tokenizer of these texts; nothing in it is random, so the seed is only noted."""
         start = time.perf_counter()
         pieces, merges = fit_pieces(texts, num_pieces=self.vocab_size - self.layout.first_text, split_words=split_words)

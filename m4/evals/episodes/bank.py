@@ -20,6 +20,17 @@ KINDS = Scenes(variant="kinds", num_train=8000, num_validation=8, num_test=8, nu
 SCENES = Scenes(variant="simple", num_train=8000, num_validation=8, num_test=4000, num_heldout=4000)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SceneTask:
+    """What tasks over rendered scenes have in common."""
+
+    scenes: Scenes = SCENES
+    max_shots: int = 8
+
+    def prepare(self, data_dir: str | os.PathLike) -> None:
+        self.scenes.prepare(data_dir)
+
+
 def heldout(split: str) -> str:
     """The split of rendered scenes that a task shows: for tests the one with the held-out kinds."""
     check("split", split, SPLITS)

@@ -9,7 +9,7 @@ import numpy as np
 
 from m4.datasets.rendering import SIZES, VARIANTS
 from m4.datasets.scenes import Scenes
-from m4.evals.episodes.bank import SCENES, Bank, bank
+from m4.evals.episodes.bank import Bank, SceneTask, bank
 from m4.evals.episodes.draws import balanced, generator, pick, shuffled
 from m4.evals.episodes.words import same_text
 from m4.shots import Episode, Shot
@@ -19,21 +19,15 @@ FEWEST = 40  # scenes of a count that are enough to draw from
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counting:
+class Counting(SceneTask):
     """Image -> how many objects have one value of one attribute, the same in the whole episode.
 
     Counts are about equally frequent in an episode. What tests count (TEST_VALUES) is never counted in training.
     """
 
-    scenes: Scenes = SCENES
-    max_shots: int = 8
-
     name: ClassVar[str] = "counting"
     output: ClassVar[str] = "caption"
     images: ClassVar[int] = 1
-
-    def prepare(self, data_dir: str | os.PathLike) -> None:
-        self.scenes.prepare(data_dir)
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)

@@ -8,25 +8,19 @@ from typing import Any, ClassVar
 import numpy as np
 
 from m4.datasets.scenes import Scenes
-from m4.evals.episodes.bank import SCENES, Bank, bank, heldout
+from m4.evals.episodes.bank import Bank, SceneTask, bank, heldout
 from m4.evals.episodes.draws import balanced, generator, pick
 from m4.evals.scenes import attribute_counts, micro_f1
 from m4.shots import Episode, Shot
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captioning:
+class Captioning(SceneTask):
     """Image -> caption, judged by F1 of its (object, attribute) pairs; tests show held-out kinds."""
-
-    scenes: Scenes = SCENES
-    max_shots: int = 8
 
     name: ClassVar[str] = "captioning"
     output: ClassVar[str] = "caption"
     images: ClassVar[int] = 1
-
-    def prepare(self, data_dir: str | os.PathLike) -> None:
-        self.scenes.prepare(data_dir)
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)
@@ -49,18 +43,12 @@ def _by_number(scenes: Scenes, split: str, data_dir: str) -> tuple[Bank, list[np
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grounding:
+class Grounding(SceneTask):
     """Image and phrase ("red cube") -> the one box of what it means; tests show held-out kinds."""
-
-    scenes: Scenes = SCENES
-    max_shots: int = 8
 
     name: ClassVar[str] = "grounding"
     output: ClassVar[str] = "boxes"
     images: ClassVar[int] = 1
-
-    def prepare(self, data_dir: str | os.PathLike) -> None:
-        self.scenes.prepare(data_dir)
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from m4.datasets.scenes import Scenes
-from m4.evals.episodes.bank import SCENES, Bank, bank, group, heldout
+from m4.evals.episodes.bank import Bank, SceneTask, bank, group, heldout
 from m4.evals.episodes.draws import balanced, generator, pick, shuffled
 from m4.evals.episodes.words import same_text
 from m4.shots import Episode, Shot
@@ -21,18 +21,12 @@ Object = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions:
+class Questions(SceneTask):
     """Image and question -> its answer. An episode has questions of one sort; tests show held-out kinds."""
-
-    scenes: Scenes = SCENES
-    max_shots: int = 8
 
     name: ClassVar[str] = "questions"
     output: ClassVar[str] = "caption"
     images: ClassVar[int] = 1
-
-    def prepare(self, data_dir: str | os.PathLike) -> None:
-        self.scenes.prepare(data_dir)
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)
@@ -76,18 +70,12 @@ def _questions(scenes: Scenes, split: str, data_dir: str) -> tuple[Bank, list[tu
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entailment:
+class Entailment(SceneTask):
     """Image and statement -> "yes" or "no". False statements are wrong in one word. Tests show held-out kinds."""
-
-    scenes: Scenes = SCENES
-    max_shots: int = 8
 
     name: ClassVar[str] = "entailment"
     output: ClassVar[str] = "caption"
     images: ClassVar[int] = 1
-
-    def prepare(self, data_dir: str | os.PathLike) -> None:
-        self.scenes.prepare(data_dir)
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)
