@@ -27,35 +27,32 @@ pretrained = "runs/quickstart"
 text = TextRecipe(name="text", signal="text", max_length=12, num_sentinels=3, num_bins=0, vocab_size=4 + 3 + 32 + 256)
 
 
-def tasks(max_shots):
-    found = (
-        FastBinding(ways=1, max_shots=max_shots),  # copying, where there is nothing to choose
-        FastBinding(max_shots=max_shots),
-        FastBinding(ways=5, max_shots=max_shots),
-        OperatorInduction(form="text", max_shots=max_shots),
-        OperatorInduction(max_shots=max_shots),
-        Counting(max_shots=max_shots),
-    )
-    return tuple(Renamed(task=t, old="caption", new="text") for t in found)
+def in_text(task):
+    return Renamed(task=task, old="caption", new="text")
 
 
 def episodes(task, weight):
-    inputs = ("rgb",) if task.images else ("text",)
-    num_tokens = 16 if task.name.startswith("fast_binding") else 64
-    return Dataset(
-        source=EpisodeSource(task=task, num_train=4000, num_test=64),
-        shots=ShotMasking(num_examples=5, inputs=inputs, outputs=("text",), labelled=(2, 4), num_tokens=(num_tokens,)),
-        weight=weight,
-        name=task.name,
+    shots = ShotMasking(
+        num_examples=5,
+        inputs=("rgb",) if task.images else ("text",),
+        outputs=("text",),
+        labelled=(2, 4),
+        num_tokens=(16, 64) if task.name.startswith("fast_binding") else (64,),
     )
+    source = EpisodeSource(task=in_text(task), num_train=8000, num_test=64)
+    return Dataset(source=source, shots=shots, weight=weight, name=task.name)
 
 
 config = dataclasses.replace(
     quickstart,
     name="fewshot",
     init_from=pretrained,
-    datasets=tuple(
-        episodes(t, weight) for t, weight in zip(tasks(4), (0.1, 0.2, 0, 0.15, 0.35, 0.2), strict=True) if weight
+    datasets=(
+        episodes(FastBinding(ways=1, max_shots=4), 0.1),  # copying, where there is nothing to choose
+        episodes(FastBinding(max_shots=4), 0.2),
+        episodes(OperatorInduction(form="text", max_shots=4), 0.1),
+        episodes(OperatorInduction(max_shots=4), 0.3),
+        episodes(Counting(max_shots=4), 0.3),
     ),
     tokenizers=(
         *(
@@ -69,7 +66,19 @@ config = dataclasses.replace(
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
     loss="token",
     batch_size=32,
-    num_steps=600,
+    num_steps=800,
     evaluations=(),
-    fewshot=FewShot(tasks=tasks(8)[1:]),
+    fewshot=FewShot(
+        tasks=tuple(
+            in_text(t)
+            for t in (
+                FastBinding(),
+                FastBinding(ways=5),
+                OperatorInduction(),
+                OperatorInduction(form="text"),
+                Counting(),
+            )
+        ),
+        num_tokens=64,
+    ),
 )

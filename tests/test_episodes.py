@@ -23,6 +23,7 @@ from m4.evals.episodes.matching import PairMatching
 from m4.evals.episodes.operators import OPERATORS, OperatorInduction
 from m4.evals.episodes.questions import Entailment, Questions, ask
 from m4.evals.episodes.reading import BOXES, Reading
+from m4.evals.episodes.renamed import Renamed
 from m4.evals.episodes.source import EpisodeSource, raw_examples
 from m4.evals.episodes.vl_icl import VLICL
 from m4.evals.episodes.words import made_up_words, same_text
@@ -459,3 +460,17 @@ def test_broken_released_files_are_named(bench, content, match):
     (bench / "operator_induction" / "query.json").write_text(content)
     with pytest.raises(ValueError, match=match):
         VLICL(folder=str(bench), dataset="operator_induction").draw("test", 0, bench)
+
+
+def test_a_signal_under_another_name(data):
+    """Inputs, outputs and what is asked for; answers are judged as they were."""
+    task = OperatorInduction(form="interleaved")
+    renamed = Renamed(task=task, old="caption", new="text")
+    assert (renamed.name, renamed.output, renamed.images, renamed.max_shots) == (task.name, "text", 2, 8)
+    plain, other = task.draw("test", 5, data), renamed.draw("test", 5, data)
+    for a, b in zip((*plain.shots, plain.query), (*other.shots, other.query), strict=True):
+        assert b.inputs["text"] == a.inputs["caption"] and b.outputs == {"text": a.outputs["caption"]}
+        assert all(np.array_equal(x, y) for x, y in zip(a.inputs["rgb"], b.inputs["rgb"], strict=True))
+    answer = plain.query.outputs["caption"]
+    assert renamed.correct(answer, other) and not renamed.correct(answer + "1", other)
+    assert Renamed(task=FastBindingRgb(), old="caption", new="text").output == "rgb"

@@ -97,7 +97,14 @@ def test_every_condition_is_measured(sampler, data_dir, tmp_path):
     fewshot.curves(results, c, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 500 and len(np.unique(np.asarray(picture.convert("L")))) > 10
-    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+    fewshot.draw_prompts(sampler, c, str(data_dir), tmp_path / "prompts.png")
+    with Image.open(tmp_path / "prompts.png") as picture:
+        tiles = np.asarray(picture)
+    # 4 examples, the query and the answer; of the first row those with images are coloured, of the second none is.
+    assert tiles.shape[1] == 6 * 132 + 4
+    coloured = [np.ptp(tiles[20:120, 4 + 132 * i : 132 * (i + 1)], axis=2).max() > 30 for i in range(6)]
+    assert coloured == [True] * 5 + [False] and np.ptp(tiles[170:], axis=2).max() == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "prompts.png"]
 
 
 def test_settings_are_checked_and_saved():

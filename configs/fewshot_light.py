@@ -1,0 +1,38 @@
+"""In-context examples read by a light module beside the quickstart, which stays as it is (M2IXT, Chen et al. 2023).
+
+    python train.py configs/quickstart.py
+    python train.py configs/fewshot_light.py
+    python -m m4 evaluate runs/fewshot_light --suite fewshot
+
+Trained with at most 3 examples in a prompt.
+"""
+
+import dataclasses
+
+from m4.config import load_config
+from m4.data import Dataset
+from m4.evals.episodes.fast_binding import FastBinding
+from m4.evals.episodes.source import EpisodeSource
+from m4.evals.fewshot import FewShot
+from m4.shots import ShotMasking
+
+fewshot = load_config("configs/fewshot.py")
+in_text = load_config("configs/fewshot.py", "in_text")
+masking = ShotMasking(num_examples=4, outputs=("text",), labelled=(1, 3), num_tokens=(16,))
+
+
+def episodes(task):
+    source = EpisodeSource(task=in_text(task), num_train=8000, num_test=64)
+    return Dataset(source=source, shots=masking, name=task.name)
+
+
+config = dataclasses.replace(
+    fewshot,
+    name="fewshot_light",
+    datasets=(episodes(FastBinding(ways=1, max_shots=3)), episodes(FastBinding(max_shots=3))),
+    masking=dataclasses.replace(fewshot.masking, num_inputs=140),
+    model=dataclasses.replace(fewshot.model, shot_depth=1),
+    optimizer=dataclasses.replace(fewshot.optimizer, train=("shot_encoder*", "matching*"), learning_rate=3e-3),
+    num_steps=300,
+    fewshot=FewShot(tasks=(in_text(FastBinding()),), num_tokens=16),
+)
