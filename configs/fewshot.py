@@ -79,6 +79,7 @@ config = dataclasses.replace(
                 Counting(),
             )
         ),
-        num_tokens=64,
+        num_tokens=(16, 16, 64, 16, 64),
+        token_counts=(1, 4, 16),
     ),
 )

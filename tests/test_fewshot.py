@@ -112,6 +112,10 @@ def test_settings_are_checked_and_saved():
     assert from_json(json.loads(json.dumps(to_json(c)))) == c
     with pytest.raises(ValueError, match=r"fast_binding_2way has max_shots=4, and shots=\(0, 1, 2, 4, 8\)"):
         FewShot(tasks=(dataclasses.replace(SMALL, max_shots=4),))
+    both = FewShot(tasks=(FastBinding(), FastBinding(ways=5)), num_tokens=(4, 16))
+    assert [both.tokens_of(t) for t in both.tasks] == [4, 16] and c.tokens_of(c.tasks[0]) == 4
+    with pytest.raises(ValueError, match="one for each of 2 tasks"):
+        dataclasses.replace(both, num_tokens=(4,))
     with pytest.raises(ValueError, match="needs tasks"):
         FewShot(tasks=())
 

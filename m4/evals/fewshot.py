@@ -47,7 +47,8 @@ from m4.shots import Episode, Shot, Task, encode, pack_shots
 class FewShot:
     """What is measured: every task with each number of shots, on `seeds` draws of `num_queries` episodes each.
 
-    `num_tokens`: of each context image (0: all); `token_counts`: those of the accuracy-against-tokens curve.
+    `num_tokens`: of each context image (0: all), one number or one for each task; `token_counts`: those of the
+    accuracy-against-tokens curve.
     `calibrate`: scores of candidates less those after a query without content.
     """
 
@@ -55,16 +56,23 @@ class FewShot:
     shots: tuple[int, ...] = (0, 1, 2, 4, 8)
     num_queries: int = 200
     seeds: int = 3
-    num_tokens: int = 16
+    num_tokens: int | tuple[int, ...] = 16
     token_counts: tuple[int, ...] = (1, 4, 16, 64)
     calibrate: bool = False
 
     def __post_init__(self):
         if not self.tasks or not self.shots or min(*self.shots, 0) < 0 or min(self.num_queries, self.seeds) < 1:
             raise ValueError(f"a few-shot evaluation needs tasks, shots of at least 0, queries and seeds: {self}")
+        if not isinstance(self.num_tokens, int) and len(self.num_tokens) != len(self.tasks):
+            raise ValueError(
+                f"num_tokens={self.num_tokens} must be one number, or one for each of {len(self.tasks)} tasks"
+            )
         for task in self.tasks:
             if task.max_shots < max(self.shots):
                 raise ValueError(f"{task.name} has max_shots={task.max_shots}, and shots={self.shots} are asked")
+
+    def tokens_of(self, task: Task) -> int:
+        return self.num_tokens if isinstance(self.num_tokens, int) else self.num_tokens[self.tasks.index(task)]
 
 
 def shuffle_labels(shots: Seq[Shot], rng: np.random.Generator, other: Episode) -> list[Shot]:
@@ -156,7 +164,7 @@ def judge(sampler: Sampler, task: Task, episodes: Seq[Episode], shots: Seq[Seq[S
     """Whether (or how far) each query's answer is right: chosen among its candidates, or free where it has none."""
     queries = [e.query for e in episodes]
     question = [dataclasses.replace(q, outputs={}) for q in queries]
-    options = {"num_tokens": c.num_tokens, "shots": shots, **options}
+    options = {"num_tokens": c.tokens_of(task), "shots": shots, **options}
     if episodes[0].candidates and not options.pop("free", False):
         candidates = [e.candidates for e in episodes]
         scores = score(sampler, question, task.output, candidates, calibrate=c.calibrate, **options)
@@ -238,7 +246,7 @@ def draw_prompts(sampler: Sampler, c: FewShot, data_dir: str, file: Path) -> Non
     for task in c.tasks:
         episode = task.draw("test", 0, data_dir)
         shots, query = episode.shots[:4], dataclasses.replace(episode.query, outputs={})
-        said = answer(sampler, query, task.output, shots=shots, num_tokens=c.num_tokens)[task.output]
+        said = answer(sampler, query, task.output, shots=shots, num_tokens=c.tokens_of(task))[task.output]
         rows.append((task.name, prompt_row(episode, shots, said, task.correct(said, episode))))
     write_png(file, contact_sheet(rows))
 
