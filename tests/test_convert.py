@@ -122,8 +122,9 @@ def test_bfloat16_stays_near_float32(case):
     for name in a:
         x, y = (np.asarray(v, np.float32)[valid.get(name, ...)] for v in (a[name], b[name]))
         if not name.endswith(("mask", "ids", "argmax")):
-            # One row is one token, and tokens differ in how far rounding carries them: 0.026 was the most seen.
-            allowed = 4e-2 if name.endswith("first_full") else 2e-2
+            # One row is one token, and tokens differ in how far rounding carries them: 0.026 was the most seen. Of
+            # several it was 0.0204, on a CPU that multiplies in bfloat16 (AMX).
+            allowed = 4e-2 if name.endswith("first_full") else 2.5e-2
             assert np.linalg.norm(x - y) <= allowed * np.linalg.norm(y), name
 
 
