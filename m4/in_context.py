@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from m4.modality import Modality, Sequence
-from m4.packing import Record
+from m4.packing import ANSWER, Record
 from m4.prompts import Context, make_prompt
 from m4.sampler import Results, Sampler
 from m4.sampling import Stage
@@ -87,10 +87,22 @@ def answer(
         part = slice(first, first + sampler.batch_size)
         records, partial, contexts = zip(*prompts[part], strict=True)
         name = sampler.modalities.as_target(stage.target).name
-        out.add(sampler.generate(records, [stage], seed, numbers[part], partial={name: partial}, contexts=contexts))
+        made = sampler.generate(records, [stage], seed, numbers[part], partial={name: partial}, contexts=contexts)
+        out.add(without_questions(made, stage.target, sampler.modalities.named(name)))
     if single:
         (out[stage.target],) = out[stage.target]
     return out
+
+
+def without_questions(made: Results, target: str, m: Modality) -> Results:
+    """Of texts that go on from a question, the answer alone."""
+    for row, ids in enumerate(made.tokens[m.name]) if isinstance(m, Sequence) and m.num_declarations else ():
+        (begins,) = np.nonzero(ids == m.first_declaration + ANSWER)
+        if len(begins):
+            made.tokens[m.name][row] = ids[begins[0] + 1 :]
+            made.history[m.name][row] = made.history[m.name][row][begins[0] + 1 :]
+            (made[target][row],) = made.sampler.tokenizers[m.name].decode([made.tokens[m.name][row]])
+    return made
 
 
 def score(

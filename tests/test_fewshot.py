@@ -1,6 +1,7 @@
 """Few-shot evaluation: controls change what they say, baselines see no context, tables hold every figure."""
 
 import dataclasses
+import io
 import json
 
 import jax
@@ -80,8 +81,9 @@ def test_every_condition_is_measured(sampler, data_dir, tmp_path):
     results = {}
     for task in c.tasks:
         task.prepare(data_dir)
-        with tqdm(disable=True) as bar:
+        with tqdm(file=io.StringIO()) as bar:
             results[task.name] = fewshot.evaluate_task(sampler, task, c, str(data_dir), bar)
+            assert bar.n == fewshot.num_scores(task, c)
     images, text = results.values()
     controls = {"shots", "open", "shuffled_labels"}
     assert {*text} == controls

@@ -376,6 +376,9 @@ def test_answers_with_questions_and_images_of_their_own(sampler):
     results = answer(sampler, queries, "caption", shots=context, num_tokens=4)
     alone = answer(sampler, queries[1], "caption", shots=context, num_tokens=4)
     assert len(results["caption"]) == 2 and alone["caption"] == results["caption"][1]
+    declared = sampler.modalities.named("caption").first_declaration
+    assert not any((ids == declared).any() for ids in results.tokens["caption"])  # the question is not repeated
+    assert not any(text.startswith("is") for text in results["caption"])
     other = answer(sampler, queries, "caption", shots=[context, context[:1]], num_tokens=4)
     assert other["caption"][0] == results["caption"][0]
     with pytest.raises(ValueError, match="1 lists of shots were given for 2 queries"):

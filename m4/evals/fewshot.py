@@ -174,6 +174,12 @@ def judge(sampler: Sampler, task: Task, episodes: Seq[Episode], shots: Seq[Seq[S
     return [float(task.correct(answer, episode)) for answer, episode in zip(answers, episodes, strict=True)]
 
 
+def num_scores(task: Task, c: FewShot) -> int:
+    """At most, for the progress bar: open tasks have fewer."""
+    with_shots = sum(k > 0 for k in c.shots)
+    return 2 * len(c.shots) + (5 * with_shots + len(c.token_counts) if task.images else with_shots)
+
+
 def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: tqdm) -> dict[str, dict[str, Any]]:
     """{condition: {number of shots: {"mean", "sem", "num_queries"}}}; all on the same episodes."""
     num = c.seeds * c.num_queries
@@ -266,8 +272,8 @@ def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
         task.prepare(run.config.data_dir)
     results = {}
     out.mkdir(parents=True, exist_ok=True)
-    per_task = len(c.shots) * 8 + len(c.token_counts)
-    with tqdm(total=per_task * len(c.tasks), desc="few-shot", unit="score", file=sys.stdout, mininterval=1) as bar:
+    total = sum(num_scores(task, c) for task in c.tasks)
+    with tqdm(total=total, desc="few-shot", unit="score", file=sys.stdout, mininterval=1) as bar:
         for task in c.tasks:
             results[task.name] = evaluate_task(sampler, task, c, run.config.data_dir, bar)
             write_atomically(out / "fewshot.json", json.dumps(results, indent=1).encode())
