@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import measure
+
+sys.path[0] = str(Path(__file__).parent.parent)  # no longer this folder: its tokenizers.py would hide the library
+
 import numpy as np
 
 from m4 import Sampler, in_context
