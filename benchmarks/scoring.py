@@ -12,7 +12,8 @@ from pathlib import Path
 
 import measure
 
-sys.path[0] = str(Path(__file__).parent.parent)  # no longer this folder: its tokenizers.py would hide the library
+sys.path.pop(0)  # this folder: its tokenizers.py would hide the library
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
