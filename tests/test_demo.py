@@ -48,9 +48,9 @@ def generate(page, seed: int) -> bytes:
 
 
 def test_upload_generate_and_change_the_seed(page):
+    page.locator("#in-rgb canvas").first.wait_for()  # before that, a file is not taken
     page.locator("#in-rgb input[type=file]").first.set_input_files(str(ROOT / "tests/data/scene.png"))
-    page.locator("#in-rgb canvas").first.wait_for()
-    page.wait_for_timeout(1000)
+    page.locator("#in-rgb button[aria-label='Brush Size']").wait_for()  # the picture is there
     for name in ("depth", "caption"):
         page.locator("#targets label", has_text=name).locator("input").check()
     first = generate(page, 1)
