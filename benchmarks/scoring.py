@@ -1,7 +1,8 @@
 """Scoring candidates after shared examples: python benchmarks/scoring.py runs/fewshot
 
 100 queries with 8 candidates each (made-up names), after the same 8 examples with 64 tokens each: all candidates of a
-prompt together, against each candidate alone, in turns. Prints one JSON line; "encoded": prompts that the encoder read.
+prompt together ("step_s"), against each candidate alone, in turns. Prints one JSON line; "encoded": prompts that the
+encoder read.
 """
 
 import argparse
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     run = load_run(args.run)
+    if run.config.fewshot is None:
+        sys.exit(f"error: the config of {args.run} names no few-shot tasks; runs/fewshot does")
     task, data_dir = run.config.fewshot.tasks[0], run.config.data_dir
     task.prepare(data_dir)
     sampler = Sampler(run.model, run.tokenizers, batch_size=args.queries)
@@ -54,26 +57,27 @@ def main() -> None:
         parts = [in_context.score(sampler, queries, task.output, x, shots=shots, num_tokens=64) for x in each]
         return np.concatenate(parts, axis=1)
 
-    counts, scores = {}, {}
-    for way in (together, alone):  # compiles
-        encoded = 0
-        scores[way.__name__], counts[way.__name__] = way(), encoded
-        encoded = 0
-    seconds = {"together": [], "alone": []}
-    for _ in range(args.repeats):
+    counts, scores, seconds = {}, {}, {"together": [], "alone": []}
+    for _ in range(1 + args.repeats):  # the first compiles
         for way in (together, alone):
-            start = time.perf_counter()
-            way()
+            encoded, start = 0, time.perf_counter()
+            scores[way.__name__] = way()
             seconds[way.__name__].append(time.perf_counter() - start)
+            counts[way.__name__] = encoded
+    compiling = seconds["together"].pop(0), seconds["alone"].pop(0)
     medians = {name: float(np.median(s)) for name, s in seconds.items()}
     print(
         json.dumps(
             {
+                "setting": "candidates",
                 "queries": args.queries,
                 "candidates": args.candidates,
                 "shots": len(shots),
                 "encoded": counts,
-                "seconds": {name: round(s, 3) for name, s in medians.items()},
+                "samples_per_s": round(args.queries / medians["together"], 2),
+                "step_s": round(medians["together"], 3),
+                "alone_s": round(medians["alone"], 3),
+                "compile_s": round(compiling[0] - medians["together"], 2),
                 "ratio": round(medians["alone"] / medians["together"], 2),
                 "largest_difference": float(np.abs(scores["together"] - scores["alone"]).max()),
                 **measure.machine(),

@@ -208,7 +208,7 @@ def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, Lo
                 else:
                     report.new.append(block)
         elif name in rows:
-            known, fresh = np.zeros((0, x.shape[1]), np.float32), []
+            known, fresh = [], []
             for i, modality in enumerate(names):
                 place = rows[name][i], rows[name][i + 1]
                 if place[0] == place[1]:
@@ -222,8 +222,10 @@ def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, Lo
                     continue
                 used.add(title)
                 mine = theirs[name][old[0] : old[1]]
-                known = np.concatenate([known, mine])
                 x = put(x, mine, place, title)
+                if mine.shape[1] == x.shape[1]:
+                    known.append(mine)
+            known = np.concatenate(known) if known else np.zeros((0, 1))
             for place in fresh if len(known) > 1 else ():
                 x = _at_scale(x, place, float(known.std(axis=0).mean()))
         elif name in theirs:

@@ -25,13 +25,17 @@ from jaxtyping import Array, Float
 
 from m4.modality import Modality, Sequence
 from m4.packing import ANSWER, Record
-from m4.prompts import Context, make_prompt
+from m4.prompts import Context, check_plan, make_prompt
 from m4.sampler import Results, Sampler
 from m4.sampling import Stage
 from m4.shots import Shot, encode, inputs_of, joined, pack_shots
 from m4.tokens import Targets
 
 BUDGET = 2048  # input tokens of a prompt
+
+
+class ShotsDropped(UserWarning):
+    """Some examples found no place in a prompt."""
 
 
 def candidate_targets(candidates: Seq[Seq[np.ndarray]], m: Modality, index: int) -> Targets:
@@ -76,19 +80,23 @@ def answer(
 
     `shots`: for all queries, or one list for each. `num_tokens`: of each image of the shots, coarse to fine
     (0: all). Shots that do not fit into `budget` input tokens beside the query are dropped whole, the oldest first,
-    with a warning. A target that the query has as an input is a question, to be continued by its answer.
+    with a warning. A target that the query has as an input is a question, to be continued by its answer. The other
+    arguments are those of `Sampler`.
     """
     (stage,) = sampler.plan([target])
     single = isinstance(queries, Shot)
-    prompts = asked(sampler, [queries] if single else queries, stage.target, shots, num_tokens, budget)
-    numbers = np.arange(len(prompts)) if indices is None else np.asarray(indices)
-    out = Results(sampler, [stage.target], inputs_of([queries] if single else queries), single)
+    queries = [queries] if single else queries
+    m, inputs = sampler.modalities.as_target(stage.target), inputs_of(queries)
+    check_plan([stage], [n for n in inputs if sampler.modalities.as_input(n).name != m.name], sampler.modalities)
+    numbers = sampler.check([stage], len(queries), seed, indices)
+    prompts = asked(sampler, queries, stage.target, shots, num_tokens, budget)
+    inputs = {name: [sampler.read(name, signal) for signal in signals] for name, signals in inputs.items()}
+    out = Results(sampler, [stage.target], inputs, single)
     for first in progress(range(0, len(prompts), sampler.batch_size)):
         part = slice(first, first + sampler.batch_size)
         records, partial, contexts = zip(*prompts[part], strict=True)
-        name = sampler.modalities.as_target(stage.target).name
-        made = sampler.generate(records, [stage], seed, numbers[part], partial={name: partial}, contexts=contexts)
-        out.add(without_questions(made, stage.target, sampler.modalities.named(name)))
+        made = sampler.generate(records, [stage], seed, numbers[part], partial={m.name: partial}, contexts=contexts)
+        out.add(without_questions(made, stage.target, m))
     if single:
         (out[stage.target],) = out[stage.target]
     return out
@@ -120,10 +128,16 @@ def score(
     """Mean log-probability (nats a token) of each query's candidate answers; of fewer candidates than others, -inf.
 
     Every prompt is encoded once, whatever the number of its candidates. `calibrate`: less that of the same
-    candidates after the same shots and a query without content (contextual calibration, Zhao et al. 2021).
+    candidates after the same shots and a query without content, its question empty (contextual calibration, Zhao et al.
+    2021).
     The other arguments are those of `answer`.
     """
     m = sampler.modalities.as_target(target)
+    if len(candidates) != len(queries):
+        raise ValueError(f"{len(candidates)} lists of candidates were given for {len(queries)} queries")
+    for row in candidates:
+        if isinstance(row, str) or not len(row):
+            raise ValueError(f"candidates must be lists of at least one answer, one list for each query; got {row!r}")
     scores = np.full((len(queries), max(map(len, candidates), default=0)), -np.inf, np.float32)
     prompts = asked(sampler, queries, target, shots, num_tokens, budget)
     for first in progress(range(0, len(queries), sampler.batch_size)):
@@ -132,14 +146,15 @@ def score(
         prompt = make_prompt(records, partial, m, sampler.modalities, contexts=contexts)
         encoded = [sampler.tokenizers[m.name].encode(list(candidates[i])) for i in rows]
         targets = candidate_targets(encoded, m, sampler.modalities.index(m.name))
-        # One compilation serves every batch: a short one is filled up with its last row.
+        # A short batch is filled up with its last row, for the sizes of those before to serve it.
         fill = np.minimum(np.arange(sampler.batch_size if first else len(rows)), len(rows) - 1)
         inputs, features, targets = jax.tree.map(lambda x, fill=fill: x[fill], (*prompt.rows(), targets))
         found = np.asarray(_score(sampler.graph, sampler.params, m.name, inputs, features, targets))
         for row, i in enumerate(rows):
             scores[i, : len(candidates[i])] = found[row, : len(candidates[i])]
     if calibrate:
-        empty = [Shot(inputs={n: v for n, v in q.inputs.items() if n == target}) for q in queries]
+        is_question = lambda name: sampler.modalities.as_input(name).name == m.name  # noqa: E731
+        empty = [Shot(inputs={n: "" for n in q.inputs if is_question(n)}) for q in queries]
         options = {"shots": shots, "num_tokens": num_tokens, "budget": budget, "progress": progress}
         scores -= np.where(np.isfinite(scores), score(sampler, empty, target, candidates, **options), 0)
     return scores
@@ -150,6 +165,8 @@ def asked(
 ) -> list[tuple[Record, np.ndarray | None, Context]]:
     """Of each query its record, what is given of the target, and its context."""
     m, prompts, encoded, num_dropped = sampler.modalities.as_target(target), [], {}, 0
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens={num_tokens} must be at least 0 (all)")
     own = bool(shots) and not isinstance(shots[0], Shot)
     if own and len(shots) != len(queries):
         raise ValueError(f"{len(shots)} lists of shots were given for {len(queries)} queries")
@@ -158,6 +175,10 @@ def asked(
         partial = np.array([-1]) if isinstance(m, Sequence) else None
         for name in [n for n in query.inputs if sampler.modalities.as_input(n).name == m.name]:
             (ids,) = sampler.tokenizers[m.name].encode([joined(query.inputs[name], None, name)])
+            if ids[-1] != m.end_id:
+                raise ValueError(
+                    f"the question {query.inputs[name]!r} is longer than {m.name}, which has {m.max_length}"
+                )
             partial = np.append(ids[:-1], -1)
             del record[m.name]
         examples = []
@@ -165,7 +186,8 @@ def asked(
             if id(shot) not in encoded:
                 encoded[id(shot)] = encode(shot, sampler.tokenizers, sampler.modalities)
             examples.append(encoded[id(shot)])
-        room = budget - sum(len(ids) for r in (record, *others) for ids in r.values())
+        shown = [ids for r in (record, *others) for ids in r.values()] + ([] if partial is None else [partial])
+        room = budget - sum(map(len, shown))
         packed, dropped = pack_shots(
             examples, sampler.modalities, budget=room, num_tokens=num_tokens, first_address=1 + len(others)
         )
@@ -175,6 +197,7 @@ def asked(
         warnings.warn(
             f"up to {num_dropped} of the oldest shots were dropped: they exceed the budget of {budget} input "
             "tokens or the model's number of addresses; num_tokens gives each image fewer",
+            ShotsDropped,
             stacklevel=3,
         )
     return prompts

@@ -6,7 +6,9 @@
 
 A matching network (Vinyals et al. 2016) inside the decoder's cross-attention: copying from the context is learned
 within a hundred steps, whom to copy from is not, unless similarity is there to begin with. Vectors are relative to the
-mean of the prompt's examples, since it is their differences that tell them apart.
+mean of the prompt's examples, since it is their differences that tell them apart; with one labelled example there is
+nothing to choose, and no match. Made for examples of one image and answers in text: further images of an example have
+addresses of their own, and are compared as if they were examples.
 
 B batch, C context slots, M target slots, S addresses, D width, R numbers of a vector, N heads
 """
@@ -41,8 +43,8 @@ class Matching(nnx.Module):
         self.weight = nnx.Param(jnp.full((num_heads,), 4.0))
 
     def __call__(self, x: Float[Array, "B C D"], inputs: Tokens, modalities: Modalities) -> Matches:
-        """x: of the inputs alone, without registers. An example is its images' mean, by learned weights; one without
-        images, and one whose text is asked, is like no other."""
+        """x: of the inputs alone, without registers. An example is the mean of its image's tokens, by learned weights;
+        one without image, and one whose text is asked, is like no other. The query, address 0, is never matched."""
         is_text = jnp.asarray([isinstance(m, Sequence) for m in modalities])[inputs.modality]
         of = jax.nn.one_hot(inputs.shot, NUM_SHOTS) * inputs.valid[..., None]
         images = of * ~is_text[..., None]
@@ -53,7 +55,8 @@ class Matching(nnx.Module):
         vectors = jnp.where(there, pooled - mean, 0) @ self.kernel[...]
         vectors = vectors / jnp.sqrt((vectors**2).sum(-1, keepdims=True) + 1e-6)
         asked = is_text & is_sentinel(inputs, modalities)
-        labelled = (of * is_text[..., None]).any(1) & ~(of * asked[..., None]).any(1)
+        labelled = (of * is_text[..., None]).any(1) & ~(of * asked[..., None]).any(1) & (jnp.arange(NUM_SHOTS) > 0)[None]
+        labelled &= labelled.sum(1, keepdims=True) > 1
         keys = at_address(vectors * labelled[..., None], inputs.shot)
         return Matches(vectors, keys * inputs.valid[..., None], self.weight[...])
 

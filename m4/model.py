@@ -55,8 +55,8 @@ class ModelConfig(BlockConfig):
         them but norms, the MLPs' gates and attention weights.
     unroll: blocks that are compiled as one piece: several are faster on CPU (fewer copies), and take more memory and
         longer to compile.
-    separate_depth: of the encoder's blocks the first so many, in which the query and each in-context example see only
-        themselves, as in pretraining; those behind see all.
+    separate_depth: of the encoder's blocks the first so many, in which the query and each in-context example (each
+        image of it) see only themselves, as in pretraining; those behind see all.
     match_size: of the vectors by which examples are compared for the decoder to copy from those that are like the query
         (m4.matching; 0: none).
     shot_depth: blocks that read the in-context examples before the encoder does: a light module to train beside a
@@ -285,14 +285,15 @@ class Model(nnx.Module):
     def encode(self, inputs: Tokens, features: dict, key: PRNGKeyArray | None = None) -> Encoded:
         """What the decoder reads of the inputs."""
         address = self.input_address(inputs)
-        return self.encode_embedded(self.input_content(inputs, features) + address, address, inputs, key)
+        x = self.read_shots(self.input_content(inputs, features) + address, inputs)
+        return self.encode_embedded(x, address, inputs, key)
 
     def encode_embedded(
         self, x: Float[Array, "B N D"], address: Float[Array, "B N D"], inputs: Tokens, key=None
     ) -> Encoded:
-        """`encode` of inputs whose content + address is x."""
+        """`encode` of inputs whose content + address is x, in-context examples as `read_shots` hands them on."""
         c = self.config
-        x = self._after_registers(self.read_shots(x, inputs))
+        x = self._after_registers(x)
         keep = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
         x = self._separately(x, inputs, keep)
         matches = None

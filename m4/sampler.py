@@ -185,20 +185,13 @@ class Sampler:
                 raise ValueError(f"keep names {name!r}, which is not given; {closest(name, list(inputs))}")
         stages = self.plan(targets)
         check_plan(stages, list(inputs), self.modalities, [*keep, *masked])
-        for stage in stages:
-            if stage.ensemble > 1 and not hasattr(tokenizer := self.tokenizer(stage.target), "average"):
-                raise ValueError(f"ensemble={stage.ensemble}: {type(tokenizer).__name__} cannot average {stage.target}")
-        if seed < 0:
-            raise ValueError(f"seed={seed} must be at least 0")
         single = not any(isinstance(v, list) for v in inputs.values())
         lengths = {name: len(v) for name, v in texts.items()}
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
             raise ValueError(f"inputs must be non-empty lists of one length; got {lengths}")
         count = max(lengths.values(), default=1)
-        read = {n: [self._read(n, s) for s in v] for n, v in texts.items()}
-        numbers = np.arange(count) if indices is None else np.asarray(indices)
-        if len(numbers) != count:
-            raise ValueError(f"{len(numbers)} indices were given for {count} samples")
+        numbers = self.check(stages, count, seed, indices)
+        read = {n: [self.read(n, s) for s in v] for n, v in texts.items()}
         kept = {name: self._keep(name, value, count) for name, value in {**dict.fromkeys(masked), **keep}.items()}
         partial = self._partial(read, kept, seed, numbers)
         records = self.encode({n: v for n, v in read.items() if n not in kept}, count)
@@ -211,7 +204,20 @@ class Sampler:
             out[name] = out[name][0]
         return out
 
-    def _read(self, name: str, signal: Any) -> Any:
+    def check(self, stages: Seq[Stage], count: int, seed: int, indices: Seq[int] | None) -> Int[np.ndarray, " B"]:
+        """The samples' numbers. ValueError for what `check_plan` cannot know to be wrong."""
+        for stage in stages:
+            if stage.ensemble > 1 and not hasattr(tokenizer := self.tokenizer(stage.target), "average"):
+                raise ValueError(f"ensemble={stage.ensemble}: {type(tokenizer).__name__} cannot average {stage.target}")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must be at least 0")
+        numbers = np.arange(count) if indices is None else np.asarray(indices)
+        if len(numbers) != count:
+            raise ValueError(f"{len(numbers)} indices were given for {count} samples")
+        return numbers
+
+    def read(self, name: str, signal: Any) -> Any:
+        """A signal from its file, or as it is."""
         if not isinstance(signal, str | Path):
             return signal
         return self.input_tokenizer(name).read(str(signal))

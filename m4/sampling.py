@@ -209,7 +209,7 @@ class _Parallel(Sampling):
         passes = prompt.num_passes
         row, index = jnp.arange(batch)[:, None], model.modalities.index(modality.name)
         address = model.input_address(inputs)
-        embedded = model.input_content(inputs, features) + address
+        embedded = model.read_shots(model.input_content(inputs, features) + address, inputs)
         logits_of = model.logits_of(modality.name)
         by_confidence = self.by_confidence and replay.order is None
         known = prompt.given >= 0

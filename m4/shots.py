@@ -35,8 +35,9 @@ from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, pad
 class Shot:
     """One example: signals by name.
 
-    A list is several images of one signal. Text is a str, or a tuple of str and int: i says "image i of this example"
-    (from 1), in reading order. A signal may be both input (a question) and output (its answer).
+    A list is several images of one signal; an image may be the path of its file. Text is a str, or a tuple of str and
+    int: i says "image i of this example" (from 1), in reading order. A signal may be both input (a question) and output
+    (its answer).
     """
 
     inputs: Mapping[str, Any]
@@ -115,7 +116,7 @@ def encode(shot: Shot, tokenizers: Mapping[str, Tokenizer], modalities: Modaliti
         record = {}
         for name, value in example.items():
             tokenizer = tokenizers[names[name].name]
-            value = tokenizer.read(value) if isinstance(value, str) and not isinstance(names[name], Sequence) else value
+            value = tokenizer.read(str(value)) if isinstance(value, str | Path) else value
             (record[names[name].name],) = tokenizer.encode([value])
         records.append(record)
     return records

@@ -21,7 +21,7 @@ from m4.evals.fewshot import CONTROLS, FewShot, nearest_mean, summary
 from m4.modality import Modalities
 from m4.model import Model, ModelConfig
 from m4.sampler import Sampler
-from m4.shots import ShotMasking
+from m4.shots import Episode, Shot, ShotMasking
 from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.text import TextRecipe
 
@@ -55,6 +55,24 @@ def test_controls_change_what_they_say(data_dir):
     assert labels(bare) == labels(first.shots) and not any(s.inputs for s in bare)
 
 
+def test_images_are_controlled_where_the_answer_is_no_text():
+    """Boxes are no images: they stay, and stay with their phrase."""
+    box = {"bbox": np.zeros((1, 4), np.float32), "label": ("red cube",)}
+    image = np.zeros((2, 2, 3), np.uint8)
+    one, two = (Shot(inputs={"rgb": image + i, "caption": "red cube"}, outputs={"boxes": box}) for i in range(2))
+    episode = Episode(shots=(two,), query=two)
+    (other,), (bare,) = (CONTROLS[name]([one], None, episode) for name in ("shuffled_images", "text_only"))
+    assert other.inputs["rgb"] is two.inputs["rgb"] and other.outputs == bare.outputs == {"boxes": box}
+    assert bare.inputs == {"caption": "red cube"}
+
+
+def test_examples_that_find_no_place_end_the_evaluation(sampler, data_dir):
+    episodes = [OperatorInduction(form="text").draw("test", i, data_dir) for i in range(2)]
+    shots = [e.shots for e in episodes]
+    with pytest.raises(ValueError, match="cannot be measured with so many shots"):
+        fewshot.judge(sampler, OperatorInduction(form="text"), episodes, shots, FewShot(), budget=20)
+
+
 def test_nearest_mean_and_its_shared_covariance():
     """Far apart classes are told by both; where one direction is mere noise within classes, only the second sees so."""
     rng = np.random.default_rng(0)
@@ -85,8 +103,9 @@ def test_every_condition_is_measured(sampler, data_dir, tmp_path):
             results[task.name] = fewshot.evaluate_task(sampler, task, c, str(data_dir), bar)
             assert bar.n == fewshot.num_scores(task, c)
     images, text = results.values()
-    controls = {"shots", "open", "shuffled_labels"}
+    controls = {"chance", "shots", "open", "shuffled_labels"}
     assert {*text} == controls
+    assert images["chance"]["2"]["mean"] == 1 / 2 and text["chance"]["2"]["mean"] == 1 / 3
     assert {*images} == controls | {"shuffled_images", "text_only", "nearest_mean", "gda", "tokens_1", "tokens_4"}
     assert {*images["shots"]} == {"0", "2"} and {*images["gda"]} == {"2"}
     for conditions in results.values():
@@ -94,7 +113,7 @@ def test_every_condition_is_measured(sampler, data_dir, tmp_path):
             for cell in cells.values():
                 assert {*cell} == {"mean", "sem", "num_queries"} and 0 <= cell["mean"] <= 1
                 assert cell["num_queries"] == 8
-    assert fewshot.table(results, c).count("\n| fast_binding_2way") == 9
+    assert fewshot.table(results, c).count("\n| fast_binding_2way") == 10
     json.dumps(results)
     fewshot.curves(results, c, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
@@ -118,6 +137,10 @@ def test_settings_are_checked_and_saved():
     assert [both.tokens_of(t) for t in both.tasks] == [4, 16] and c.tokens_of(c.tasks[0]) == 4
     with pytest.raises(ValueError, match="one for each of 2 tasks"):
         dataclasses.replace(both, num_tokens=(4,))
+    with pytest.raises(ValueError, match="has 2 images an example: at most 7"):
+        FewShot(tasks=(OperatorInduction(form="interleaved"),))
+    with pytest.raises(ValueError, match="each task can be measured once"):
+        FewShot(tasks=(SMALL, FastBinding()))
     with pytest.raises(ValueError, match="needs tasks"):
         FewShot(tasks=())
 

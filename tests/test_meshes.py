@@ -247,6 +247,10 @@ def test_weights_are_loaded_by_name_and_modality(config, tmp_path):
     trainer = Trainer(other, MeshConfig().make(jax.devices()[:1]))
     _, report = load_weights(trainer.init().params, trainer.model, tmp_path / "old.safetensors")
     assert len(report.mismatched) == 2 * 4 and not report.new
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, width=2 * config.model.width))
+    trainer = Trainer(wider, MeshConfig().make(jax.devices()[:1]))
+    with pytest.raises(ValueError, match="fits"):
+        load_weights(trainer.init().params, trainer.model, tmp_path / "old.safetensors")
 
 
 def free_port() -> int:

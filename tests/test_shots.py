@@ -24,6 +24,7 @@ from m4.optim import OptimizerConfig
 from m4.packing import ANSWER, coarse_to_fine, pack
 from m4.prompts import in_buckets, make_prompt
 from m4.sampler import Sampler
+from m4.sampling import MaskGIT, Stage
 from m4.sharding import MeshConfig
 from m4.shots import Shot, ShotMasking, encode, joined, pack_shots, raw_examples, read_shots
 from m4.step import Trainer
@@ -364,10 +365,32 @@ def test_scores_are_those_of_each_candidate_alone(sampler, model, tokenizers, ow
 
 
 def test_calibrated_scores_do_not_depend_on_a_candidates_own_likelihood(sampler):
-    """A query without content scores zero, candidate by candidate."""
-    empty = [Shot(inputs={"caption": "what ?"})]
-    scores = score(sampler, empty, "caption", [WORDS], shots=shots(2), calibrate=True)
-    np.testing.assert_allclose(scores, 0, atol=1e-6)
+    """A query without content scores zero, candidate by candidate; of a question its words are the content."""
+    options = {"candidates": [WORDS], "shots": shots(2)}
+    empty, asking = ([Shot(inputs={"caption": text})] for text in ("", "what ?"))
+    np.testing.assert_allclose(score(sampler, empty, "caption", **options, calibrate=True), 0, atol=1e-6)
+    plain, without = (score(sampler, query, "caption", **options) for query in (asking, empty))
+    calibrated = score(sampler, asking, "caption", **options, calibrate=True)
+    np.testing.assert_allclose(calibrated, plain - without, atol=1e-6)
+    assert np.abs(calibrated).max() > 1e-3
+
+
+def test_what_cannot_be_asked_is_an_error(sampler):
+    query = Shot(inputs={"rgb": shot(1).inputs["rgb"]})
+    for message, wrong in {
+        "one list for each query; got 'dax'": lambda: score(sampler, [query], "caption", ["dax"]),
+        "2 lists of candidates were given for 1": lambda: score(sampler, [query], "caption", [["dax"], ["wug"]]),
+        r"at least one answer, one list for each query; got \[\]": lambda: score(sampler, [query], "caption", [[]]),
+        "1 indices were given for 2 samples": lambda: answer(sampler, [query, query], "caption", indices=[3]),
+        "seed=-1 must": lambda: answer(sampler, query, "caption", seed=-1),
+        "num_tokens=-1 must": lambda: answer(sampler, query, "caption", num_tokens=-1),
+        "a Sequence, which Autoregressive does": lambda: answer(
+            sampler, query, Stage(target="caption", scheme=MaskGIT())
+        ),
+        "is longer than the allowed 24": lambda: answer(sampler, Shot(inputs={"caption": "is " * 99}), "caption"),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            wrong()
 
 
 def test_answers_with_questions_and_images_of_their_own(sampler):
@@ -384,7 +407,7 @@ def test_answers_with_questions_and_images_of_their_own(sampler):
     with pytest.raises(ValueError, match="1 lists of shots were given for 2 queries"):
         answer(sampler, queries, "caption", shots=[context])
     with pytest.warns(UserWarning, match="2 of the oldest shots were dropped"):
-        answer(sampler, queries[0], "caption", shots=context, budget=80)
+        answer(sampler, queries[0], "caption", shots=context, budget=90)
 
 
 def test_shots_from_a_file(tmp_path):
@@ -419,14 +442,16 @@ def matching(own):
 
 
 def test_matches_compare_images_of_labelled_examples(matching, tokenizers, own):
-    """All tokens of an example have its cosine, that of a like image is larger; what is not labelled adds nothing."""
+    """All tokens of an example have its cosine, that of a like image is larger; what is not labelled adds nothing,
+    nor does a single example."""
     same, other = shot(1, "dax"), shot(2, "wug")
     query = shot(1)
     row = pack(
         [{**encode(query, tokenizers, own)[0], "caption": np.array([own.named("caption").first_sentinel])}], [0], own
     )
     context, _ = pack_shots([encode(s, tokenizers, own) for s in (same, other)], own, budget=999)
-    rows = [type(row).join([row, context], own), row]
+    single, _ = pack_shots([encode(same, tokenizers, own)], own, budget=999)
+    rows = [type(row).join([row, more], own) for more in (context, single)]
     inputs, features = jax.tree.map(jnp.asarray, in_buckets(rows, own))
     matches = matching.encode(inputs, features).matches
     cosine = np.asarray(jnp.einsum("br,bcr->bc", matches.examples[:, 0], matches.keys))

@@ -1,11 +1,14 @@
 """Accuracy of few-shot tasks against the number of examples, beside what a model would score for the wrong reasons.
 
+    chance           of guessing among the candidates
     shots            the examples as they are; 0 of them: zero-shot
     open             the same, answered freely instead of chosen among candidates
-    shuffled_labels  outputs dealt out anew among the examples of a prompt (Min et al. 2022)
+    shuffled_labels  outputs dealt out anew among the examples of a prompt (Min et al. 2022), three times; some stay
+                     right by chance, and a single one always does
     shuffled_images  images of another episode
-    text_only        no images in the examples
-    nearest_mean     without training or context: the class mean of the frozen encoder's embeddings that is nearest
+    text_only        no images in the examples (of tasks that do not ask for one)
+    nearest_mean     without training or context: the class mean of embeddings that is nearest, by the encoder of the
+                     model that is measured; where the answer is one of the labels in the prompt
     gda              the same with a covariance that classes share: Gaussian discriminant analysis (Wang et al. 2024)
     tokens_N         at the largest number of shots: N tokens of each context image
 
@@ -19,6 +22,7 @@ import functools
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -36,11 +40,14 @@ from m4.components import write_atomically
 from m4.evals.episodes.counting import Counting
 from m4.evals.episodes.fast_binding import FastBinding
 from m4.evals.episodes.operators import OperatorInduction
-from m4.in_context import answer, score
+from m4.in_context import ShotsDropped, answer, score
 from m4.pictures import contact_sheet, labelled, write_png
 from m4.prompts import in_buckets
 from m4.sampler import Sampler
 from m4.shots import Episode, Shot, Task, encode, pack_shots
+from m4.tokens import NUM_SHOTS
+
+DEALS = 3  # of shuffled labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,14 @@ class FewShot:
         for task in self.tasks:
             if task.max_shots < max(self.shots):
                 raise ValueError(f"{task.name} has max_shots={task.max_shots}, and shots={self.shots} are asked")
+            if (max(self.shots) + 1) * max(task.images, 1) > NUM_SHOTS:
+                most = NUM_SHOTS // task.images - 1
+                raise ValueError(f"shots={self.shots}: {task.name} has {task.images} images an example: at most {most}")
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each task can be measured once; got {', '.join(names)}")
+        if min(self.token_counts, default=1) < 1 or self.seeds * self.num_queries < 2:
+            raise ValueError(f"token_counts must be at least 1, and queries at least 2: {self}")
 
     def tokens_of(self, task: Task) -> int:
         return self.num_tokens if isinstance(self.num_tokens, int) else self.num_tokens[self.tasks.index(task)]
@@ -89,10 +104,10 @@ def text_only(shots: Seq[Shot], rng: np.random.Generator, other: Episode) -> lis
 
 
 def _with_images(shot: Shot, other: Shot | None) -> Shot:
-    """All that is no text replaced by another example's, or left out."""
+    """All images replaced by another example's, or left out."""
 
     def replaced(signals: Mapping[str, Any], their: Mapping[str, Any]) -> dict[str, Any]:
-        images = {n for n, v in signals.items() if not isinstance(v, str | tuple)}
+        images = {n for n, v in signals.items() if isinstance(v, np.ndarray | list)}
         return {n: their[n] if n in images else v for n, v in signals.items() if n not in images or n in their}
 
     theirs = other or Shot(inputs={})
@@ -162,16 +177,20 @@ def summary(correct: Seq[float]) -> dict[str, Any]:
 
 def judge(sampler: Sampler, task: Task, episodes: Seq[Episode], shots: Seq[Seq[Shot]], c: FewShot, **options) -> list:
     """Whether (or how far) each query's answer is right: chosen among its candidates, or free where it has none."""
-    queries = [e.query for e in episodes]
-    question = [dataclasses.replace(q, outputs={}) for q in queries]
+    question = [dataclasses.replace(e.query, outputs={}) for e in episodes]
     options = {"num_tokens": c.tokens_of(task), "shots": shots, **options}
-    if episodes[0].candidates and not options.pop("free", False):
-        candidates = [e.candidates for e in episodes]
-        scores = score(sampler, question, task.output, candidates, calibrate=c.calibrate, **options)
-        answers = [found[int(row.argmax())] for row, found in zip(scores, candidates, strict=True)]
-    else:
-        answers = answer(sampler, question, task.output, **options)[task.output]
-    return [float(task.correct(answer, episode)) for answer, episode in zip(answers, episodes, strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ShotsDropped)
+        try:
+            if episodes[0].candidates and not options.pop("free", False):
+                candidates = [e.candidates for e in episodes]
+                scores = score(sampler, question, task.output, candidates, calibrate=c.calibrate, **options)
+                said = [found[int(row.argmax())] for row, found in zip(scores, candidates, strict=True)]
+            else:
+                said = answer(sampler, question, task.output, **options)[task.output]
+        except ShotsDropped as dropped:
+            raise ValueError(f"{task.name} cannot be measured with so many shots: {dropped}") from dropped
+    return [float(task.correct(x, episode)) for x, episode in zip(said, episodes, strict=True)]
 
 
 def num_scores(task: Task, c: FewShot) -> int:
@@ -182,7 +201,7 @@ def num_scores(task: Task, c: FewShot) -> int:
 
 def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: tqdm) -> dict[str, dict[str, Any]]:
     """{condition: {number of shots: {"mean", "sem", "num_queries"}}}; all on the same episodes."""
-    num = c.seeds * c.num_queries
+    num = min(c.seeds * c.num_queries, getattr(task, "num_queries", 1 << 30))  # a benchmark may have fewer
     episodes = [task.draw("test", i, data_dir) for i in range(num)]
     others = [*episodes[1:], episodes[0]]
     rngs = [np.random.default_rng([7, i]) for i in range(num)]
@@ -195,16 +214,25 @@ def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: 
 
     closed = bool(episodes[0].candidates)
     has_images = task.images > 0
+    image_is_asked = any(isinstance(v, np.ndarray) for v in episodes[0].query.outputs.values())
+    if closed:
+        guessed = summary([1 / len(e.candidates) for e in episodes])
+        results["chance"] = {str(k): guessed for k in c.shots}
+    answers_are_labels = closed and all(s.outputs[task.output] in e.candidates for e in episodes for s in e.shots)
     for k in c.shots:
         plain = [list(e.shots[:k]) for e in episodes]
         note("shots", k, judge(sampler, task, episodes, plain, c))
         if closed:
             note("open", k, judge(sampler, task, episodes, plain, c, free=True))
         for name, control in CONTROLS.items() if k else ():
-            if has_images or name == "shuffled_labels":
+            if not (has_images or name == "shuffled_labels") or (name == "text_only" and image_is_asked):
+                continue
+            correct = []
+            for _ in range(DEALS if name == "shuffled_labels" else 1):
                 changed = [control(s, rng, other) for s, rng, other in zip(plain, rngs, others, strict=True)]
-                note(name, k, judge(sampler, task, episodes, changed, c))
-    if has_images and closed:
+                correct.append(judge(sampler, task, episodes, changed, c))
+            note(name, k, np.mean(correct, axis=0))
+    if has_images and answers_are_labels:
         inputs = embeddings(sampler, [shot for e in episodes for shot in (*e.shots, e.query)])
         inputs = inputs.reshape(num, -1, inputs.shape[-1])
         for k in [k for k in c.shots if k]:
@@ -213,7 +241,7 @@ def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: 
                     nearest_mean(x[:k], [s.outputs[task.output] for s in e.shots[:k]], x[-1], shared)
                     for x, e in zip(inputs, episodes, strict=True)
                 ]
-                note(name, k, [float(task.correct(answer, e)) for answer, e in zip(said, episodes, strict=True)])
+                note(name, k, [float(task.correct(x, e)) for x, e in zip(said, episodes, strict=True)])
     if has_images:
         k = max(c.shots)
         for count in c.token_counts:
@@ -297,8 +325,8 @@ def table(results: Mapping[str, Any], c: FewShot) -> str:
                 f"{cells[str(k)]['mean']:.3f} ± {cells[str(k)]['sem']:.3f}" if str(k) in cells else "" for k in c.shots
             ]
             lines.append(f"| {task} | {condition} | " + " | ".join(figures) + " |")
-    queries = c.seeds * c.num_queries
-    lines.append(f"\nMeans and standard errors over {queries} queries ({c.seeds} draws of {c.num_queries} episodes).")
+    queries = f"{c.seeds * c.num_queries} queries ({c.seeds} draws of {c.num_queries} episodes)"
+    lines.append(f"\nMeans and standard errors over {queries}, or as many as a benchmark has.")
     return "\n".join(lines) + "\n"
 
 

@@ -22,7 +22,8 @@ FEWEST = 40  # scenes of a count that are enough to draw from
 class Counting(SceneTask):
     """Image -> how many objects have one value of one attribute, the same in the whole episode.
 
-    Counts are about equally frequent in an episode. What tests count (TEST_VALUES) is never counted in training.
+    Counts are about equally frequent in an episode, and so are its candidates: the counts of which there are scenes.
+    What tests count (TEST_VALUES) is never counted in training.
     """
 
     name: ClassVar[str] = "counting"
@@ -40,8 +41,7 @@ class Counting(SceneTask):
             Shot(inputs={"rgb": images.rgb[place]}, outputs={"caption": str(answer)})
             for place, answer in zip(places, answers, strict=True)
         ]
-        candidates = shuffled(map(str, range(VARIANTS[self.scenes.variant].max_objects + 1)), rng)
-        return Episode(shots=tuple(examples[:-1]), query=examples[-1], candidates=candidates)
+        return Episode(shots=tuple(examples[:-1]), query=examples[-1], candidates=shuffled(map(str, counts), rng))
 
     def correct(self, answer: str, episode: Episode) -> bool:
         return same_text(answer, episode.query.outputs["caption"])

@@ -1,4 +1,4 @@
-"""What every task draws with: one generator per episode, labels in balance, nothing shown twice."""
+"""What every task draws with: one generator per episode, labels in balance, no entry of a pool twice."""
 
 import zlib
 from collections.abc import Iterable, Sequence

@@ -27,7 +27,8 @@ def _results(pair: Pair) -> tuple[int, ...]:
 
 
 def _split_pairs(num_test: int = 20) -> dict[str, list[Pair]]:
-    """Pairs of digits; none is in both splits, but every result of a test pair is one of a training pair too."""
+    """Ordered pairs of digits; none is in both splits, but every result of a test pair is one of a training pair too,
+    and what is wanted of 3 ? 4 in tests may have been seen as 4 ? 3."""
     train = [(a, b) for a in range(10) for b in range(10)]
     test = []
     for i in np.random.default_rng(0).permutation(len(train)):

@@ -10,7 +10,10 @@ from m4.shots import Episode, Shot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Renamed:
-    """`task` with signal `new` where it has `old`: Renamed(task=FastBinding(), old="caption", new="name")."""
+    """`task` with signal `new` where it has `old`: Renamed(task=FastBinding(), old="caption", new="name").
+
+    ValueError where an example has both.
+    """
 
     task: Any
     old: str
@@ -44,6 +47,8 @@ class Renamed:
 
 def _renamed(episode: Episode, old: str, new: str) -> Episode:
     def names(signals: Mapping[str, Any]) -> dict[str, Any]:
+        if old in signals and new in signals:
+            raise ValueError(f"{old!r} cannot be renamed to {new!r}: the task has both")
         return {new if name == old else name: value for name, value in signals.items()}
 
     def rename(shot: Shot) -> Shot:
