@@ -55,7 +55,8 @@ class Matching(nnx.Module):
         vectors = jnp.where(there, pooled - mean, 0) @ self.kernel[...]
         vectors = vectors / jnp.sqrt((vectors**2).sum(-1, keepdims=True) + 1e-6)
         asked = is_text & is_sentinel(inputs, modalities)
-        labelled = (of * is_text[..., None]).any(1) & ~(of * asked[..., None]).any(1) & (jnp.arange(NUM_SHOTS) > 0)[None]
+        labelled = (of * is_text[..., None]).any(1) & ~(of * asked[..., None]).any(1)
+        labelled &= (jnp.arange(NUM_SHOTS) > 0)[None]
         labelled &= labelled.sum(1, keepdims=True) > 1
         keys = at_address(vectors * labelled[..., None], inputs.shot)
         return Matches(vectors, keys * inputs.valid[..., None], self.weight[...])
