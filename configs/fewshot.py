@@ -1,8 +1,11 @@
 """In-context tuning: from the quickstart, a model that learns tasks from labelled examples in its prompt.
 
-python train.py configs/quickstart.py
-python train.py configs/fewshot.py
-python -m m4 evaluate runs/fewshot --suite fewshot
+    python train.py configs/quickstart.py
+    python train.py configs/fewshot.py
+    python -m m4 evaluate runs/fewshot --suite fewshot
+
+On 2 CPU cores: 19 minutes with preparation, its evaluation 12. Held-out kinds under new names, 2 of them, 4 examples:
+0.935 right where chance is 0.5 (all figures: README, "In-context examples").
 """
 
 import dataclasses
