@@ -14,7 +14,7 @@ from m4.data import Stream
 from m4.evals.suite import evaluate, sample_gallery
 from m4.metrics import Metrics
 from m4.pretokenize import prepare
-from m4.step import Trainer
+from m4.step import Trainer, TrainState
 from m4.team import Team
 
 
@@ -43,7 +43,8 @@ def main(c) -> None:
     saved = checkpoints.Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every)
     first_step = saved.latest
     if first_step:
-        state, position = saved.restore(trainer.abstract_state)
+        parts, position = saved.restore(trainer.abstract_state.parts())
+        state = TrainState.of(parts)
         stream.set_state(position)
         print(f"resumed from step {first_step}", flush=True)
     else:
@@ -96,7 +97,7 @@ def main(c) -> None:
             )
         before = scalars
         if step % c.save_every == 0 or step == c.num_steps or stop:
-            saved.save(step, state, stream.get_state(), to_json(c))
+            saved.save(step, state.parts(), stream.get_state(), to_json(c))
         if c.gallery_every and step % c.gallery_every == 0 and jax.process_count() == 1:
             metrics.picture(step, "samples", sample_gallery(c, trainer.trained(state), prepared.tokenizers, step))
         if stop:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from m4.components import closest, from_json, load_tokenizer, packaged, save_tok
 from m4.modality import Features, Modalities, Modality, Tokenizer
 from m4.model import Model
 from m4.model_file import STACKS, TensorFile, abstract, load_model, parameters, save_model
-from m4.step import TrainState
 
 
 @dataclasses.dataclass
@@ -52,33 +52,23 @@ class Checkpoints:
         """The last complete step, 0 without any."""
         return self.manager.latest_step() or 0
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
-        """Copies the arrays, then writes them while training goes on."""
+    def save(self, step: int, parts: Mapping[str, Any], data: dict[str, Any], config: dict[str, Any]) -> None:
+        """Copies the arrays of each part's tree, then writes them while training goes on."""
         if step == self.latest:
             return
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
         texts = {"data": ocp.args.JsonSave(data), "config": ocp.args.JsonSave(config)}
         self.manager.save(step, args=ocp.args.Composite(**arrays, **texts))
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The last step's arrays with the given shapes and places, and the position of the example stream."""
-        like = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
+        like = {name: ocp.args.StandardRestore(tree) for name, tree in parts.items()}
         restored = self.manager.restore(self.latest, args=ocp.args.Composite(**like, data=ocp.args.JsonRestore()))
-        counters = restored["counters"]
-        average = restored["average"] if abstract.average is not None else None
-        return TrainState(restored["params"], restored["optimizer"], average, **counters), restored["data"]
+        return {name: restored[name] for name in parts}, restored["data"]
 
     def close(self) -> None:
         self.manager.wait_until_finished()
         self.manager.close()
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-    items = {"params": state.params, "optimizer": state.optimizer}
-    if state.average is not None:
-        items["average"] = state.average
-    counters = {name: getattr(state, name) for name in ("num_skipped", "num_skipped_in_a_row")}
-    return {**items, "counters": counters}
 
 
 def tokenizer_file(folder: Path, modality: Modality) -> Path:

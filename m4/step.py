@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,18 @@ class TrainState(NamedTuple):
     average: Any
     num_skipped: jax.Array  # in the whole run
     num_skipped_in_a_row: jax.Array
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint keeps, by name."""
+        parts = {"params": self.params, "optimizer": self.optimizer}
+        if self.average is not None:
+            parts["average"] = self.average
+        counters = {name: getattr(self, name) for name in ("num_skipped", "num_skipped_in_a_row")}
+        return {**parts, "counters": counters}
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Any]) -> TrainState:
+        return cls(**{"average": None, **{k: v for k, v in parts.items() if k != "counters"}, **parts["counters"]})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from m4.modality import Features
 from m4.model import Model
 from m4.optim import OptimizerConfig
 from m4.sharding import MeshConfig
-from m4.step import Trainer
+from m4.step import Trainer, TrainState
 from m4.tokens import normalized
 from m4_tokenizers.stored import IdsRecipe
 
@@ -178,12 +178,13 @@ def test_checkpoints_of_eight_devices_go_on_on_two_and_on_one(config, batches, a
         with jax.set_mesh(eight):
             state, _ = trainer.step(state, sharding.shard_batch(batches[step % 4], eight), step)
     saved = Checkpoints(tmp_path / "c")
-    saved.save(10, state, {"next_example": 160}, {"name": "x"})
+    saved.save(10, state.parts(), {"next_example": 160}, {"name": "x"})
     saved.close()
     for mesh in (MeshConfig(data=1, fsdp=2).make(jax.devices()[:2]), MeshConfig().make(jax.devices()[:1])):
         other = Trainer(config, mesh)
         again = Checkpoints(tmp_path / "c")
-        state, data = again.restore(other.abstract_state)
+        parts, data = again.restore(other.abstract_state.parts())
+        state = TrainState.of(parts)
         again.close()
         assert data == {"next_example": 160}
         for step in range(11, NUM_STEPS + 1):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal as signals_of_the_system
 import subprocess
 import sys
@@ -401,6 +402,20 @@ config = TokenizerConfig(
 def train_command(folder, name: str, *more: str) -> list[str]:
     out = ["--out", str(folder / name), "--data-dir", str(folder / "data")]
     return [sys.executable, "-m", "m4_tokenizers", "train", str(folder / "config.py"), *out, *more]
+
+
+def test_training_goes_on_from_its_last_checkpoint(tmp_path):
+    recipe = ImageRecipe(
+        encoder=PatchEncoder(width=18, num_blocks=0), decoder=PatchDecoder(width=18, num_blocks=1),
+        quantizer=VectorQuantizer(num_codes=32, latent_size=8), num_steps=6, save_every=2, log_every=2, batch_size=8,
+    )  # fmt: skip
+    pictures = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3)).astype(np.uint8)
+    source = [{"rgb": picture} for picture in pictures]
+    whole = recipe.fit(source, seed=0, folder=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    again = recipe.fit(source, seed=0, folder=tmp_path)
+    for key, array in whole.state()[1].items():
+        np.testing.assert_array_equal(array, again.state()[1][key], err_msg=key)
 
 
 @pytest.mark.slow

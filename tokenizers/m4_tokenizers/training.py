@@ -197,8 +197,7 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
     saved = Checkpoints(folder / "checkpoints") if folder else None
     first = saved.latest if saved else 0
     if first:
-        halves = saved.restore(*split(state))
-        state = {**halves[0], **halves[1]}
+        state = saved.restore({"state": state})[0]["state"]
         print(f"{recipe.name}: resumed from step {first}", flush=True)
     log = Log(folder, first) if folder else None
     shown = [examples.source[int(i)] for i in examples.chosen[:NUM_SHOWN]]
@@ -228,7 +227,7 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
                 if log:
                     log.write(i + 1, scalars)
             if saved and ((i + 1) % recipe.save_every == 0 or i + 1 == recipe.num_steps):
-                saved.save(i + 1, *split(state), {})
+                saved.save(i + 1, {"state": state}, {}, {})
                 model = nnx.merge(graph, state["learned"], state["others"])
                 log.picture(i + 1, sheet([recipe.tokenizer_class(recipe=recipe, model=model, card={})], shown))
         ahead.cancel()
@@ -236,12 +235,6 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
         saved.close()
         log.close()
     return nnx.merge(graph, state["learned"], state["others"])
-
-
-def split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a checkpoint keeps under the names of parameters and of optimizer."""
-    halves = ({"learned", "others"}, {"moments", "critic"})
-    return tuple({k: v for k, v in state.items() if k in keys} for keys in halves)
 
 
 class Log:
