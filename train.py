@@ -11,6 +11,7 @@ from m4 import checkpoints, flops, sharding
 from m4.components import to_json, write_atomically
 from m4.config import from_cli, save_or_check
 from m4.data import Stream
+from m4.distillation import load_teacher
 from m4.evals.suite import evaluate, sample_gallery
 from m4.metrics import Metrics
 from m4.pretokenize import prepare
@@ -25,6 +26,8 @@ def main(c) -> None:
     mesh = c.mesh.make()
     sharding.check_sizes(c.batch_size, c.masking.num_targets, c.micro_batches, c.model.width, mesh)
     part, num_parts = sharding.part_of_batch(mesh)
+    trainer = Trainer(c, mesh)
+    teacher = load_teacher(trainer) if c.teacher else None
     save_or_check(c)
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
@@ -34,7 +37,9 @@ def main(c) -> None:
         write_atomically(checkpoints.tokenizer_file(c.folder, m), prepared.tokenizer_files[m.name].read_bytes())
 
     # The model, its optimizer and the example stream: from the last checkpoint, else from the start.
-    trainer = Trainer(c, mesh)
+    if teacher is not None:
+        teacher.check_tokenizers(prepared.tokenizers)
+        teacher = teacher.on(mesh)
     stream = Stream(
         prepared.shards("train"), c.datasets, c.masking, c.modalities, batch_size=c.batch_size, seed=c.seed,
         process_index=part, process_count=num_parts, num_workers=c.num_workers,
@@ -81,7 +86,7 @@ def main(c) -> None:
         addresses.append({"step": step, "first_example": stream.next_example, "num_examples": c.batch_size})
         batch = metrics.wait_for(stream)
         with jax.set_mesh(mesh):
-            state, scalars = trainer.step(state, batch, step)
+            state, scalars = trainer.step(state, batch, step, teacher)
         if step == c.profile[1]:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()

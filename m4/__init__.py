@@ -1,6 +1,6 @@
-"""m4: one any-to-any multimodal model in JAX. `from m4 import Sampler` uses a trained one."""
+"""m4: one any-to-any multimodal model in JAX. `from m4 import Sampler, features` uses a trained one."""
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "features"]
 
 
 def __getattr__(name: str):
@@ -9,4 +9,8 @@ def __getattr__(name: str):
         from m4.sampler import Sampler
 
         return Sampler
+    if name == "features":
+        from m4.embeddings import features
+
+        return features
     raise AttributeError(f"module 'm4' has no attribute {name!r}")

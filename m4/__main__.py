@@ -73,19 +73,30 @@ def evaluate(argv: list[str]) -> None:
     directions: the config's conditional tasks on its test split; writes metrics.json and gallery.png.
     fewshot: tasks that labelled examples in the context define, against the number of examples and beside controls;
     writes fewshot.json, fewshot.md and fewshot.png.
+    probes: labels read from the frozen encoder's embeddings by neighbours and by a linear map; probes.json and .md.
+    subsets: a label read from every subset of signals, with probes of every other, and with signals that are missing
+    by chance or by the label; subsets.json, .md and .png.
+    retrieval: samples found by embeddings of other signals of theirs; retrieval.json, .md and .png.
     """
     parser = argparse.ArgumentParser(
         prog="python -m m4 evaluate", description=evaluate.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="the folder of a run, e.g. runs/quickstart, or a model of the package")
-    parser.add_argument("--suite", choices=["directions", "fewshot"], default="directions")
+    suites = ["directions", "fewshot", "probes", "retrieval", "subsets"]
+    parser.add_argument("--suite", choices=suites, default="directions")
     parser.add_argument("--out", default="", help="folder of the results (default: RUN)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    from m4.evals import fewshot, suite
+    from m4.evals import fewshot, probes, retrieval, subsets, suite
 
     if args.suite == "fewshot":
         fewshot.evaluate(args.run, args.out)
+    elif args.suite == "probes":
+        probes.evaluate(args.run, args.out)
+    elif args.suite == "retrieval":
+        retrieval.evaluate(args.run, args.out)
+    elif args.suite == "subsets":
+        subsets.evaluate(args.run, args.out, seed=args.seed)
     else:
         suite.evaluate(args.run, args.out, seed=args.seed)
 
@@ -169,6 +180,26 @@ def export(argv: list[str]) -> None:
     print(f"{args.out}: {sum(p.stat().st_size for p in Path(args.out).rglob('*') if p.is_file()) / 2**20:.1f} MiB")
 
 
+def merge(argv: list[str]) -> None:
+    """RUN_A RUN_B --out DIR: scores the models between two that are fine-tuned from one, and keeps the best.
+
+    Writes merge.json, merge.md and merge.png (normalised scores over alpha), and the model whose scores have the
+    highest mean into DIR, for RUN elsewhere to name it. Directions are those of RUN_B's config. A modality that only
+    one of the two has keeps its parameters.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m m4 merge", description=merge.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_a", help="alpha 0: the folder of a run, or a model of the package")
+    parser.add_argument("run_b", help="alpha 1: another, with all modalities of the first")
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
+    parser.add_argument("--out", required=True, metavar="DIR")
+    args = parser.parse_args(argv)
+    from m4 import merging
+
+    merging.sweep(args.run_a, args.run_b, args.alphas, args.out)
+
+
 def convert(argv: list[str]) -> None:
     """IN OUT: a released 4M checkpoint (safetensors) to an m4 model file, or such a file back, bit for bit.
 
@@ -189,7 +220,7 @@ def convert(argv: list[str]) -> None:
     print(convert_file(Path(args.source), Path(args.out), declared))
 
 
-VERBS = {f.__name__: f for f in (pretokenize, data, plan, generate, evaluate, demo, export, convert)}
+VERBS = {f.__name__: f for f in (pretokenize, data, plan, generate, evaluate, demo, export, merge, convert)}
 
 
 def main(argv: list[str]) -> None:

@@ -138,13 +138,18 @@ def export(path: str | Path, out: str | Path, *, dtype: str = "BF16") -> None:
 
     The parameters are rounded to `dtype`, a name of m4.model_file.DTYPES; what is computed with them is not.
     """
-    run, out = load_run(path), Path(out)
-    config = dataclasses.replace(run.config, workdir="", data_dir=type(run.config).data_dir, init_from="")
+    write_run(load_run(path), out, dtype=dtype)
+    if (scores := Path(path) / "metrics.json").exists():
+        write_atomically(Path(out) / "metrics.json", scores.read_bytes())
+
+
+def write_run(run: TrainedModel, out: str | Path, *, dtype: str = "BF16") -> None:
+    """A folder that `load_run` reads; see `export`."""
+    out = Path(out)
+    config = dataclasses.replace(run.config, workdir="", data_dir=type(run.config).data_dir, init_from="", teacher="")
     for m in run.model.modalities:
         save_tokenizer(run.tokenizers[m.name], tokenizer_file(out, m))
     save_model(run.model, out / "model.safetensors", dtype=dtype, metadata={"step": str(run.step)})
-    if (scores := Path(path) / "metrics.json").exists():
-        write_atomically(out / "metrics.json", scores.read_bytes())
     write_atomically(out / "config.json", json.dumps(to_json(config), indent=1).encode())
 
 

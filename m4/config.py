@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from m4.components import closest, from_json, packaged, to_json
+from m4.contrastive import Contrast
 from m4.data import Dataset
 from m4.losses import Weighting
 from m4.masking import Masking
@@ -28,11 +29,13 @@ class Config:
     datasets: what is read, by weight (the first is also what evaluations score); tokenizers: recipes, in the model's
     modality order (m4.modality.Recipe); evaluations: directions to score (m4.evals.suite.Direction), each on all of
     eval_splits, the first also in pictures; fewshot: what `evaluate --suite fewshot` measures
-    (m4.evals.fewshot.FewShot). batch_size is the global number of examples a step; num_workers processes
-    on each host read and mask them (0: threads).
+    (m4.evals.fewshot.FewShot); retrieval: what `--suite retrieval` does (an m4.evals.retrieval.Retrieval, or several).
+    batch_size is the global number of examples a step; num_workers processes on each host read and mask them
+    (0: threads). contrast: a second loss, between embeddings of inputs (m4.contrastive).
     micro_batches: parts of a batch that are computed one after the other, for memory; the gradient is the same.
     average_decay: of an exponential moving average of the parameters, which is then what is evaluated (0: none).
-    init_from: a run's folder, a model file or a model of the package, whose weights are loaded before the first step.
+    init_from: a run's folder, a model file or a model of the package, whose weights are loaded before the first step;
+    teacher: one whose distributions are learned, as the share `distill` of the loss (m4.distillation; "": the data).
     keep_last, keep_every: which checkpoints stay. max_skipped: the run stops when so many steps in a row had gradients
     that are not finite. gallery_every: steps between pictures of samples (0: at the end alone); profile: first and last
     step of a profile for TensorBoard or Perfetto (0 0: none); wandb: a project of Weights & Biases.
@@ -45,10 +48,12 @@ class Config:
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: Weighting = "modality"
+    contrast: Contrast | None = None
     mesh: MeshConfig = MeshConfig()
     evaluations: tuple[Any, ...] = ()
     eval_splits: tuple[str, ...] = ("test",)
     fewshot: Any = None
+    retrieval: Any = None
     num_eval_samples: int = 512
     batch_size: int = 64
     micro_batches: int = 1
@@ -58,6 +63,8 @@ class Config:
     z_loss: float = 0.0
     average_decay: float = 0.0
     init_from: str = ""
+    teacher: str = ""
+    distill: float = 1.0
     log_every: int = 20
     save_every: int = 200
     keep_last: int = 2
@@ -90,9 +97,12 @@ class Config:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay={self.average_decay} must be at least 0 and less than 1")
-        if self.init_from and not Path(self.init_from).exists() and self.init_from not in packaged():
-            beside = [*sorted(str(p) for p in Path(self.init_from).parent.glob("*")), *packaged()]
-            raise ValueError(f"init_from={self.init_from!r} is not there; {closest(self.init_from, beside)}")
+        for field in ("init_from", "teacher"):
+            if (wanted := getattr(self, field)) and not Path(wanted).exists() and wanted not in packaged():
+                beside = [*sorted(str(p) for p in Path(wanted).parent.glob("*")), *packaged()]
+                raise ValueError(f"{field}={wanted!r} is not there; {closest(wanted, beside)}")
+        if not 0 < self.distill <= 1:
+            raise ValueError(f"distill={self.distill} must be above 0 and at most 1; for none of it, teacher is empty")
         if not 0 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile={self.profile} must be the first and the last step, in this order")
         if self.gallery_every and not (self.evaluations and self.datasets and self.datasets[0].source is not None):
@@ -100,6 +110,13 @@ class Config:
         if not self.eval_splits or len(set(self.eval_splits)) < len(self.eval_splits):
             raise ValueError(f"eval_splits={self.eval_splits} must be different names, at least one")
         self.masking.check(self.modalities)
+        if self.contrast is not None:
+            self.contrast.check(self.modalities)
+            if self.micro_batches > 1:
+                raise ValueError(
+                    f"contrast compares rows of the whole batch, which micro_batches={self.micro_batches} would cut; "
+                    "allowed: 1, perhaps with --model.remat blocks"
+                )
         labels = [d.label for d in self.datasets]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"a run needs data sets of different names, and has {labels}; set Dataset(name=...)")
@@ -121,6 +138,7 @@ FREE_TO_CHANGE = (
     "evaluations",
     "eval_splits",
     "fewshot",
+    "retrieval",
     "num_eval_samples",
     "num_workers",
     "micro_batches",
@@ -168,12 +186,10 @@ def save_or_check(config: Config) -> None:
     file = config.folder / "config.json"
     new = to_json(config)
     if file.exists():
-        old = json.loads(file.read_text())
-        from_json(old)
-        for field in sorted(set(new) | set(old)):
-            before, after = (x[field] if field in x else None for x in (old, new))
-            if field not in FREE_TO_CHANGE and before != after:
-                where, before, after = _first_difference(field, before, after)
+        old = to_json(from_json(json.loads(file.read_text())))  # a field that is newer than the run has its default
+        for field in new:
+            if field not in FREE_TO_CHANGE and old[field] != new[field]:
+                where, before, after = _first_difference(field, old[field], new[field])
                 raise ValueError(
                     f"{config.folder} holds a run with {where}={before!r}, now {after!r}. "
                     f"Go on with the old value, or start another run with --workdir {config.folder}_2"

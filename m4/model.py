@@ -127,17 +127,17 @@ def survival(key: PRNGKeyArray | None, num_branches: int, depth: int, rate: floa
     return jax.random.bernoulli(key, stays, (depth, num_branches, batch)) / stays
 
 
-def stack(block: type[nnx.Module], c: ModelConfig, depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(block: type[nnx.Module], c: ModelConfig, num_routes: int, depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """Blocks as one module whose parameters have a first axis of `depth`: compiled once, run by `jax.lax.scan`.
 
-    Their random numbers are those of blocks made one after another.
+    Their random numbers are those of blocks made one after another, whatever is added for fine-tuning.
     """
     key, first = rngs.params.key[...], rngs.params.count[...]
 
     def make(count):
-        own = nnx.Rngs(params=key)
+        own = nnx.Rngs(params=key, lora=jax.random.fold_in(key, count))
         own.params.count[...] = count
-        return nnx.split(block(c, rngs=own), nnx.Param)
+        return nnx.split(block(c, num_routes, rngs=own), nnx.Param)
 
     graph, params = nnx.eval_shape(lambda: make(first))
     # Kernels alone are drawn, each with one key.
@@ -149,10 +149,12 @@ def stack(block: type[nnx.Module], c: ModelConfig, depth: int, rngs: nnx.Rngs) -
 
 
 class Encoded(NamedTuple):
-    """What the decoder reads of the inputs. `matches`: which examples are alike, if the model compares them."""
+    """What the decoder reads of the inputs. `matches`: which examples are alike, if the model compares them. `route`:
+    of whose modality's LoRA each is, if that is routed."""
 
     tokens: Float[Array, "B C D"]
     matches: Matches | None = None
+    route: Float[Array, "B C R"] | None = None
 
 
 class Decoding(NamedTuple):
@@ -219,12 +221,13 @@ class Model(nnx.Module):
         self.feature_projections = nnx.Dict(
             {m.name: Linear(m.size, c.width, bias=m.bias, rngs=rngs) for m in modalities if isinstance(m, Features)}
         )
-        self.encoder = stack(EncoderBlock, c, c.encoder_depth, rngs)
+        routes = len(modalities)
+        self.encoder = stack(EncoderBlock, c, routes, c.encoder_depth, rngs)
         self.encoder_norm = LayerNorm(c)
         self.context_projection = Linear(c.width, c.width, bias=True, rngs=rngs)
-        self.decoder = stack(DecoderBlock, c, c.decoder_depth, rngs)
+        self.decoder = stack(DecoderBlock, c, routes, c.decoder_depth, rngs)
         self.decoder_norm = LayerNorm(c)
-        self.shot_encoder = stack(EncoderBlock, c, c.shot_depth, rngs) if c.shot_depth else None
+        self.shot_encoder = stack(EncoderBlock, c, routes, c.shot_depth, rngs) if c.shot_depth else None
         self.shot_encoder_embedding = table(NUM_SHOTS) if c.shot_depth else None
         self.matching = Matching(c.width, c.match_size, c.num_heads, rngs=rngs) if c.match_size else None
 
@@ -299,11 +302,11 @@ class Model(nnx.Module):
         matches = None
         if self.matching is not None:
             matches = self.matching(x[:, c.num_registers :], inputs, self.modalities)
-        return Encoded(self.context(self._together(x, inputs.valid, keep), address), matches)
+        return Encoded(self.context(self._together(x, inputs, keep), address), matches, self._context_route(inputs))
 
     def run_encoder(self, x: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
         """Its output for embedded inputs (and registers), normalised."""
-        return self._together(self._separately(x, inputs, None), inputs.valid, None)
+        return self._together(self._separately(x, inputs, None), inputs, None)
 
     def _separately(self, x: Float[Array, "B C D"], inputs: Tokens, keep: Array | None) -> Float[Array, "B C D"]:
         """The first blocks, in which registers go with the query."""
@@ -312,11 +315,21 @@ class Model(nnx.Module):
             return x
         shot = jnp.pad(inputs.shot, ((0, 0), (self.config.num_registers, 0)))
         own = Visible(shot, 0 * shot, jnp.where(self.context_valid(inputs.valid), shot, -1), 0 * shot)
-        return self._run(self.encoder, x, keep, own, part=slice(depth))
+        return self._run(self.encoder, x, keep, own, self._context_route(inputs), part=slice(depth))
 
-    def _together(self, x: Float[Array, "B C D"], valid: Bool[Array, "B N"], keep: Array | None):
-        visible, part = Visible.keys(self.context_valid(valid)), slice(self.config.separate_depth, None)
-        return self.encoder_norm(self._run(self.encoder, x, keep, visible, part=part))
+    def _together(self, x: Float[Array, "B C D"], inputs: Tokens, keep: Array | None):
+        visible, part = Visible.keys(self.context_valid(inputs.valid)), slice(self.config.separate_depth, None)
+        return self.encoder_norm(self._run(self.encoder, x, keep, visible, self._context_route(inputs), part=part))
+
+    def _route(self, t: Tokens | Targets) -> Float[Array, "B L R"] | None:
+        """Which modality's LoRA each token takes, if that is routed."""
+        lora = self.config.lora
+        return jax.nn.one_hot(t.modality, len(self.modalities)) if lora is not None and lora.routed else None
+
+    def _context_route(self, inputs: Tokens) -> Float[Array, "B C R"] | None:
+        """Registers take none."""
+        route = self._route(inputs)
+        return route if route is None else jnp.pad(route, ((0, 0), (self.config.num_registers, 0), (0, 0)))
 
     def read_shots(self, x: Float[Array, "B N D"], inputs: Tokens) -> Float[Array, "B N D"]:
         """Tokens of in-context examples as the shot encoder hands them on; the others as they are."""
@@ -324,7 +337,8 @@ class Model(nnx.Module):
             return x
         is_shot = inputs.valid & (inputs.shot > 0)
         y = x + self.shot_encoder_embedding[...][inputs.shot]
-        return jnp.where(is_shot[..., None], self._run(self.shot_encoder, y, None, Visible.keys(is_shot)), x)
+        y = self._run(self.shot_encoder, y, None, Visible.keys(is_shot), self._route(inputs))
+        return jnp.where(is_shot[..., None], y, x)
 
     def _run(
         self, blocks: nnx.Module, x: Float[Array, "B T D"], keep: Array | None, *args, part: slice = slice(0, None)
@@ -375,8 +389,9 @@ class Model(nnx.Module):
         x = self.decoder_input(targets)
         visible, context_visible = self.decoder_visibility(targets), Visible.keys(self.context_valid(inputs_valid))
         keep = survival(key, DecoderBlock.num_branches, c.decoder_depth, c.decoder_drop_path, len(x))
-        match = self._match(context.matches, targets)
-        return self.decoder_norm(self._run(self.decoder, x, keep, visible, context.tokens, context_visible, match))
+        match, routes = self._match(context.matches, targets), (self._route(targets), context.route)
+        args = visible, context.tokens, context_visible, match, *routes
+        return self.decoder_norm(self._run(self.decoder, x, keep, *args))
 
     def _match(self, matches: Matches | None, targets: Targets):
         """What cross-attention adds for targets of examples that are like those of the context."""
@@ -443,7 +458,8 @@ class Model(nnx.Module):
     def start_decoding(self, context: Encoded, inputs_valid: Bool[Array, "B N"], length: int) -> Decoding:
         """What `decode_step` of an unstacked model needs to decode `length` positions, one after the other."""
         c, blocks = self.config, list(self.decoder)
-        context_keys_values = [b.cross_attention.keys_values(context.tokens, b.context_norm) for b in blocks]
+        read = context.tokens, context.route
+        context_keys_values = [b.cross_attention.keys_values(read[0], b.context_norm, read[1]) for b in blocks]
         empty = jnp.zeros((len(context.tokens), length, c.num_heads, c.width // c.num_heads), c.dtype)
         cache = [(empty, empty)] * c.decoder_depth
         visible = Visible.keys(self.context_valid(inputs_valid))
@@ -453,8 +469,8 @@ class Model(nnx.Module):
         """One sequence position (target slots [B 1]) -> hidden [B 1 D] and the new cache."""
         x = self.decoder_input(target)
         visible = Visible.keys((jnp.arange(cache[0][0].shape[1]) <= index)[None])
-        new, match = [], self._match(decoding.matches, target)
+        new, match, route = [], self._match(decoding.matches, target), self._route(target)
         for block, context, old in zip(decoding.blocks, decoding.context, cache, strict=True):
-            x, kept = block.step(x, old, context, index, visible, decoding.context_visible, match)
+            x, kept = block.step(x, old, context, index, visible, decoding.context_visible, match, route)
             new.append(kept)
         return self.decoder_norm(x), new

@@ -6,6 +6,7 @@ B batch, T query tokens, S key tokens, D width, N heads, H head width, F hidden 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Literal, NamedTuple
 
@@ -39,13 +40,31 @@ def lookup(table: Float[Array, "V D"], index: Int[Array, "B L"]) -> Float[Array,
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """A change of low rank to each linear map of the blocks: kernel + alpha / rank x A B (Hu et al. 2022, section 4.1).
+
+    A is drawn and B zero: nothing changes at first. `routed`: each modality has its own A and B, and each token is
+    changed by those of its modality.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    routed: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"{self}: rank must be at least 1 and alpha above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """What the blocks are made of. The defaults, with `hidden` = 2/3 x 4 x width, are the released 4M-7 and 4M-21.
 
     `hidden` is the inner width of the MLPs: "swiglu" (Shazeer 2020) or "gelu" (the exact one, not the tanh formula).
     `qk_norm` normalises queries and keys of each head. `mimetic_init` starts query and key kernels equal, so that a
     token first attends to its own address (Trockman & Kolter 2023, section 3); 4M draws them apart. `dtype` is that of
-    matrix products: parameters, norms, softmax and the sum that runs through the blocks are float32 always.
+    matrix products: parameters, norms, softmax and the sum that runs through the blocks are float32 always. `lora`, and
+    `adapter_size` (numbers in a bottleneck behind each MLP, Houlsby et al. 2019; 0: none), are for fine-tuning.
     """
 
     width: int = 192
@@ -59,6 +78,8 @@ class BlockConfig:
     norm_bias: bool = False
     mimetic_init: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoRA | None = None
+    adapter_size: int = 0
 
     def __post_init__(self):
         if self.width % self.num_heads or self.width % 4:
@@ -68,21 +89,57 @@ class BlockConfig:
 class Linear(nnx.Module):
     """x @ kernel, Glorot-uniform as in 4M, with an optional bias from zero."""
 
-    def __init__(self, num_in: int, num_out: int, *, rngs: nnx.Rngs, fan_out: int = 0, bias: bool = False):
+    def __init__(
+        self, num_in: int, num_out: int, *, rngs: nnx.Rngs, fan_out: int = 0, bias: bool = False,
+        lora: LoRA | None = None, num_routes: int = 1,
+    ):  # fmt: skip
         # A fused map (q, k and v in one kernel) is initialised as its parts would be: fan_out of one part.
         limit = (6 / (num_in + (fan_out or num_out))) ** 0.5
         self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (num_in, num_out), minval=-limit, maxval=limit))
         self.bias = nnx.Param(jnp.zeros(num_out)) if bias else None
+        self.lora = LowRank(num_in, num_out, lora, num_routes if lora.routed else 1, rngs=rngs) if lora else None
 
-    def __call__(self, x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None):
+    @property
+    def weight(self) -> Float[Array, "D F"]:
+        """The kernel, with what a pair for all tokens adds."""
+        return self.kernel[...] if self.lora is None or self.lora.routed else self.kernel[...] + self.lora.change()
+
+    @property
+    def routed(self) -> LowRank | None:
+        return self.lora if self.lora is not None and self.lora.routed else None
+
+    def __call__(
+        self, x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None,
+        route: Float[Array, "*B R"] | None = None,
+    ):  # fmt: skip
         """[*B F], multiplied in the dtype of x; summed, and given back, in `dtype`."""
-        return project((self,), x, dtype, norm)[0]
+        return project((self,), x, dtype, norm, route)[0]
 
 
-def project(maps: tuple[Linear, ...], x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None):
+class LowRank(nnx.Module):
+    """The pairs A, B of a linear map: one for all tokens, or one for each of R routes."""
+
+    def __init__(self, num_in: int, num_out: int, c: LoRA, num_routes: int, *, rngs: nnx.Rngs):
+        self.routed, self.scale = c.routed, c.alpha / c.rank
+        self.a = nnx.Param(jax.random.normal(rngs.lora(), (num_routes, num_in, c.rank)) * num_in**-0.5)
+        self.b = nnx.Param(jnp.zeros((num_routes, c.rank, num_out)))
+
+    def change(self) -> Float[Array, "D F"]:
+        return jnp.matmul(self.a[0], self.b[0]) * self.scale
+
+    def __call__(self, x: Float[Array, "T D"], route: Float[Array, "T R"]) -> Float[Array, "T F"]:
+        inner = jnp.einsum("td,rdk->trk", x, self.a[...].astype(x.dtype)) * route[..., None].astype(x.dtype)
+        return jnp.einsum("trk,rkf->tf", inner, self.b[...].astype(x.dtype)) * self.scale
+
+
+def project(
+    maps: tuple[Linear, ...], x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None,
+    route: Float[Array, "*B R"] | None = None,
+):  # fmt: skip
     """Each map's [*B F] of x, multiplied in the dtype of x; summed, and given back, in `dtype`.
 
-    `norm` is applied to x first: the backward pass computes its result again, so that only x is kept.
+    `norm` is applied to x first: the backward pass computes its result again, so that only x is kept. `route`: how much
+    of each route's pair a token takes, of maps with LoRA(routed=True).
     """
 
     def products(x, kernels):
@@ -97,7 +154,10 @@ def project(maps: tuple[Linear, ...], x: Float[Array, "*B D"], dtype: str | None
     def product(x, kernel):
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype or x.dtype)
 
-    ys = (jax.checkpoint(products) if norm else products)(x, [m.kernel[...] for m in maps])
+    ys = (jax.checkpoint(products) if norm else products)(x, [m.weight for m in maps])
+    if route is not None and maps[0].routed is not None:
+        flat, rows = (norm(x) if norm else x).reshape(-1, x.shape[-1]), route.reshape(-1, route.shape[-1])
+        ys = [y + m.routed(flat, rows).astype(y.dtype) for m, y in zip(maps, ys, strict=True)]
     ys = [y if m.bias is None else y + m.bias[...].astype(y.dtype)[None] for m, y in zip(maps, ys, strict=True)]
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
@@ -236,21 +296,22 @@ _attend.defvjp(_attend_forward, _attend_backward)
 class Attention(nnx.Module):
     """Multi-head attention of x to `context`, each normalised by the `norm` given with it."""
 
-    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+    def __init__(self, c: BlockConfig, num_routes: int = 1, *, rngs: nnx.Rngs):
         self.num_heads = c.num_heads
-        self.query = Linear(c.width, c.width, bias=c.qkv_bias, rngs=rngs)
-        self.key_value = Linear(c.width, 2 * c.width, fan_out=c.width, bias=c.qkv_bias, rngs=rngs)
+        linear = functools.partial(Linear, rngs=rngs, lora=c.lora, num_routes=num_routes)
+        self.query = linear(c.width, c.width, bias=c.qkv_bias)
+        self.key_value = linear(c.width, 2 * c.width, fan_out=c.width, bias=c.qkv_bias)
         if c.mimetic_init:
             self.key_value.kernel[...] = self.key_value.kernel[...].at[:, : c.width].set(self.query.kernel[...])
-        self.out = Linear(c.width, c.width, bias=c.proj_bias, rngs=rngs)
+        self.out = linear(c.width, c.width, bias=c.proj_bias)
         self.query_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
         self.key_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
 
-    def queries(self, x: Float[Array, "B T D"], norm: LayerNorm) -> Float[Array, "B T N H"]:
-        return self._queries(self.query(x, norm=norm))
+    def queries(self, x: Float[Array, "B T D"], norm: LayerNorm, route=None) -> Float[Array, "B T N H"]:
+        return self._queries(self.query(x, norm=norm, route=route))
 
-    def keys_values(self, context: Float[Array, "B S D"], norm: LayerNorm) -> tuple[Array, Array]:
-        return self._keys_values(self.key_value(context, norm=norm))
+    def keys_values(self, context: Float[Array, "B S D"], norm: LayerNorm, route=None) -> tuple[Array, Array]:
+        return self._keys_values(self.key_value(context, norm=norm, route=route))
 
     def _queries(self, q: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         q = rearrange(q, "b t (n h) -> b t n h", n=self.num_heads)
@@ -260,25 +321,27 @@ class Attention(nnx.Module):
         k, v = rearrange(kv, "b s (two n h) -> two b s n h", two=2, n=self.num_heads)
         return (self.key_norm(k) if self.key_norm else k), v
 
-    def to_itself(self, x: Float[Array, "B T D"], norm: LayerNorm, visible: Visible) -> Float[Array, "B T D"]:
-        q, kv = project((self.query, self.key_value), x, norm=norm)
-        return self.finish(self._queries(q), *self._keys_values(kv), visible)
+    def to_itself(self, x: Float[Array, "B T D"], norm: LayerNorm, visible: Visible, route=None):
+        q, kv = project((self.query, self.key_value), x, norm=norm, route=route)
+        return self.finish(self._queries(q), *self._keys_values(kv), visible, route=route)
 
     def __call__(
-        self, x: Array, norm: LayerNorm, context: Array, context_norm: LayerNorm, visible: Visible, match=None
-    ):
+        self, x: Array, norm: LayerNorm, context: Array, context_norm: LayerNorm, visible: Visible, match=None,
+        route=None, context_route=None,
+    ):  # fmt: skip
         """`visible`: all queries see the same keys (`Visible.keys`). `match`: see `finish`."""
         (_, num_queries, width), num_keys = x.shape, context.shape[1]
-        plain = self.key_value.bias is None and self.key_norm is None
+        plain = self.key_value.bias is None and self.key_norm is None and self.key_value.routed is None
         if plain and match is None and num_queries * (width + self.num_heads * num_keys) < num_keys * width / 2:
             return self._few(self.queries(x, norm), context_norm(context), visible)
-        return self.finish(self.queries(x, norm), *self.keys_values(context, context_norm), visible, match)
+        q, (k, v) = self.queries(x, norm, route), self.keys_values(context, context_norm, context_route)
+        return self.finish(q, k, v, visible, match, route)
 
     def _few(self, q: Float[Array, "B T N H"], context: Float[Array, "B S D"], visible: Visible):
         """For few queries it is less work to map these to the context's width than all of the context to keys and
         values: q (W c) = (q W) c, and the same for the mean of values."""
         num_heads, head_width = q.shape[2:]
-        kernel = self.key_value.kernel[...].astype(q.dtype)
+        kernel = self.key_value.weight.astype(q.dtype)
         w_k, w_v = rearrange(kernel, "d (two n h) -> two d n h", two=2, n=num_heads)
         # `attend` divides by the root of the width, which is now D.
         scale = (context.shape[-1] / head_width) ** 0.5
@@ -287,14 +350,15 @@ class Attention(nnx.Module):
         values = jnp.einsum("btnd,dnh->btnh", rearrange(mean, "b (t n) 1 d -> b t n d", n=num_heads), w_v)
         return self.out(rearrange(values, "b t n h -> b t (n h)"), "float32")
 
-    def finish(self, q: Array, k: Array, v: Array, visible: Visible, match=None) -> Float[Array, "B T D"]:
+    def finish(self, q: Array, k: Array, v: Array, visible: Visible, match=None, route=None) -> Float[Array, "B T D"]:
         """`match`: vectors of queries [B T R] and keys [B S R], whose products add to the logits by each head's weight
         [N]."""
         width = q.shape[-1]
         if match is not None:
             q, k = extended(q, k, *match)
             v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - width)))  # kernels want one width
-        return self.out(rearrange(attend(q, k, v, visible)[..., :width], "b t n h -> b t (n h)"), "float32")
+        mixed = rearrange(attend(q, k, v, visible)[..., :width], "b t n h -> b t (n h)")
+        return self.out(mixed, "float32", route=route)
 
 
 @jax.custom_vjp
@@ -327,17 +391,37 @@ silu_gate_matmul.defvjp(_silu_gate_forward, _silu_gate_backward)
 class MLP(nnx.Module):
     """(silu(x A) * x B) C with A and B side by side in one kernel, or gelu(x B) C."""
 
-    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+    def __init__(self, c: BlockConfig, num_routes: int = 1, *, rngs: nnx.Rngs):
         self.gated = c.mlp == "swiglu"
-        self.up = Linear(c.width, c.hidden * (1 + self.gated), fan_out=c.hidden, bias=c.mlp_bias, rngs=rngs)
-        self.down = Linear(c.hidden, c.width, bias=c.mlp_bias, rngs=rngs)
+        linear = functools.partial(Linear, rngs=rngs, bias=c.mlp_bias, lora=c.lora, num_routes=num_routes)
+        self.up = linear(c.width, c.hidden * (1 + self.gated), fan_out=c.hidden)
+        self.down = linear(c.hidden, c.width)
 
-    def __call__(self, x: Float[Array, "*B D"], norm: LayerNorm | None = None) -> Float[Array, "*B D"]:
-        wide = self.up(x, norm=norm)
+    def __call__(self, x: Float[Array, "*B D"], norm: LayerNorm | None = None, route=None) -> Float[Array, "*B D"]:
+        wide = self.up(x, norm=norm, route=route)
         if not self.gated:
-            return self.down(jax.nn.gelu(wide.astype(jnp.float32), approximate=False).astype(wide.dtype), "float32")
-        y = silu_gate_matmul(wide.reshape(-1, wide.shape[-1]), self.down.kernel[...].astype(wide.dtype))
-        return (y if self.down.bias is None else y + self.down.bias[...][None]).reshape(*x.shape[:-1], -1)
+            wide = jax.nn.gelu(wide.astype(jnp.float32), approximate=False).astype(wide.dtype)
+        elif self.down.routed is not None:
+            a, b = jnp.split(wide.astype(jnp.float32), 2, axis=-1)
+            wide = (jax.nn.silu(a) * b).astype(wide.dtype)
+        else:
+            y = silu_gate_matmul(wide.reshape(-1, wide.shape[-1]), self.down.weight.astype(wide.dtype))
+            return (y if self.down.bias is None else y + self.down.bias[...][None]).reshape(*x.shape[:-1], -1)
+        return self.down(wide, "float32", route=route)
+
+
+class Adapter(nnx.Module):
+    """A bottleneck that is added behind a block's MLP; nothing at first (Houlsby et al. 2019, section 2.1)."""
+
+    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+        self.norm = LayerNorm(c)
+        self.down = nnx.Param(jax.random.normal(rngs.lora(), (c.width, c.adapter_size)) * c.width**-0.5)
+        self.up = nnx.Param(jnp.zeros((c.adapter_size, c.width)))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        y = self.norm(x)
+        y = jax.nn.gelu(y @ self.down[...].astype(y.dtype)) @ self.up[...].astype(y.dtype)
+        return x + y.astype(jnp.float32)
 
 
 def residual(x: Float[Array, "B T D"], y: Float[Array, "B T D"], keep: Float[Array, " B"] | None):
@@ -350,15 +434,17 @@ class EncoderBlock(nnx.Module):
 
     num_branches = 2
 
-    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+    def __init__(self, c: BlockConfig, num_routes: int = 1, *, rngs: nnx.Rngs):
         self.attention_norm = LayerNorm(c)
-        self.attention = Attention(c, rngs=rngs)
+        self.attention = Attention(c, num_routes, rngs=rngs)
         self.mlp_norm = LayerNorm(c)
-        self.mlp = MLP(c, rngs=rngs)
+        self.mlp = MLP(c, num_routes, rngs=rngs)
+        self.adapter = Adapter(c, rngs=rngs) if c.adapter_size else None
 
-    def __call__(self, x: Float[Array, "B T D"], visible: Visible, keep=(None, None)):
-        x = residual(x, self.attention.to_itself(x, self.attention_norm, visible), keep[0])
-        return residual(x, self.mlp(x, self.mlp_norm), keep[1])
+    def __call__(self, x: Float[Array, "B T D"], visible: Visible, route=None, keep=(None, None)):
+        x = residual(x, self.attention.to_itself(x, self.attention_norm, visible, route), keep[0])
+        x = residual(x, self.mlp(x, self.mlp_norm, route), keep[1])
+        return x if self.adapter is None else self.adapter(x)
 
 
 class DecoderBlock(nnx.Module):
@@ -366,30 +452,39 @@ class DecoderBlock(nnx.Module):
 
     num_branches = 3
 
-    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+    def __init__(self, c: BlockConfig, num_routes: int = 1, *, rngs: nnx.Rngs):
         self.self_norm = LayerNorm(c)
-        self.self_attention = Attention(c, rngs=rngs)
+        self.self_attention = Attention(c, num_routes, rngs=rngs)
         self.query_norm = LayerNorm(c)
         self.context_norm = LayerNorm(c)
-        self.cross_attention = Attention(c, rngs=rngs)
+        self.cross_attention = Attention(c, num_routes, rngs=rngs)
         self.mlp_norm = LayerNorm(c)
-        self.mlp = MLP(c, rngs=rngs)
+        self.mlp = MLP(c, num_routes, rngs=rngs)
+        self.adapter = Adapter(c, rngs=rngs) if c.adapter_size else None
 
     def __call__(
-        self, x, visible, context, context_visible, match=None, keep=(None, None, None)
-    ) -> Float[Array, "B T D"]:
-        x = residual(x, self.self_attention.to_itself(x, self.self_norm, visible), keep[0])
-        y = self.cross_attention(x, self.query_norm, context, self.context_norm, context_visible, match)
+        self, x, visible, context, context_visible, match=None, route=None, context_route=None,
+        keep=(None, None, None),
+    ) -> Float[Array, "B T D"]:  # fmt: skip
+        x = residual(x, self.self_attention.to_itself(x, self.self_norm, visible, route), keep[0])
+        norms, routes = (self.query_norm, self.context_norm), (route, context_route)
+        y = self.cross_attention(x, norms[0], context, norms[1], context_visible, match, *routes)
         x = residual(x, y, keep[1])
-        return residual(x, self.mlp(x, self.mlp_norm), keep[2])
+        x = residual(x, self.mlp(x, self.mlp_norm, route), keep[2])
+        return x if self.adapter is None else self.adapter(x)
 
-    def step(self, x: Float[Array, "B 1 D"], cache, context_keys_values, index, visible, context_visible, match=None):
+    def step(
+        self, x: Float[Array, "B 1 D"], cache, context_keys_values, index, visible, context_visible, match=None,
+        route=None,
+    ):  # fmt: skip
         """One position of autoregressive decoding: writes its key and value at `index` of the cache and reads all."""
-        new = self.self_attention.keys_values(x, self.self_norm)
+        new = self.self_attention.keys_values(x, self.self_norm, route)
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(c, n, index, axis=1) for c, n in zip(cache, new, strict=True)
         )
-        x = x + self.self_attention.finish(self.self_attention.queries(x, self.self_norm), keys, values, visible)
-        q = self.cross_attention.queries(x, self.query_norm)
-        x = x + self.cross_attention.finish(q, *context_keys_values, context_visible, match)
-        return x + self.mlp(x, self.mlp_norm), (keys, values)
+        q = self.self_attention.queries(x, self.self_norm, route)
+        x = x + self.self_attention.finish(q, keys, values, visible, route=route)
+        q = self.cross_attention.queries(x, self.query_norm, route)
+        x = x + self.cross_attention.finish(q, *context_keys_values, context_visible, match, route)
+        x = x + self.mlp(x, self.mlp_norm, route)
+        return x if self.adapter is None else self.adapter(x), (keys, values)

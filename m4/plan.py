@@ -22,6 +22,7 @@ import numpy as np
 from m4 import flops, fourm
 from m4.config import Config
 from m4.data import Mask
+from m4.distillation import load_teacher
 from m4.modality import Features, Grid, Modalities
 from m4.nn import BATCH
 from m4.sharding import check_sizes
@@ -132,6 +133,7 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
     check_sizes(config.batch_size, config.masking.num_targets, config.micro_batches, config.model.width, mesh)
     trainer = Trainer(config, mesh)
     state, batch = trainer.abstract_state, abstract_batch(config, mesh)
+    teacher = load_teacher(trainer).abstract(mesh) if config.teacher else None
     kind = devices[0].device_kind
     data = flops.device_data(kind)
     model_flops = config.batch_size * flops.model_flops(
@@ -146,6 +148,7 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
         AS_4M: fourm.num_parameters(config.model, config.modalities),
         "bytes_per_device": {
             "weights": _held(state.params), "optimizer": _held(state.optimizer), "average": _held(state.average),
+            "teacher": _held(teacher),
         },
         "model_flops_per_step": model_flops,
         "tokens_per_step": config.batch_size * (config.masking.num_inputs + config.masking.num_targets),
@@ -156,7 +159,7 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
     try:
         with jax.set_mesh(mesh):
             number = jax.ShapeDtypeStruct((), np.int32)
-            lowered = trainer.step.trace(state, batch, number).lower(lowering_platforms=(platform,))
+            lowered = trainer.step.trace(state, batch, number, teacher).lower(lowering_platforms=(platform,))
             compiled = lowered.compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -23,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from m4 import losses
 from m4.model import Model
 from m4.nn import BATCH, cut
+from m4.optim import only
 from m4.sharding import shardings
 from m4.tokens import MaskedBatch, normalized
 
@@ -71,9 +73,18 @@ class Trainer:
 
     @property
     def num_trained(self) -> int:
-        params = self.abstract_state.params
-        sizes = jax.tree.map(lambda x, t: x.size * t, params, self.c.optimizer.is_trained(params))
+        sizes = jax.tree.map(lambda x, t: int(x.size * np.mean(t)), self._split[1], self._is_trained)
         return sum(jax.tree.leaves(sizes))
+
+    @functools.cached_property
+    def _is_trained(self) -> Any:
+        """By parameter; see m4.optim."""
+        model, names = self.model, self.c.modalities.names
+        rows = {
+            table: {m: range(of[i], of[i + 1]) for i, m in enumerate(names) if of[i] < of[i + 1]}
+            for table, of in model.table_rows.items()
+        }
+        return self.c.optimizer.is_trained(self._split[1], rows)
 
     def trained(self, state: TrainState) -> Model:
         """The model to use: its parameters, or their average."""
@@ -89,7 +100,7 @@ class Trainer:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return self.c.optimizer.make(self.c.num_steps)
+        return self.c.optimizer.make(self.c.num_steps, self._is_trained)
 
     def _make(self) -> TrainState:
         params = nnx.split(self._model(), nnx.Param)[1]
@@ -127,24 +138,40 @@ class Trainer:
 
     @functools.cached_property
     def step(self):
-        """(state, batch, number) -> (state, scalars); the old state's memory is used again."""
+        """(state, batch, number, teacher) -> (state, scalars); the old state's memory is used again.
+
+        teacher: (graph, parameters) of the config's (m4.distillation), which stay as they are; none without one.
+        """
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         whole = NamedSharding(self.mesh, P())
         return jax.jit(self._step, donate_argnums=0, out_shardings=(places, whole), compiler_options=self._options)
 
-    def _step(self, state: TrainState, batch: MaskedBatch, number: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+    def _step(
+        self, state: TrainState, batch: MaskedBatch, number: jax.Array, teacher: Any = None
+    ) -> tuple[TrainState, dict[str, Any]]:
         c, graph = self.c, self._split[0]
         key = jax.random.fold_in(jax.random.key(c.seed), number)
         counts = losses.token_counts(batch.targets, len(c.modalities))
 
-        is_trained = c.optimizer.is_trained(state.params)
+        is_trained = self._is_trained
 
         def loss_fn(params, part, index):
-            params = jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, is_trained)
+            params = jax.tree.map(lambda p, t: jax.lax.stop_gradient(p) if t is False else p, params, is_trained)
             model = nnx.merge(graph, params)
             part = normalized(part, c.modalities)
             hidden = model(part, jax.random.fold_in(key, index))
-            return losses.cross_entropy(model, hidden, part.targets, weighting=c.loss, counts=counts, z_loss=c.z_loss)
+            taught = None
+            if c.teacher:
+                guide = nnx.merge(*teacher)
+                taught = losses.Taught(guide(part), guide.output_table, jnp.float32(c.distill))
+            loss, detail = losses.cross_entropy(
+                model, hidden, part.targets, weighting=c.loss, counts=counts, z_loss=c.z_loss, taught=taught
+            )
+            detail["contrast"] = {}
+            if c.contrast is not None:
+                more, detail["contrast"] = c.contrast(model, part)
+                loss += more
+            return loss, detail
 
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         if c.micro_batches == 1:
@@ -165,11 +192,12 @@ class Trainer:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         # Where moments and parameters keep their places in memory: a choice between old and new ones would copy them.
-        grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
-        updates, optimizer = c.optimizer.make(c.num_steps, keep=~finite).update(grads, state.optimizer, state.params)
+        grads = jax.tree.map(lambda g, t: jnp.where(finite, only(t, g, jnp.zeros_like(g)), 0), grads, is_trained)
+        make = functools.partial(c.optimizer.make, c.num_steps, is_trained)
+        updates, optimizer = make(keep=~finite).update(grads, state.optimizer, state.params)
         optimizer = jax.tree.map(lambda x, old: x if x.ndim else jnp.where(finite, x, old), optimizer, state.optimizer)
         params = jax.tree.map(
-            lambda p, u, t: p + jnp.where(finite, u, 0) if t else p, state.params, updates, is_trained
+            lambda p, u, t: only(t, p + jnp.where(finite, u, 0), p), state.params, updates, is_trained
         )
         average = state.average
         if average is not None:
@@ -189,6 +217,7 @@ class Trainer:
             "skipped_in_a_row": new.num_skipped_in_a_row,
             "slots/inputs": batch.inputs.valid.mean(),
             "slots/targets": batch.targets.valid.mean(),
+            **detail["contrast"],
             **{f"loss/{k}": v for k, v in detail["loss"].items()},
             **{f"targets/{m.name}": counts[i] for i, m in enumerate(c.modalities) if m.is_target},
         }

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -114,13 +115,11 @@ def _resize(picture: Image.Image, side: int) -> Image.Image:
 # ---- Examples -------------------------------------------------------------------------------------------------------
 
 
-def _backdrop(stamps: "Stamps", split: str, index: int, rng: np.random.Generator) -> np.ndarray:
-    """float32 [H W C] in 0..255: a gradient from top to bottom, or a crop of a photograph."""
+def gradient(size: int, rng: np.random.Generator) -> np.ndarray:
+    """float32 [H W C] in 0..255: a plain backdrop, from one colour at the top to another at the bottom."""
     top, bottom = rng.uniform(30, 250, (2, 1, 3))
-    if stamps.backgrounds == "photos":
-        return stamps.photos.split(split, "")[index]["rgb"].astype(np.float32)
-    height = np.linspace(1, 0, stamps.size)[:, None, None]
-    return np.repeat((height * top + (1 - height) * bottom).astype(np.float32), stamps.size, axis=1)
+    height = np.linspace(1, 0, size)[:, None, None]
+    return np.repeat((height * top + (1 - height) * bottom).astype(np.float32), size, axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +132,23 @@ class Layer:
     pixels: np.ndarray
 
 
+def place(stamp: Stamp, distance: float, size: int, rng: np.random.Generator) -> Layer:
+    """A stamp so many metres away, wherever it fits into a picture of size x size pixels."""
+    pixels = np.asarray(_resize(cutout(stamp.file, round(size / NEAREST)), round(size / distance)), np.float32)
+    height, width, _ = pixels.shape
+    top, left = rng.integers(0, [size - height + 1, size - width + 1])
+    inside = slice(top, top + height), slice(left, left + width)
+    return Layer(stamp=stamp, distance=distance, place=inside, pixels=pixels)
+
+
+def paint(backdrop: np.ndarray, layers: Sequence[Layer]) -> np.ndarray:
+    """uint8 [H W C]: layers, from near to far, before a backdrop (float32 in 0..255, which is painted over)."""
+    for layer in reversed(layers):
+        behind = backdrop[layer.place]
+        backdrop[layer.place] = layer.pixels[..., :3] + behind * (1 - layer.pixels[..., 3:] / 255)
+    return np.round(backdrop).astype(np.uint8)
+
+
 def _arrange(stamps: "Stamps", split: str, rng: np.random.Generator) -> tuple[list[Layer], np.ndarray]:
     """Layers from near to far, at least one, and the int32 [H W] instance map."""
     size, choices = stamps.size, stamps.stamps(split)
@@ -142,16 +158,12 @@ def _arrange(stamps: "Stamps", split: str, rng: np.random.Generator) -> tuple[li
         picks = rng.choice(len(choices), count, replace=False)
         distances = np.round(np.sort(rng.uniform(NEAREST, FARTHEST, count)), 3)  # as they are stored
         for pick, distance in zip(picks, distances, strict=True):
-            whole = cutout(choices[pick].file, round(size / NEAREST))
-            pixels = np.asarray(_resize(whole, round(size / distance)), np.float32)
-            height, width, _ = pixels.shape
-            top, left = rng.integers(0, [size - height + 1, size - width + 1])
-            place = slice(top, top + height), slice(left, left + width)
-            solid = pixels[..., 3] >= 127.5
-            visible = solid & (instance[place] == 0)
+            layer = place(choices[pick], distance, size, rng)
+            solid = layer.pixels[..., 3] >= 127.5
+            visible = solid & (instance[layer.place] == 0)
             if visible.sum() >= max(MIN_SHARE * solid.sum(), MIN_AREA * size**2):
-                layers.append(Layer(stamp=choices[pick], distance=distance, place=place, pixels=pixels))
-                instance[place][visible] = len(layers)
+                layers.append(layer)
+                instance[layer.place][visible] = len(layers)
         if layers:
             return layers, instance
     raise ValueError(f"the stamps of split {split!r} in {stamps.path} are too thin or transparent to be seen")
@@ -166,17 +178,17 @@ def compose(stamps: "Stamps", split: str, index: int) -> dict:
     picture too. A pixel belongs to the nearest cut-out that covers at least half of it.
     """
     rng = np.random.default_rng([stamps.seed, SPLITS.index(split), index])
-    rgb = _backdrop(stamps, split, index, rng)
+    backdrop = gradient(stamps.size, rng)
+    if stamps.backgrounds == "photos":
+        backdrop = stamps.photos.split(split, "")[index]["rgb"].astype(np.float32)
     layers, instance = _arrange(stamps, split, rng)
-    for layer in reversed(layers):
-        rgb[layer.place] = layer.pixels[..., :3] + rgb[layer.place] * (1 - layer.pixels[..., 3:] / 255)
     language = stamps.language
     if language == "any":
         common = set.intersection(*(set(layer.stamp.captions) for layer in layers))
         language = sorted(common)[rng.integers(len(common))]
     labels = [layer.stamp.category for layer in layers]
     return {
-        "rgb": np.round(rgb).astype(np.uint8),
+        "rgb": paint(backdrop, layers),
         "depth": np.array([BACKDROP, *(layer.distance for layer in layers)], np.float32)[instance],
         "semseg": np.array([0, *(1 + CATEGORIES.index(label) for label in labels)], np.int32)[instance],
         "instance": instance,

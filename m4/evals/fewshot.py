@@ -18,7 +18,6 @@ K examples, D width of embeddings, Q queries
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import sys
 import time
@@ -28,21 +27,18 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from tqdm import tqdm
 
 from m4.checkpoints import load_run
 from m4.components import write_atomically
+from m4.embeddings import embed
 from m4.evals.episodes.counting import Counting
 from m4.evals.episodes.fast_binding import FastBinding
 from m4.evals.episodes.operators import OperatorInduction
 from m4.in_context import ShotsDropped, answer, score
 from m4.pictures import contact_sheet, labelled, write_png
-from m4.prompts import in_buckets
 from m4.sampler import Sampler
 from m4.shots import Episode, Shot, Task, encode, pack_shots
 from m4.tokens import NUM_SHOTS
@@ -124,25 +120,13 @@ CONTROLS: dict[str, Callable[[Seq[Shot], np.random.Generator, Episode], list[Sho
 # ---- Baselines without training -------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(graph, params, inputs, features) -> Float[Array, "B D"]:
-    model = nnx.merge(graph, params)
-    x = model.run_encoder(model.encoder_input(inputs, features), inputs)[:, model.config.num_registers :]
-    return (x * inputs.valid[..., None]).sum(1) / jnp.maximum(inputs.valid.sum(1), 1)[:, None]
-
-
 def embeddings(sampler: Sampler, shots: Seq[Shot]) -> Float[np.ndarray, "K D"]:
-    """Mean of the frozen encoder's tokens of each example's inputs, read as a query."""
+    """Mean of the encoder's tokens of each example's inputs, read as a query."""
     rows = []
     for shot in shots:
         records = encode(Shot(inputs=shot.inputs), sampler.tokenizers, sampler.modalities)
         rows.append(pack_shots([records], sampler.modalities, budget=1 << 30, first_address=0)[0])
-    found = []
-    for first in range(0, len(rows), sampler.batch_size):
-        part = rows[first : first + sampler.batch_size]
-        part += part[-1:] * (min(sampler.batch_size, len(rows)) - len(part))
-        found.append(np.asarray(_embed(sampler.graph, sampler.params, *in_buckets(part, sampler.modalities))))
-    return np.concatenate(found)[: len(rows)]
+    return embed(sampler, rows).pooled
 
 
 def nearest_mean(

@@ -2,11 +2,13 @@
 
 normalised = (value - baseline) / (bound - baseline)     0 = trivial, 1 = as good as the tokenizer allows
     shuffled   = the same predictions scored against other examples: what the value owes to no input at all
+    before     = of a fine-tuned model: what the one that it began from reaches, normalised, in directions that it knows
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -79,6 +81,24 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
         print(table(results), flush=True)
         return results
     started = time.monotonic()
+    splits, train = examples_of(config)
+    sampler = Sampler(run.model, run.tokenizers)
+    first, *_ = splits
+    results, predictions = score_all(sampler, config.evaluations, splits, train, seed)
+    if (before := _began_from(config)) is not None:
+        known = [d for d in config.evaluations if _knows(before, d)]
+        for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items():
+            results[key]["before"] = result["normalised"]
+    out.mkdir(parents=True, exist_ok=True)
+    write_png(out / "gallery.png", gallery(splits[first], predictions, config.evaluations, sampler))
+    write_atomically(out / "metrics.json", json.dumps(results, indent=1).encode())
+    write_atomically(stamp, json.dumps(made_from).encode())
+    print(f"{table(results)}\n{out}/metrics.json, {out}/gallery.png in {time.monotonic() - started:.0f} s", flush=True)
+    return results
+
+
+def examples_of(config: Any) -> tuple[dict[str, list[Any]], list[Any]]:
+    """Raw examples of each of a config's `eval_splits`, and those of training that baselines may see."""
     source = config.datasets[0].source
     if source is None:
         raise ValueError(f"evaluation needs raw examples, and {config.datasets[0].label} has token shards only")
@@ -87,26 +107,43 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
         name: _head(source.split(name, config.data_dir), config.num_eval_samples, f"{name} examples")
         for name in config.eval_splits
     }
-    train = _head(source.split("train", config.data_dir), NUM_BASELINE, "training examples (baselines)")
-    sampler = Sampler(run.model, run.tokenizers)
+    return splits, _head(source.split("train", config.data_dir), NUM_BASELINE, "training examples (baselines)")
+
+
+def score_all(
+    sampler: Sampler, directions: Sequence[Direction], splits: Mapping[str, Any], train: Sequence[Any], seed: int,
+    when: str = "",
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    """Figures of every direction on every split, and what was predicted for the first split."""
     first, *_ = splits
     results, predictions = {}, {}
-    for direction in config.evaluations:
+    for direction in directions:
         for split, examples in splits.items():
             key = direction.name if split == first else f"{direction.name}_{split}"
-            progress = lambda batches, k=key: tqdm(batches, desc=k, unit="batch", file=sys.stdout, mininterval=1)  # noqa: E731
+            options = {"desc": when + key, "unit": "batch", "file": sys.stdout, "mininterval": 1}
             inputs = {name: [e[name] for e in examples] for name in direction.inputs}
-            made = sampler(inputs, direction.stages, seed=seed, progress=progress)[direction.target]
+            made = sampler(inputs, direction.stages, seed=seed, progress=functools.partial(tqdm, **options))
             tokenizer = sampler.tokenizer(direction.target)
             rebuilt = tokenizer.decode(tokenizer.encode([e[direction.target] for e in examples]))
-            results[key] = _result(direction.measure, made, rebuilt, train, examples)
-            predictions.setdefault(direction.name, made)
-    out.mkdir(parents=True, exist_ok=True)
-    write_png(out / "gallery.png", gallery(splits[first], predictions, config.evaluations, sampler))
-    write_atomically(out / "metrics.json", json.dumps(results, indent=1).encode())
-    write_atomically(stamp, json.dumps(made_from).encode())
-    print(f"{table(results)}\n{out}/metrics.json, {out}/gallery.png in {time.monotonic() - started:.0f} s", flush=True)
-    return results
+            results[key] = _result(direction.measure, made[direction.target], rebuilt, train, examples)
+            predictions.setdefault(direction.name, made[direction.target])
+    return results, predictions
+
+
+def _began_from(config: Any) -> Sampler | None:
+    """The model that a fine-tuned one began from, if it is (still) one with tokenizers."""
+    if not config.init_from:
+        return None
+    try:
+        return Sampler.load(config.init_from)
+    except ValueError as error:
+        print(f"no scores from before: {error}", flush=True)
+        return None
+
+
+def _knows(sampler: Sampler, direction: Direction) -> bool:
+    signals = {*direction.inputs, *(stage.target for stage in direction.stages)}
+    return signals <= {name for m in sampler.modalities for name in (m.signal, m.name)}
 
 
 def sample_gallery(config: Any, model: Any, tokenizers: Mapping[str, Any], step: int, *, count: int = 6) -> np.ndarray:
@@ -148,11 +185,11 @@ def _result(measure: Measure, predictions, rebuilt, train, examples) -> dict[str
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     width = max(16, 2 + max(map(len, results)))
-    rows = [f"{'direction':<{width}}{'value':>8}{'baseline':>10}{'bound':>8}{'normalised':>12}{'shuffled':>10}  metric"]
+    columns = {"value": 8, "baseline": 10, "bound": 8, "normalised": 12, "shuffled": 10}
+    columns |= {"before": 8} if any("before" in r for r in results.values()) else {}
+    rows = [f"{'direction':<{width}}" + "".join(f"{c:>{w}}" for c, w in columns.items()) + "  metric"]
     for name, r in results.items():
-        figures = (
-            f"{r['value']:>8.3f}{r['baseline']:>10.3f}{r['bound']:>8.3f}{r['normalised']:>12.3f}{r['shuffled']:>10.3f}"
-        )
+        figures = "".join(f"{r[c]:>{w}.3f}" if c in r else " " * w for c, w in columns.items())
         rows.append(f"{name:<{width}}{figures}  {r['metric']} ({r['num_samples']} samples)")
     return "\n".join(rows)
 

@@ -1,10 +1,12 @@
 """Modalities whose tokenizer is not trained here: one from a file, and ids that were made elsewhere.
 
 TokenizerFile(path="tokenizers/rgb.safetensors")                       a converted or earlier tokenizer
+tokenizers_of("runs/quickstart")                                       all those of a trained model
 IdsRecipe(modality=Grid(name="tok_clip@224", signal="clip", ...))      ids under the modality's own name
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -14,7 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from m4.components import from_json, load_tokenizer, to_json
+from m4.checkpoints import tokenizer_file
+from m4.components import closest, from_json, load_tokenizer, packaged, to_json
 from m4.modality import Features, Grid, Modality, Tokenizer
 
 TILE = 128  # pixels
@@ -36,6 +39,16 @@ class TokenizerFile:
 
     def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> Tokenizer:
         return load_tokenizer(Path(self.path))
+
+
+def tokenizers_of(run: str) -> tuple[TokenizerFile, ...]:
+    """The tokenizers of a trained model (a run's folder or a model of the package), in its order, as they are."""
+    folder = packaged()[run] if run in packaged() and not Path(run).exists() else Path(run)
+    if not (folder / "config.json").is_file():
+        near = [str(p.parent) for p in folder.parent.glob("*/config.json")]
+        raise ValueError(f"no trained model {run!r}; {closest(run, [*near, *packaged()])}")
+    recipes = from_json(json.loads((folder / "config.json").read_text())).tokenizers
+    return tuple(TokenizerFile(path=str(tokenizer_file(folder, r.modality))) for r in recipes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

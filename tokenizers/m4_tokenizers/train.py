@@ -117,7 +117,8 @@ MEASURES = {
     "delta1_on_objects": ("on objects", 3), "abs_rel": ("AbsRel", 3), "mean_angle": ("mean angle", 1),
     "mean_angle_on_objects": ("on objects", 1), "miou": ("mIoU", 3), "accuracy": ("accuracy", 3), "iou": ("IoU", 3),
     "f1": ("F1", 3), "cosine": ("cosine", 3), "relative_error": ("relative error", 3),
-    "perceptual": ("perceptual", 3), "frechet": ("Frechet", 0),
+    "perceptual": ("perceptual", 3), "frechet": ("Frechet", 0), "spectral_distance": ("spectral distance dB", 1),
+    "cepstral_distortion": ("cepstral distortion dB", 1),
 }  # fmt: skip
 
 

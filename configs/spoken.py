@@ -1,0 +1,44 @@
+"""Words that are heard, with pictures that show what they say: a modality of sound for a model that never heard any.
+
+    python train.py configs/quickstart.py
+    apt-get install tuxpaint-stamps-default && pip install -e ".[audio]"
+    python train.py configs/spoken.py
+
+Both ways, picture <-> spoken words in six languages, while the scenes of before are rehearsed.
+"""
+
+import dataclasses
+
+from m4.config import load_config
+from m4.contrastive import Contrast
+from m4.data import Dataset
+from m4.evals.retrieval import Retrieval
+from m4.masking import Strategy
+from m4.optim import OptimizerConfig
+from m4_tokenizers.stored import tokenizers_of
+
+quickstart = load_config("configs/quickstart.py")
+spoken = load_config("configs/tokenizers/spoken.py")
+there = Strategy(inputs={"rgb_pixels": 1.0}, targets={"audio_tokens": 1.0}, keep="all")
+back = Strategy(inputs={"audio_tokens": 1.0}, targets={"rgb_tokens": 1.0}, keep="all")
+both = Strategy(
+    inputs={"rgb_pixels": 1.0, "audio_tokens": 1.0}, targets={"rgb_tokens": 1.0, "audio_tokens": 1.0}, keep="all",
+    weight=4.0,
+)  # fmt: skip
+
+config = dataclasses.replace(
+    quickstart,
+    name="spoken",
+    init_from="runs/quickstart",
+    tokenizers=(*tokenizers_of("runs/quickstart"), *spoken.tokenizers),
+    datasets=(
+        Dataset(source=spoken.source, strategies=(there, back, both), name="spoken", weight=2.0),
+        dataclasses.replace(quickstart.datasets[0], name="rehearsal"),
+    ),
+    masking=dataclasses.replace(quickstart.masking, num_inputs=128),
+    contrast=Contrast(a=("rgb_pixels",), b=("audio_tokens",)),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+    num_steps=400,
+    evaluations=(),
+    retrieval=Retrieval(a=("rgb",), b=("audio",), num_samples=77),  # each unseen stamp once
+)

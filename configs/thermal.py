@@ -1,0 +1,62 @@
+"""A modality that pretraining never saw, from 500 samples: what a thermal camera sees of the quickstart's scenes.
+
+    python train.py configs/quickstart.py
+    python train.py configs/thermal.py
+
+On 2 CPU cores: 5 minutes, of which 2 scores. Normalised, means of 3 seeds: picture -> thermal 0.733, thermal -> picture
+0.309 (from random parameters 0.204 and -0.003); no old task lost more than 0.02 (python benchmarks/finetune.py).
+"""
+
+import dataclasses
+
+from m4.config import load_config
+from m4.data import Dataset
+from m4.datasets.thermal import ThermalScenes
+from m4.evals.attributes import ForegroundOverlap
+from m4.evals.maps import MapAccuracy
+from m4.evals.suite import Direction
+from m4.masking import Strategy
+from m4.optim import OptimizerConfig
+from m4.sampling import MaskGIT
+from m4_tokenizers.maps import MapRecipe
+from m4_tokenizers.networks import PatchEncoder
+from m4_tokenizers.stored import tokenizers_of
+
+quickstart = load_config("configs/quickstart.py")
+thermal = MapRecipe(
+    signal="thermal", name="thermal_tokens", lowest=0, highest=80, units="degrees Celsius",
+    encoder=PatchEncoder(num_blocks=0), num_steps=300,
+)  # fmt: skip
+there = Strategy(inputs={"rgb_pixels": 1.0}, targets={"thermal_tokens": 1.0}, keep="all")
+back = Strategy(inputs={"thermal_tokens": 1.0}, targets={"rgb_tokens": 1.0}, keep="all")
+finish = Strategy(inputs={"thermal_tokens": 1000.0, "rgb_tokens": 1.0}, targets={"rgb_tokens": 1.0})
+
+config = dataclasses.replace(
+    quickstart,
+    name="thermal",
+    init_from="runs/quickstart",
+    tokenizers=(*tokenizers_of("runs/quickstart"), thermal),
+    datasets=(
+        Dataset(source=ThermalScenes(seed=1, num_train=500), strategies=(there, back, finish), name="thermal"),
+        dataclasses.replace(quickstart.datasets[0], name="rehearsal"),
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+    num_steps=200,
+    evaluations=(
+        Direction(
+            name="rgb_to_thermal",
+            inputs=("rgb",),
+            target="thermal",
+            scheme=MaskGIT(steps=1, temperature=0),
+            measure=MapAccuracy(signal="thermal", tolerance=2.0),
+        ),
+        Direction(
+            name="thermal_to_rgb",
+            inputs=("thermal",),
+            target="rgb",
+            scheme=MaskGIT(steps=6, temperature=0.5),
+            measure=ForegroundOverlap(),
+        ),
+        *quickstart.evaluations,
+    ),
+)
