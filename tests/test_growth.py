@@ -83,7 +83,7 @@ def test_a_trained_model_answers_as_before(whole_run):
     params, report = load_weights(state.params, trainer.model, whole_run)
     assert {n.split("[")[-1] for n in report.new} == {"thermal_tokens]"}
     run = load_run(whole_run)
-    source = [{"thermal": x} for x in np.random.default_rng(0).uniform(0, 80, (8, 64, 64)).astype(np.float32)]
+    source = [{"thermal": x} for x in np.random.default_rng(0).uniform(0, 80, (16, 64, 64)).astype(np.float32)]
     grown = Sampler(
         trainer.trained(trainer.with_params(state, params)),
         {**run.tokenizers, "thermal_tokens": thermal.fit(source, seed=0)},

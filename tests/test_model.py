@@ -216,9 +216,9 @@ def test_embedding_only_selected_tokens_needs_no_full_grid(model, batch):
 
 def test_stacked_blocks_are_those_made_one_after_another(small_model):
     rngs, one_by_one = nnx.Rngs(0), nnx.Rngs(0)
-    stacked = nnx.state(stack(DecoderBlock, small_model, 3, rngs))
+    stacked = nnx.state(stack(DecoderBlock, small_model, 0, 3, rngs))
     for i in range(3):
-        block = nnx.state(DecoderBlock(small_model, rngs=one_by_one))
+        block = nnx.state(DecoderBlock(small_model, 0, rngs=one_by_one))
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), stacked, block)
     assert rngs.params.count[...] == one_by_one.params.count[...]
 
