@@ -4,7 +4,7 @@
     python train.py configs/thermal.py
 
 On 2 CPU cores: 5 minutes, of which 2 scores. Normalised, means of 3 seeds: picture -> thermal 0.733, thermal -> picture
-0.309 (from random parameters 0.204 and -0.003); no old task lost more than 0.02 (python benchmarks/finetune.py).
+0.309 (from random parameters 0.204 and -0.003); no old task lost more than 0.02 (python benchmarks/new_modality.py).
 """
 
 import dataclasses

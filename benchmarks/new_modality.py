@@ -1,9 +1,13 @@
-"""Does pretraining help a modality that it never saw, and what is forgotten? python benchmarks/finetune.py
+"""Does pretraining help a modality that it never saw, and what is forgotten? python benchmarks/new_modality.py
 
 Trains configs/thermal.py (500 samples of the new modality; or another config with `init_from`) with several seeds, each
-as it is, from random parameters ("scratch": the same samples, batches and steps), and without rehearsal, from the
-pretrained model and from random parameters. Prints one JSON line for each run, and then a table of normalised scores:
-means over seeds, their standard errors, and for tasks that the pretrained model knows its own score ("before").
+as it is and from random parameters ("scratch": the same samples, batches and steps); on request also without rehearsal.
+Prints one JSON line for each run, then a table of normalised scores: means over seeds, their standard errors, and for
+tasks that the pretrained model knows its own score ("before"). Writes the same to new_modality.json:
+
+    {DIRECTION: {VARIANT: {"mean", "sem", "num_seeds"}, ...}, ..., "old_tasks": {TASK: {"before", "after", ...}}}
+
+"after" and its "sem" and "num_seeds" are those of the first variant.
 """
 
 import argparse
@@ -37,30 +41,43 @@ def variant(config: Config, name: str, seed: int) -> Config:
     return dataclasses.replace(config, datasets=datasets, seed=seed, workdir=workdir, **options)
 
 
+def summary(runs: list[dict[str, dict]], task: str) -> dict[str, float | int]:
+    """Of the normalised scores of several seeds."""
+    x = np.array([r[task]["normalised"] for r in runs])
+    sem = float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else 0.0
+    return {"mean": float(x.mean()), "sem": sem, "num_seeds": len(x)}
+
+
+def figures(results: dict[str, list[dict[str, dict]]]) -> dict[str, dict]:
+    """What is written; `results`: metrics of each seed by variant."""
+    first, *_ = results.values()
+    before = {t: r["before"] for runs in results.values() for run in runs for t, r in run.items() if "before" in r}
+    found: dict[str, dict] = {
+        task: {name: summary(runs, task) for name, runs in results.items()} for task in first[0] if task not in before
+    }
+    old = {task: summary(first, task) for task in before}
+    after = {task: {"after": x["mean"], "sem": x["sem"], "num_seeds": x["num_seeds"]} for task, x in old.items()}
+    return found | {"old_tasks": {task: {"before": before[task], **x} for task, x in after.items()}}
+
+
 def table(results: dict[str, list[dict[str, dict]]]) -> str:
-    """Markdown; `results`: metrics of each seed by variant."""
+    """Markdown."""
     tasks = list(next(iter(results.values()))[0])
     lines = [f"| trained from | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
     for name, runs in results.items():
-        cells = []
-        for task in tasks:
-            x = np.array([r[task]["normalised"] for r in runs])
-            error = f" ± {x.std(ddof=1) / len(x) ** 0.5:.3f}" if len(x) > 1 else ""
-            cells.append(f"{x.mean():.3f}{error}")
+        cells = ["{mean:.3f} ± {sem:.3f}".format(**summary(runs, task)) for task in tasks]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    before = {task: t["before"] for runs in results.values() for r in runs for task, t in r.items() if "before" in t}
-    if before:
-        cells = [f"{before[task]:.3f}" if task in before else "" for task in tasks]
-        lines.append(f"| (before) | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    old = figures(results)["old_tasks"]
+    cells = [f"{old[task]['before']:.3f}" if task in old else "" for task in tasks]
+    return "\n".join([*lines, f"| (before) | {' | '.join(cells)} |"]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/thermal.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--out", default="runs/finetune.md")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["pretrained", "scratch"])
+    parser.add_argument("--out", default="new_modality.json")
     args = parser.parse_args()
     config, results = load_config(args.config), {}
     for name in args.variants:
@@ -72,7 +89,7 @@ def main() -> None:
             line = {"variant": name, "seed": seed, "workdir": str(c.folder)}
             print(json.dumps(line | {k: round(r["normalised"], 4) for k, r in scores.items()}), flush=True)
             results.setdefault(name, []).append(scores)
-    write_atomically(Path(args.out), table(results).encode())
+    write_atomically(Path(args.out), json.dumps(figures(results), indent=1).encode())
     print(table(results))
 
 
