@@ -28,6 +28,7 @@ def main(c) -> None:
     part, num_parts = sharding.part_of_batch(mesh)
     trainer = Trainer(c, mesh)
     teacher = load_teacher(trainer) if c.teacher else None
+    num_trained = trainer.num_trained
     save_or_check(c)
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
@@ -38,7 +39,7 @@ def main(c) -> None:
 
     # The model, its optimizer and the example stream: from the last checkpoint, else from the start.
     if teacher is not None:
-        teacher.check_tokenizers(prepared.tokenizers)
+        checkpoints.check_tokenizers(teacher.source, teacher.tokenizers, prepared.tokenizers)
         teacher = teacher.on(mesh)
     stream = Stream(
         prepared.shards("train"), c.datasets, c.masking, c.modalities, batch_size=c.batch_size, seed=c.seed,
@@ -55,7 +56,7 @@ def main(c) -> None:
     else:
         state = trainer.init()
         if c.init_from:
-            params, report = checkpoints.load_weights(state.params, trainer.model, c.init_from)
+            params, report = checkpoints.load_weights(state.params, trainer.model, c.init_from, prepared.tokenizers)
             state = trainer.with_params(state, params)
             print(f"weights of {c.init_from}:\n{report}", flush=True)
 
@@ -65,7 +66,7 @@ def main(c) -> None:
     )
     peak, source = flops.peak_flops(jax.local_devices()[0], c.model.dtype)
     print(
-        f"{trainer.num_parameters:,} parameters, {trainer.num_trained:,} of them trained; "
+        f"{trainer.num_parameters:,} parameters, {num_trained:,} of them trained; "
         f"mesh {dict(mesh.shape)} of {jax.process_count()} process(es)\n"
         f"model FLOPs per step {flops_per_step:.3g}; peak {peak * mesh.size:.3g} FLOP/s ({source})",
         flush=True,

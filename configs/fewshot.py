@@ -20,7 +20,7 @@ from m4.evals.episodes.source import EpisodeSource
 from m4.evals.fewshot import FewShot
 from m4.optim import OptimizerConfig
 from m4.shots import ShotMasking
-from m4_tokenizers.stored import TokenizerFile
+from m4_tokenizers.stored import tokenizers_of
 from m4_tokenizers.text import TextRecipe
 
 quickstart = load_config("configs/quickstart.py")
@@ -57,13 +57,7 @@ config = dataclasses.replace(
         episodes(OperatorInduction(max_shots=4), 0.3),
         episodes(Counting(max_shots=4), 0.3),
     ),
-    tokenizers=(
-        *(
-            TokenizerFile(path=f"{pretrained}/tokenizers/{name}.safetensors")
-            for name in ("rgb_pixels", "rgb", "depth", "caption", "boxes")
-        ),
-        text,
-    ),
+    tokenizers=(*tokenizers_of(pretrained), text),
     masking=dataclasses.replace(quickstart.masking, num_inputs=352, num_targets=18),
     model=dataclasses.replace(quickstart.model, separate_depth=2, match_size=32),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),

@@ -20,11 +20,18 @@ from m4_tokenizers.stored import tokenizers_of
 quickstart = load_config("configs/quickstart.py")
 spoken = load_config("configs/tokenizers/spoken.py")
 there = Strategy(inputs={"rgb_pixels": 1.0}, targets={"audio_tokens": 1.0}, keep="all")
+finish = Strategy(
+    inputs={"rgb_pixels": 1000.0, "audio_tokens": 1.0}, targets={"audio_tokens": 1.0}, input_share=(0.5, 1.0)
+)
 back = Strategy(inputs={"audio_tokens": 1.0}, targets={"rgb_tokens": 1.0}, keep="all")
-both = Strategy(
-    inputs={"rgb_pixels": 1.0, "audio_tokens": 1.0}, targets={"rgb_tokens": 1.0, "audio_tokens": 1.0}, keep="all",
-    weight=4.0,
-)  # fmt: skip
+# What the contrast compares: all of a picture beside all of a recording.
+both = Strategy(inputs={"rgb_pixels": 1.0, "audio_tokens": 1.0}, targets={"rgb_tokens": 1.0}, keep="all", weight=5.0)
+num_inputs = 128
+as_before = quickstart.masking.num_inputs / num_inputs  # rehearsed tasks read no more than they did
+rehearsed = tuple(
+    dataclasses.replace(s, input_share=tuple(as_before * x for x in s.input_share))
+    for s in quickstart.masking.strategies
+)
 
 config = dataclasses.replace(
     quickstart,
@@ -32,13 +39,13 @@ config = dataclasses.replace(
     init_from="runs/quickstart",
     tokenizers=(*tokenizers_of("runs/quickstart"), *spoken.tokenizers),
     datasets=(
-        Dataset(source=spoken.source, strategies=(there, back, both), name="spoken", weight=2.0),
-        dataclasses.replace(quickstart.datasets[0], name="rehearsal"),
+        Dataset(source=spoken.source, strategies=(there, finish, back, both), name="spoken", weight=2.0),
+        dataclasses.replace(quickstart.datasets[0], name="rehearsal", strategies=rehearsed),
     ),
-    masking=dataclasses.replace(quickstart.masking, num_inputs=128),
+    masking=dataclasses.replace(quickstart.masking, num_inputs=num_inputs),
     contrast=Contrast(a=("rgb_pixels",), b=("audio_tokens",)),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
     num_steps=400,
-    evaluations=(),
+    evaluations=tuple(dataclasses.replace(d, dataset="rehearsal") for d in quickstart.evaluations),
     retrieval=Retrieval(a=("rgb",), b=("audio",), num_samples=77),  # each unseen stamp once
 )

@@ -10,9 +10,7 @@ The first two change nothing until they are trained.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -20,18 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m4.components import closest
+from m4.components import closest, to_json
 from m4.model import Model
 from m4.model_file import (
     DTYPE_NAMES,
     TensorFile,
     abstract,
+    by_modality,
     check_names,
-    from_parameters,
     make_header,
-    parameters,
+    with_pieces,
     write,
 )
+from m4.optim import fits
 
 SMALL = ("*.lora.*", "*.adapter.*", "registers")
 
@@ -53,28 +52,30 @@ def merged(model: Model) -> Model:
     return nnx.merge(nnx.graphdef(plain), nnx.from_flat_state(flat))
 
 
-def _chosen(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    names = list(names)
-    found = [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-    if not found:
-        raise ValueError(f"{', '.join(patterns)} fits no parameter; {closest(next(iter(patterns)), names)}")
-    return found
-
-
-def save_small(model: Model, path: str | Path, patterns: Iterable[str] = SMALL) -> None:
-    """Writes the parameters whose names fit any of the patterns as a safetensors file."""
-    arrays = parameters(nnx.state(model, nnx.Param))
-    arrays = {name: np.asarray(jax.device_get(arrays[name])) for name in _chosen(arrays, patterns)}
+def save_small(model: Model, path: str | Path, patterns: tuple[str, ...] = ()) -> None:
+    """Writes the parameters that `OptimizerConfig.train` would choose by these patterns (default: all of SMALL that
+    there are), rows of tables as TABLE[MODALITY], as a safetensors file. ValueError for one that fits none."""
+    arrays = by_modality(model)
+    chosen = {p: {n for n in arrays if fits(n, p) or fits(n.partition("[")[0], p)} for p in patterns or SMALL}
+    if not patterns:
+        chosen = {p: names for p, names in chosen.items() if names} or chosen
+    for p, names in chosen.items():
+        if not names:
+            raise ValueError(f"{p} fits no parameter; {closest(p, list(arrays))}")
+    every = set().union(*chosen.values())
+    arrays = {n: np.asarray(jax.device_get(x)) for n, x in arrays.items() if n in every}
     shapes = {name: (DTYPE_NAMES[x.dtype], x.shape) for name, x in arrays.items()}
-    header = make_header(shapes, {"m4_part": json.dumps(list(patterns))})
-    write(Path(path), header, ([x] for x in arrays.values()))
+    about = {"m4_part": json.dumps(list(chosen)), "m4_lora": json.dumps(to_json(model.config.lora))}
+    write(Path(path), make_header(shapes, about), ([x] for x in arrays.values()))
 
 
 def load_small(model: Model, path: str | Path) -> Model:
-    """A model with the parameters of such a file in place of its own. ValueError unless it has them all."""
-    file = TensorFile.read(path)
-    graph, state = nnx.split(model, nnx.Param)
-    own = parameters(state)
+    """A model with the parameters of such a file in place of its own. ValueError for one that it has not, or in another
+    shape, or for another LoRA."""
+    file, own = TensorFile.read(path), by_modality(model)
     check_names(file, {name: own[name].shape for name in file.entries if name in own}, [])
-    read = lambda name: file.tensor(name) if name in file.entries else own[name]  # noqa: E731
-    return nnx.merge(graph, from_parameters(state, read))
+    if any(".lora." in name for name in file.entries) and file.metadata["m4_lora"] != json.dumps(
+        to_json(model.config.lora)
+    ):
+        raise ValueError(f"{path} was trained with lora={file.metadata['m4_lora']}; the model has {model.config.lora}")
+    return with_pieces(model, {name: file.tensor(name) for name in file.entries})

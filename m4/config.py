@@ -26,9 +26,9 @@ from m4.sharding import MeshConfig
 class Config:
     """One run. A config file exposes `config`; a variant is `dataclasses.replace(config, ...)`.
 
-    datasets: what is read, by weight (the first is also what evaluations score); tokenizers: recipes, in the model's
-    modality order (m4.modality.Recipe); evaluations: directions to score (m4.evals.suite.Direction), each on all of
-    eval_splits, the first also in pictures; fewshot: what `evaluate --suite fewshot` measures
+    datasets: what is read, by weight (each evaluation scores the first that has its signals); tokenizers: recipes, in
+    the model's modality order (m4.modality.Recipe); evaluations: directions to score (m4.evals.suite.Direction), on all
+    of eval_splits, the first also in pictures; fewshot: what `evaluate --suite fewshot` measures
     (m4.evals.fewshot.FewShot); retrieval: what `--suite retrieval` does (an m4.evals.retrieval.Retrieval, or several).
     batch_size is the global number of examples a step; num_workers processes on each host read and mask them
     (0: threads). contrast: a second loss, between embeddings of inputs (m4.contrastive).
@@ -120,6 +120,10 @@ class Config:
         labels = [d.label for d in self.datasets]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"a run needs data sets of different names, and has {labels}; set Dataset(name=...)")
+        for direction in self.evaluations:
+            if direction.dataset and direction.dataset not in labels:
+                near = closest(direction.dataset, labels)
+                raise ValueError(f"evaluation {direction.name}: no data set {direction.dataset!r}; {near}")
         known = getattr(self.datasets[0].source, "splits", ())
         for split in self.eval_splits if isinstance(known, tuple) and known else ():  # a mapping renames some splits
             if split not in known:

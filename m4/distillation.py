@@ -28,7 +28,6 @@ from flax import nnx
 
 from m4 import sharding
 from m4.checkpoints import load_run
-from m4.components import tokenizer_hash
 from m4.modality import Tokenizer
 from m4.model import Model
 from m4.model_file import load_model
@@ -42,15 +41,6 @@ class Teacher:
     source: str
     model: Model
     tokenizers: Mapping[str, Tokenizer]
-
-    def check_tokenizers(self, tokenizers: Mapping[str, Tokenizer]) -> None:
-        """ValueError unless they give what the teacher's do."""
-        for name, own in self.tokenizers.items():
-            if tokenizer_hash(own) != tokenizer_hash(tokenizers[name]):
-                raise ValueError(
-                    f"teacher {self.source!r} has another tokenizer of {name} than this run; its own are "
-                    f"m4_tokenizers.stored.tokenizers_of({self.source!r})"
-                )
 
     def abstract(self, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
         """`on` without numbers."""

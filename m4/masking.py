@@ -139,10 +139,10 @@ class Masking:
             targets = np.minimum(np.where(is_sequence, targets - 1, targets), capacity)
 
         rows = _Grids.of(examples, modalities, lengths, inputs, targets, draws)
-        cut = uniform[:, 4 + len(modalities) :]
+        cut = spans.targets(targets, uniform[:, 4 + len(modalities) :], self.budgets == "filled")
         return MaskedBatch(
             Tokens(*_pack(len(examples), self.num_inputs, [rows.inputs(), spans.inputs(inputs)])),
-            Targets(*_pack(len(examples), self.num_targets, [rows.targets(), spans.targets(targets, cut)])),
+            Targets(*_pack(len(examples), self.num_targets, [rows.targets(), cut])),
             rows.features(examples, modalities, self.num_inputs),
         )
 
@@ -295,7 +295,7 @@ def mask_spans(ids: np.ndarray, masked: np.ndarray, first_sentinel: int) -> tupl
     one = np.zeros(1, int)
     spans = _Spans(one, one, ids[None], np.ones((1, len(ids)), bool), masked[None], one + first_sentinel)
     _, inputs, _, _ = spans.inputs(np.full((1, 1), len(ids)))
-    _, targets, _, _, _ = spans.targets(np.full((1, 1), 2 * len(ids) + 1), np.zeros((1, 1)))
+    _, targets, _, _, _ = spans.targets(np.full((1, 1), 2 * len(ids) + 1), np.zeros((1, 1)), True)
     return inputs.astype(np.int32), np.append(first_sentinel, targets).astype(np.int32)
 
 
@@ -359,12 +359,12 @@ class _Spans:
         row, _ = np.nonzero(shown)
         return self.example[row], ids, self.modality[row], (np.cumsum(shown, axis=1) - 1)[shown]
 
-    def targets(self, budgets, uniform):
+    def targets(self, budgets, uniform, filled: bool):
         """(example, ids, previous, modality, position) of every decoder slot, at most `budgets` for a sequence.
 
         Columns: sentinel before token 0, token 0, sentinel before token 1, token 1, ..., closing sentinel. What is too
-        long begins at the sentinel of a randomly chosen span (not the closing one), or at an earlier one if it would
-        leave slots unused.
+        long begins at the sentinel of a randomly chosen span (not the closing one). If it would leave slots unused, it
+        begins at the last one that does not (`filled`), or, as in the original, at the first one that does.
         """
         (kept,) = np.nonzero(budgets[self.example, self.modality] > 0)
         num_rows, num_columns = len(kept), 2 * self.ids.shape[1] + 1
@@ -380,9 +380,12 @@ class _Spans:
         number = np.cumsum(is_sentinel, axis=1) - 1
         choice = np.floor(uniform[self.example[kept], self.modality[kept]] * np.maximum(self.num_spans[kept], 1))
         chosen = (rank * (is_sentinel & (number == choice[:, None]))).sum(1)
-        enough = is_sentinel & (rank >= (total - budget)[:, None])
-        earliest = np.where(enough, rank, num_columns).min(1, initial=num_columns)
-        start = np.where(chosen > total - budget, earliest, chosen) * (total > budget)
+        spare = total - budget
+        if filled:
+            other = np.where(is_sentinel & (rank <= spare[:, None]), rank, 0).max(1, initial=0)
+        else:
+            other = np.where(is_sentinel & (rank >= spare[:, None]), rank, num_columns).min(1, initial=num_columns)
+        start = np.where(chosen > spare, other, chosen) * (total > budget)
         shown &= (rank >= start[:, None]) & (rank <= (start + budget)[:, None])
         row, _ = np.nonzero(shown)
         ids, position = ids[shown], (rank - start[:, None])[shown] - 1

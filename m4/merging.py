@@ -2,7 +2,7 @@
 
     (1 - alpha) x A + alpha x B
 
-Tables are interpolated by modality. What only one of the two has stays as it is.
+Tables are interpolated by modality; modalities that B alone has keep their rows. LoRA is merged into the kernels first.
 """
 
 from __future__ import annotations
@@ -14,74 +14,79 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from m4.checkpoints import load_run, write_run
+from m4.adapters import merged
+from m4.checkpoints import check_tokenizers, load_run, write_run
 from m4.components import write_atomically
 from m4.evals.suite import examples_of, score_all
 from m4.model import Model
-from m4.model_file import from_parameters, parameters
+from m4.model_file import by_modality, with_pieces
 from m4.sampler import Sampler
 
 
-def _pieces(model: Model) -> dict[str, Any]:
-    """Parameters by name, those of tables as TABLE[MODALITY]."""
-    found = parameters(nnx.state(model, nnx.Param))
-    for table, rows in model.table_rows.items():
-        x = found.pop(table)
-        found |= {f"{table}[{m}]": x[rows[i] : rows[i + 1]] for i, m in enumerate(model.modalities.names)}
-    return found
-
-
 def interpolate(a: Model, b: Model, alpha: float) -> Model:
-    """A model like b. ValueError if a has what b lacks, or in another shape."""
-    theirs, own = _pieces(a), _pieces(b)
+    """A model like b. ValueError if one has parameters that the other lacks, but for b's further modalities."""
+    a, b = (model if model.config.lora is None else merged(model) for model in (a, b))
+    theirs, own = by_modality(a), by_modality(b)
+    for field in ("num_heads", "position_base", "embedding_scale"):  # same shapes, another function
+        if getattr(a.config, field) != getattr(b.config, field):
+            raise ValueError(f"models with different {field} have no model between them")
+    new = {n for n in own if n.endswith("]") and n.split("[")[1][:-1] not in a.modalities.names}
+    new |= {f"feature_projections.{m}.{part}" for m in b.modalities.names for part in ("kernel", "bias")} - {*theirs}
     wrong = [f"{n} {list(x.shape)}" for n, x in theirs.items() if n not in own or own[n].shape != x.shape]
+    wrong += [f"{n} {list(x.shape)}" for n, x in own.items() if n not in theirs and n not in new]
     if wrong:
-        raise ValueError(f"the second model lacks parameters of the first, or has others: {', '.join(wrong[:5])}")
+        raise ValueError(f"the two models do not have the same parameters: {', '.join(wrong[:5])}")
     mixed = {n: (1 - alpha) * theirs[n] + alpha * x if n in theirs else x for n, x in own.items()}
-    for table in b.table_rows:
-        mixed[table] = jnp.concatenate([mixed[f"{table}[{m}]"] for m in b.modalities.names])
-    graph, state = nnx.split(b, nnx.Param)
-    return nnx.merge(graph, from_parameters(state, lambda name: mixed[name]))
+    return with_pieces(b, mixed)
 
 
-def sweep(run_a: str | Path, run_b: str | Path, alphas: Seq[float], out: str | Path) -> dict[str, dict[str, float]]:
-    """Normalised scores by alpha and direction; see `python -m m4 merge`."""
+def sweep(
+    run_a: str | Path, run_b: str | Path, alphas: Seq[float], out: str | Path
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Normalised scores {"validation", "test": {alpha: {direction: score}}}; see `python -m m4 merge`."""
     started, out = time.monotonic(), Path(out)
     a, b = load_run(run_a), load_run(run_b)
     if not alphas or not all(math.isfinite(x) for x in alphas):
         raise ValueError(f"alphas must be finite numbers, at least one; got {list(alphas)}")
     if not b.config.evaluations:
         raise ValueError(f"the config of {run_b} names no evaluations")
+    check_tokenizers(str(run_a), a.tokenizers, b.tokenizers)
     interpolate(a.model, b.model, alphas[0])  # says what does not fit before any work
-    splits, train = examples_of(b.config)
-    results: dict[str, dict[str, float]] = {}
+
+    def score(alpha: float, split: str) -> dict[str, float]:
+        sampler, found = Sampler(interpolate(a.model, b.model, alpha), b.tokenizers), {}
+        for directions, splits, train in examples_of(b.config, [split]):
+            scores, _ = score_all(sampler, directions, splits, train, 0, f"alpha {alpha:g}, {split}, ")
+            found |= {key: r["normalised"] for key, r in scores.items()}
+        return found
+
+    results: dict[str, dict[str, dict[str, float]]] = {"validation": {}, "test": {}}
     for alpha in alphas:
-        sampler = Sampler(interpolate(a.model, b.model, alpha), b.tokenizers)
-        scores, _ = score_all(sampler, b.config.evaluations, splits, train, 0, f"alpha {alpha:g}, ")
-        results[f"{alpha:g}"] = {key: r["normalised"] for key, r in scores.items()}
+        results["validation"][f"{alpha:g}"] = score(alpha, "validation")
         print(table(results), flush=True)
-    best = max(alphas, key=lambda x: np.mean([*results[f"{x:g}"].values()]))
+    best = max(alphas, key=lambda x: np.mean([*results["validation"][f"{x:g}"].values()]))
+    for alpha in sorted({alphas[0], best, alphas[-1]}):
+        results["test"][f"{alpha:g}"] = score(alpha, "test")
     write_run(dataclasses.replace(b, model=interpolate(a.model, b.model, best)), out, dtype="F32")
     write_atomically(out / "merge.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "merge.md", table(results).encode())
-    curves(results, out / "merge.png")
-    print(f"alpha {best:g} in {out}, with merge.json, .md, .png, in {time.monotonic() - started:.0f} s", flush=True)
+    curves(results["validation"], out / "merge.png")
+    took = time.monotonic() - started
+    print(f"{table(results)}\nalpha {best:g} in {out}, with merge.json, .md, .png, in {took:.0f} s", flush=True)
     return results
 
 
-def table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: a row for each alpha, a column for each direction, their mean last."""
-    (names, *_) = (list(row) for row in results.values())
-    lines = [f"| alpha | {' | '.join(names)} | mean |", "|---" * (len(names) + 2) + "|"]
-    for alpha, row in results.items():
+def table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Markdown: a row for each alpha and split, a column for each direction, their mean last."""
+    rows = [(alpha, split, row) for split, of in results.items() for alpha, row in of.items()]
+    names = list(rows[0][2])
+    lines = [f"| alpha | split | {' | '.join(names)} | mean |", "|---" * (len(names) + 3) + "|"]
+    for alpha, split, row in rows:
         figures = [f"{x:.3f}" for x in (*row.values(), np.mean([*row.values()]))]
-        lines.append(f"| {alpha} | {' | '.join(figures)} |")
+        lines.append(f"| {alpha} | {split} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -154,6 +154,26 @@ def from_parameters(state: Any, array_of: Callable[[str], np.ndarray]) -> Any:
     return nnx.from_flat_state(flat)
 
 
+def by_modality(model: Model) -> dict[str, Any]:
+    """`parameters` of a model, with the rows of its tables as TABLE[MODALITY]."""
+    found = parameters(nnx.state(model, nnx.Param))
+    for table, rows in model.table_rows.items():
+        x = found.pop(table)
+        names = enumerate(model.modalities.names)
+        found |= {f"{table}[{m}]": x[rows[i] : rows[i + 1]] for i, m in names if rows[i] < rows[i + 1]}
+    return found
+
+
+def with_pieces(model: Model, pieces: Mapping[str, Any]) -> Model:
+    """A model with these in place of its own, by the names of `by_modality`."""
+    found = {**by_modality(model), **pieces}
+    for table in model.table_rows:
+        parts = [found[name] for m in model.modalities.names if (name := f"{table}[{m}]") in found]
+        found[table] = jnp.concatenate([jnp.asarray(x) for x in parts])
+    graph, state = nnx.split(model, nnx.Param)
+    return nnx.merge(graph, from_parameters(state, lambda name: found[name]))
+
+
 def parameter_shapes(model_config: Any, modalities: Modalities) -> dict[str, tuple[int, ...]]:
     return {n: x.shape for n, x in parameters(nnx.state(abstract(model_config, modalities), nnx.Param)).items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ class OptimizerConfig:
         names = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
         titles = {f"{table}[{m}]" for table, of in rows.items() for m in of}
         for pattern in (*self.train, *self.freeze):
-            if not any(_fits(name, pattern) for name in names | titles):
+            if not any(fits(name, pattern) for name in names | titles):
                 field = "train" if pattern in self.train else "freeze"
                 raise ValueError(f"{field}={pattern!r} fits no parameter; {closest(pattern, sorted(names | titles))}")
 
@@ -70,13 +71,15 @@ class OptimizerConfig:
         return jax.tree_util.tree_map_with_path(one, params)
 
     def _trains(self, *names: str) -> bool:
-        fits = lambda patterns: any(_fits(name, p) for name in names for p in patterns)  # noqa: E731
-        return fits(self.train) and not fits(self.freeze)
+        any_fits = lambda patterns: any(fits(name, p) for name in names for p in patterns)  # noqa: E731
+        return any_fits(self.train) and not any_fits(self.freeze)
 
 
-def _fits(name: str, pattern: str) -> bool:
-    """Brackets stand for themselves."""
-    return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))
+def fits(name: str, pattern: str) -> bool:
+    """Whether a parameter's name fits, perhaps that of one block (encoder.0.mlp.up.kernel) without its number. Brackets
+    stand for themselves."""
+    whole = re.sub(r"^(\w+)\.\d+\.", r"\1.", name)
+    return any(fnmatch.fnmatchcase(n, pattern.replace("[", "[[]")) for n in (name, whole))
 
 
 def _is_mask(x: Any) -> bool:

@@ -73,8 +73,14 @@ class Trainer:
 
     @property
     def num_trained(self) -> int:
-        sizes = jax.tree.map(lambda x, t: int(x.size * np.mean(t)), self._split[1], self._is_trained)
-        return sum(jax.tree.leaves(sizes))
+        """ValueError for patterns that fit no parameter, or leave none to train."""
+        sizes = jax.tree.map(lambda x, t: round(x.size * np.mean(t)), self._split[1], self._is_trained)
+        if not (count := sum(jax.tree.leaves(sizes))):
+            c = self.c.optimizer
+            raise ValueError(
+                f"train={c.train} and freeze={c.freeze} leave no parameter to train; default: train=('*',)"
+            )
+        return count
 
     @functools.cached_property
     def _is_trained(self) -> Any:

@@ -11,7 +11,7 @@ from flax import nnx
 from m4.adapters import load_small, merged, save_small
 from m4.config import Config
 from m4.model import Model
-from m4.model_file import parameters
+from m4.model_file import TensorFile, parameters
 from m4.nn import LoRA
 from m4.optim import OptimizerConfig
 from m4.sharding import MeshConfig
@@ -84,7 +84,8 @@ def test_each_token_takes_the_pair_of_its_modality(small_model, modalities, batc
             continue
         changed = nnx.clone(model)
         b = changed.decoder.mlp.down.lora.b
-        b[...] = b[...].at[-1, i].set(1.0)  # the last block: no other token sees the change
+        # The last block: no other token sees the change. Not the same in all numbers, which the norm would take away.
+        b[...] = b[...].at[-1, i].set(jnp.linspace(-1, 1, b.shape[-1])[None])
         before, after = (np.asarray(x(batch)) for x in (model, changed))
         is_own = np.asarray(batch.targets.modality) == i
         valid = np.asarray(batch.targets.valid)
@@ -107,6 +108,24 @@ def test_saved_and_loaded_alone(kind, small_model, modalities, batch, tmp_path):
         load_small(plain, tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match="fits no parameter"):
         save_small(plain, tmp_path / "none.safetensors")
+
+
+def test_rows_travel_with_lora(small_model, modalities, batch, tmp_path):
+    """What `train` would choose: LoRA, and one modality's rows of every table, for a model that has neither trained."""
+    tuned = trained(model_with(small_model, modalities, **KINDS["lora"]))
+    rows = slice(*tuned.table_rows["token_embedding"][1:3])
+    tuned.token_embedding[...] = tuned.token_embedding[...].at[rows].add(1.0)
+    patterns = ("*.lora.*", f"*[{modalities.names[1]}]")
+    save_small(tuned, tmp_path / "small.safetensors", patterns)
+    arrays = TensorFile.read(tmp_path / "small.safetensors").entries
+    assert all(".lora." in name or name.endswith(f"[{modalities.names[1]}]") for name in arrays)
+    loaded = load_small(model_with(small_model, modalities, **KINDS["lora"]), tmp_path / "small.safetensors")
+    np.testing.assert_array_equal(loaded(batch), tuned(batch))
+    other = model_with(small_model, modalities, lora=LoRA(rank=2, alpha=1.0))
+    with pytest.raises(ValueError, match="was trained with lora="):
+        load_small(other, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match=r"nothing.\* fits no parameter"):
+        save_small(tuned, tmp_path / "none.safetensors", ("*.lora.*", "nothing.*"))
 
 
 # ---- What is trained ------------------------------------------------------------------------------------------------

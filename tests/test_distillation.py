@@ -11,10 +11,10 @@ from conftest import ROOT, mask_keys, run
 from flax import nnx
 
 from m4 import losses, sharding
-from m4.checkpoints import load_run, write_run
+from m4.checkpoints import check_tokenizers, load_run, write_run
 from m4.config import Config, load_config
 from m4.data import Dataset
-from m4.distillation import Teacher, load_teacher
+from m4.distillation import load_teacher
 from m4.losses import Taught
 from m4.masking import Masking, Strategy
 from m4.modality import Features, Grid, Modalities
@@ -219,8 +219,7 @@ def test_a_run_is_distilled_and_resumed(data_dir, tmp_path):
 
     write_run(whole, tmp_path / "exported")
     assert load_run(tmp_path / "exported").config.teacher == ""
-    teacher = Teacher("x", whole.model, whole.tokenizers)
-    teacher.check_tokenizers(whole.tokenizers)
+    check_tokenizers("x", whole.tokenizers, whole.tokenizers)
     swapped = {**whole.tokenizers, "rgb_tokens": whole.tokenizers["depth_tokens"]}
-    with pytest.raises(ValueError, match="teacher 'x' has another tokenizer of rgb_tokens.*tokenizers_of"):
-        teacher.check_tokenizers(swapped)
+    with pytest.raises(ValueError, match="'x' has another tokenizer of rgb_tokens.*tokenizers_of"):
+        check_tokenizers("x", whole.tokenizers, swapped)

@@ -65,10 +65,10 @@ def test_probes_read_what_is_there_and_nothing_else():
     known = np.eye(3)[labels] + rng.normal(size=(600, 3)) * 0.2
     noise = rng.normal(size=(600, 8))
     for x, low, high in ((known, 0.95, 1.0), (noise, 0.2, 0.47)):
-        found = probes.accuracies(x[:400], labels[:400], x[400:], labels[400:])
+        found = probes.accuracies(x[:400], labels[:400], x[400:], labels[400:], np.arange(len(x) - 400))
         for cell in found.values():
             assert low <= cell["mean"] <= high and 0 <= cell["sem"] < 0.04
     # What only a linear map sees: one informative direction among louder ones.
     hidden = np.concatenate([known * 0.1, rng.normal(size=(600, 40)) * 5], axis=1)
-    found = probes.accuracies(hidden[:400], labels[:400], hidden[400:], labels[400:])
+    found = probes.accuracies(hidden[:400], labels[:400], hidden[400:], labels[400:], np.arange(len(x) - 400))
     assert found["linear"]["mean"] > 0.85 > found["k-NN"]["mean"]

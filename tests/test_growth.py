@@ -13,6 +13,7 @@ from m4.config import Config, load_config
 from m4.modality import Features, Grid, Modalities, Sequence
 from m4.model import Model
 from m4.model_file import parameters, save_model
+from m4.nn import LoRA
 from m4.optim import OptimizerConfig
 from m4.sampler import Sampler
 from m4.sampling import Autoregressive, MaskGIT, Stage
@@ -55,6 +56,31 @@ def test_old_rows_and_outputs_are_the_same_bits(kind, small_model, modalities, m
         for i in range(len(modalities)):
             a, b = (np.asarray(parameters(nnx.state(m, nnx.Param))[table]) for m in (old, new))
             np.testing.assert_array_equal(a[rows[i] : rows[i + 1]], b[grown[i] : grown[i + 1]])
+
+
+def test_routed_pairs_follow_their_modalities(small_model, modalities, masking, make_batch, tmp_path):
+    """LoRA by modality, grown by a modality that comes first: each keeps its own pairs."""
+    routed = dataclasses.replace(small_model, lora=LoRA(rank=2, routed=True))
+    old = Model(routed, modalities, rngs=nnx.Rngs(7))
+    b = old.decoder.mlp.down.lora.b
+    b[...] = jax.random.normal(jax.random.key(0), b.shape)
+    save_model(old, tmp_path / "old.safetensors")
+    trainer = trainer_of(routed, Modalities([NEW["grid"], *modalities]), masking)
+    state = trainer.init()
+    params, report = load_weights(state.params, trainer.model, tmp_path / "old.safetensors")
+    assert not report.missing and not report.mismatched
+    new = trainer.trained(trainer.with_params(state, params))
+    batch = jax.tree.map(jnp.asarray, make_batch(4))
+    later = batch._replace(
+        inputs=batch.inputs._replace(modality=batch.inputs.modality + 1),
+        targets=batch.targets._replace(modality=batch.targets.modality + 1),
+    )
+    np.testing.assert_allclose(new(later), old(batch), atol=1e-5)  # a sum over one route more
+
+
+def test_nothing_to_train_is_an_error(small_model, modalities, masking):
+    with pytest.raises(ValueError, match="leave no parameter to train"):
+        _ = trainer_of(small_model, modalities, masking, freeze=("*",)).num_trained
 
 
 def test_projector_only(small_model, modalities, masking, make_batch):

@@ -131,6 +131,22 @@ def test_sequences_are_teacher_forced_reconstructible_and_within_budget(caption,
         assert len(kept) in reachable
 
 
+def test_a_sequence_that_is_cut_fills_its_slots():
+    """Wherever spans begin: as many targets as there are slots, or all of the sequence's."""
+    strategy = Strategy(inputs={"caption": 1.0}, targets={"caption": 1.0})
+    masking = Masking(num_inputs=12, num_targets=4, strategies=(strategy,))
+    num_cut = 0
+    for seed in range(200):
+        ids = np.append(np.arange(30, 30 + 2 + seed % 9), 3)
+        batch = mask_one(masking, {"caption": ids}, Modalities([CAPTION]), seed)
+        inputs, targets = tokens_of(batch.inputs, 0)["ids"], tokens_of(batch.targets, 0)["ids"]
+        kept = np.isin(inputs, ids)
+        total = len(ids) - kept.sum() + max((~kept).sum(), not len(inputs))  # what is masked, and sentinels
+        assert len(targets) == min(total, 4)
+        num_cut += total > 4
+    assert num_cut > 50
+
+
 @given(st.integers(0, 2**32), st.data())
 @settings(deadline=None, max_examples=60)
 def test_any_mixture_keeps_its_budgets(modalities, make_example, seed, data):
@@ -438,7 +454,7 @@ def check_sequence(r):
     example, found, _, _ = spans.inputs(one * r["input_budget"])
     agrees(np.bincount(example, minlength=count), r["input_valid"])
     agrees(np.bincount(example[is_sentinel(found)], minlength=count), r["sentinels_in_input"])
-    example, found, previous, _, position = spans.targets(one * (r["target_budget"] - 1), uniform[:, 1:])
+    example, found, previous, _, position = spans.targets(one * (r["target_budget"] - 1), uniform[:, 1:], False)
     # The original counts the opening sentinel, which is only read here.
     agrees(np.bincount(example, minlength=count) + 1, r["target_valid"])
     agrees(np.bincount(example[is_sentinel(found)], minlength=count) + 1, r["sentinels_in_target"])

@@ -1,5 +1,6 @@
 """Models between two: their ends, tables by modality, a sweep that keeps the best; scores from before a fine-tuning."""
 
+import dataclasses
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from m4.merging import interpolate, sweep
 from m4.modality import Grid, Modalities
 from m4.model import Model
 from m4.model_file import parameters
+from m4.nn import LoRA
 
 
 def arrays(model) -> dict[str, np.ndarray]:
@@ -38,14 +40,33 @@ def test_a_modality_of_the_second_alone_stays(small_model, modalities):
     np.testing.assert_array_equal(mixed["token_embedding"][:5], own["token_embedding"][:5])
     np.testing.assert_array_equal(mixed["token_embedding"][5:], arrays(a)["token_embedding"])
     np.testing.assert_array_equal(mixed["mask_token"], arrays(a)["mask_token"])
-    with pytest.raises(ValueError, match=r"lacks parameters of the first.*token_embedding\[infrared\]"):
+    with pytest.raises(ValueError, match=r"do not have the same parameters.*token_embedding\[infrared\]"):
         interpolate(b, a, 0.5)
+
+
+def test_lora_is_merged_before(small_model, modalities, make_batch):
+    """The ends are the two models' functions; what one has by its own has no middle."""
+    batch = jax.tree.map(jnp.asarray, make_batch(2))
+    a = Model(small_model, modalities, rngs=nnx.Rngs(0))
+    b = Model(dataclasses.replace(small_model, lora=LoRA(rank=2)), modalities, rngs=nnx.Rngs(0))
+    pair = b.decoder.mlp.down.lora.b
+    pair[...] = jax.random.normal(jax.random.key(0), pair.shape)
+    for alpha, end in ((0.0, a), (1.0, b)):
+        np.testing.assert_allclose(interpolate(a, b, alpha)(batch), end(batch), atol=1e-5)
+    with_adapters = Model(dataclasses.replace(small_model, adapter_size=2), modalities, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="do not have the same parameters.*adapter"):
+        interpolate(a, with_adapters, 0.5)
+    other = Model(dataclasses.replace(small_model, num_heads=4), modalities, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="different num_heads"):
+        interpolate(a, other, 0.5)
 
 
 def test_a_sweep_scores_and_keeps_the_best(whole_run, tmp_path, monkeypatch):
     results = sweep(whole_run, whole_run, [0, 1], tmp_path / "merged")
     scores = {k: r["normalised"] for k, r in json.loads((whole_run / "metrics.json").read_text()).items()}
-    assert results["0"] == results["1"] == pytest.approx(scores)
+    scores = {name: x for name, x in scores.items() if "_heldout" not in name}
+    assert results["test"]["0"] == results["test"]["1"] == pytest.approx(scores)
+    assert results["validation"]["0"] == results["validation"]["1"] != results["test"]["0"]
     assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == [
         "config.json", "merge.json", "merge.md", "merge.png", "model.safetensors", "tokenizers",
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from conftest import ROOT, environment
 from PIL import Image
 
 from m4 import pretokenize, shards
+from m4.components import from_json, save_tokenizer, to_json
 from m4.data import Dataset, Stream, TokenShards
 from m4.datasets.crops import Crops
 from m4.datasets.folders import Folders
@@ -30,6 +31,7 @@ from m4.records import compact, encode
 from m4.shards import Facts
 from m4.team import Team
 from m4_tokenizers.boxes import BoxRecipe
+from m4_tokenizers.classes import ClassRecipe
 from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.palette import PaletteRecipe
 from m4_tokenizers.stored import IdsRecipe, TokenizerFile
@@ -476,7 +478,21 @@ def test_a_tokenizer_may_come_from_a_file(dataset, tmp_path):
     second = prepare([dataset], recipes, tmp_path / "b", seed=0)
     assert as_bytes(records(first.tokens[0])) == as_bytes(records(second.tokens[0]))
     with pytest.raises(ValueError, match="nothing.safetensors is not a tokenizer file"):
-        Modalities([TokenizerFile(path=str(tmp_path / "nothing.safetensors")).modality])
+        TokenizerFile(path=str(tmp_path / "nothing.safetensors"))
+
+
+def test_a_config_knows_the_tokenizer_that_it_chose(tmp_path):
+    """Its JSON stands without the file; another tokenizer in the file's place is an error, not taken for it."""
+    file, recipe = tmp_path / "own.safetensors", ClassRecipe(classes=("cat", "dog"))
+    save_tokenizer(recipe.fit([], seed=0), file)
+    chosen = TokenizerFile(path=str(file))
+    assert chosen.fit([], seed=0).recipe == recipe
+    save_tokenizer(dataclasses.replace(recipe, classes=("dog", "cat")).fit([], seed=0), file)
+    assert chosen.modality == recipe.modality == TokenizerFile(path=str(file)).modality
+    with pytest.raises(ValueError, match="own.safetensors holds another tokenizer"):
+        chosen.fit([], seed=0)
+    file.unlink()
+    assert from_json(json.loads(json.dumps(to_json(chosen)))) == chosen
 
 
 def test_ids_under_a_modalitys_own_name_are_taken_as_they_are(tmp_path, root):

@@ -195,6 +195,7 @@ def compose(stamps: "Stamps", split: str, index: int) -> dict:
         "boxes": {"bbox": np.stack([_tight_box(instance == i + 1) for i in range(len(layers))]), "label": labels},
         "caption": " ".join(_sentence(layer.stamp.captions[language]) for layer in layers),
         "language": language,
+        **({"category": labels[0]} if len(labels) == 1 else {}),
     }
 
 
@@ -212,7 +213,7 @@ def _encode(stamps: "Stamps", split: str, indices: range) -> list[dict]:
     """The stored form of some examples: images as PNG bytes, depth in millimetres."""
     encoded = []
     for index in indices:
-        example = compose(stamps, split, index)
+        example = {name: x for name, x in compose(stamps, split, index).items() if name != "category"}
         for name in StampSplit.images:
             example[name] = png(example[name].astype(np.uint8))
         example["depth"] = np.round(example["depth"] * 1000).astype(np.uint16)
@@ -376,5 +377,6 @@ class StampSplit(BuiltSplit):
             "instance": stored["instance"].astype(np.int32),
             "boxes": {"bbox": np.stack(boxes["bbox"]), "label": [CATEGORIES[i] for i in boxes["label"]]},
             "caption": stored["caption"].decode(),
+            **({"category": CATEGORIES[boxes["label"][0]]} if len(boxes["label"]) == 1 else {}),
             "language": stored["language"].decode(),
         }

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import reduce
 from flax import nnx
 from jaxtyping import Float, Int
 from scipy.optimize import minimize
@@ -47,9 +48,14 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the linear probe's weight decay, chos
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A label of pictures: fitted on `num_train` of one split, scored on `num_test` of another."""
+    """A label of pictures: fitted on `num_train` of one split, scored on `num_test` of another.
+
+    `same`: a name in raw examples that is equal in several pictures of one thing ("": no two are), whose answers are
+    not independent: standard errors count things then, not pictures.
+    """
 
     label: str
+    same: str = ""
     source: Any = KINDS
     train: str = "heldout"
     test: str = "heldout"
@@ -63,8 +69,9 @@ class Probe:
     def name(self) -> str:
         return f"{type(self.source).__name__.lower()}: {self.label}"
 
-    def read(self, data_dir: str | os.PathLike) -> tuple[tuple[np.ndarray, np.ndarray], list, list]:
-        """Pictures [B H W 3] for training and for tests, which do not overlap; labels of the first, of the second."""
+    def read(self, data_dir: str | os.PathLike) -> tuple[tuple[np.ndarray, np.ndarray], list, list, list]:
+        """Pictures [B H W 3] for training and for tests, which do not overlap; labels of the first, of the second; of
+        what the test pictures are."""
         self.source.prepare(data_dir)
         parts = {split: bank(self.source, split, data_dir) for split in (self.train, self.test)}
         first = self.num_train if self.train == self.test else 0
@@ -73,7 +80,8 @@ class Probe:
         pictures, labels = zip(
             *((parts[s].rgb[r], [label(e) for e in parts[s].annotations[r]]) for s, r in ranges), strict=True
         )
-        return pictures, *labels
+        annotations = parts[self.test].annotations[ranges[1][1]]
+        return pictures, *labels, [e[self.same] if self.same else i for i, e in enumerate(annotations)]
 
 
 def whitened(
@@ -118,20 +126,30 @@ def linear(
     return (y @ found.reshape(shape)).argmax(1)
 
 
-def accuracies(train, labels, test, truth) -> dict[str, dict[str, float]]:
+def clustered(right: Float[np.ndarray, " B"], things: Int[np.ndarray, " B"]) -> dict[str, float | int]:
+    """Mean, and its standard error if answers about one thing are not independent (Liang & Zeger 1986)."""
+    _, number = np.unique(things, return_inverse=True)
+    sums = np.bincount(number, right - right.mean())
+    count = len(sums)
+    sem = (count / max(count - 1, 1) * (sums**2).sum()) ** 0.5 / len(right)
+    return {"mean": float(right.mean()), "sem": float(sem), "num_things": count}
+
+
+def accuracies(train, labels, test, truth, things) -> dict[str, dict[str, float | int]]:
     """{"k-NN", "linear": accuracy and its standard error}; the linear probe's decay is chosen on held-out training."""
     cut = len(train) * 4 // 5
     chosen = max(STRENGTHS, key=lambda s: (linear(train[:cut], labels[:cut], train[cut:], s) == labels[cut:]).mean())
     said = {"k-NN": neighbours(train, labels, test), "linear": linear(train, labels, test, chosen)}
-    right = {name: np.asarray(answers == truth, float) for name, answers in said.items()}
-    return {name: {"mean": float(r.mean()), "sem": float(r.std() / len(r) ** 0.5)} for name, r in right.items()}
+    return {name: clustered(np.asarray(answers == truth, float), things) for name, answers in said.items()}
 
 
 def default_probes() -> tuple[Probe, ...]:
     """Attributes of kinds that no training of scenes shows, and the categories of cut-outs, where these are there."""
     scenes = tuple(Probe(label=name) for name in ("shape", "colour", "size"))
     stamps = Stamps(max_objects=1, num_train=6000, num_validation=8, num_test=3000)
-    category = Probe(label="category", source=stamps, train="train", test="test", num_train=6000, num_test=3000)
+    category = Probe(
+        label="category", source=stamps, train="train", test="test", num_train=6000, num_test=3000, same="caption"
+    )
     return (*scenes, category)
 
 
@@ -149,16 +167,20 @@ def evaluate(workdir: str | Path, out: str | Path = "", probes: Seq[Probe] | Non
     for probe in probes or default_probes():
         where = dataclasses.replace(probe, label="category")
         try:
-            (pictures, *labels) = probe.read(run.config.data_dir)
+            pictures, *labels, things = probe.read(run.config.data_dir)
         except ValueError as error:
             if probes:
                 raise
             print(f"{probe.name} is left out: {error}", flush=True)
             continue
         if where not in known:
-            # Of raw pixels a quarter in each direction: a linear probe of all is slow, and no better.
-            small = [part[:, ::4, ::4].reshape(len(part), -1).astype(np.float32) / 255 for part in pictures]
-            known[where] = {"raw pixels": small}
+            # Of raw pixels the means of 4 x 4: a linear probe of all is slow.
+            known[where] = {
+                "raw pixels": [
+                    reduce(part.astype(np.float32) / 255, "b (h y) (w x) c -> b (h w c)", "mean", y=4, x=4)
+                    for part in pictures
+                ]
+            }
             for name, sampler in encoders.items():
                 progress = functools.partial(tqdm, desc=f"{type(probe.source).__name__.lower()}, {name}", unit="batch")
                 embed = functools.partial(features, sampler, progress=progress)
@@ -166,9 +188,10 @@ def evaluate(workdir: str | Path, out: str | Path = "", probes: Seq[Probe] | Non
         classes = sorted(set(labels[0]))
         seen = [i for i, label in enumerate(labels[1]) if label in classes]
         given, truth = (np.array([classes.index(x) for x in y]) for y in (labels[0], [labels[1][i] for i in seen]))
-        frequent = float((truth == np.bincount(given).argmax()).mean())
-        results[probe.name] = {"most frequent": {"k-NN": {"mean": frequent, "sem": 0.0}}} | {
-            name: accuracies(x, given, y[seen], truth) for name, (x, y) in known[where].items()
+        things = np.array(things)[seen]
+        frequent = clustered(np.asarray(truth == np.bincount(given).argmax(), float), things)
+        results[probe.name] = {"most frequent": {"k-NN": frequent}} | {
+            name: accuracies(x, given, y[seen], truth, things) for name, (x, y) in known[where].items()
         }
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "probes.json", json.dumps(results, indent=1).encode())

@@ -95,13 +95,14 @@ def missingness(
     for signal in whole if len(whole) > 1 else ():
         rest = tuple(name for name in whole if name != signal)
         rows: dict[str, dict[str, float]] = {signal: {}, f"presence of {signal}": {}}
-        for how in ("random", "by label", "flipped"):
-            known = present(labels, "by label" if how == "flipped" else how, num_classes, rng)
-            shown = present(truth, how, num_classes, rng)
-            mixed = [np.where(k[:, None], e[whole], e[rest]) for k, e in ((known, train), (shown, test))]
-            alone = [k[:, None].astype(float) for k in (known, shown)]
-            for row, (x, y) in zip(rows.values(), (mixed, alone), strict=True):
-                row[how] = float((linear(x, labels, y, DECAY) == truth).mean())
+        for hows in (("random",), ("by label", "flipped")):  # a probe of the first, tested on each
+            known = present(labels, hows[0], num_classes, rng)
+            shown = [present(truth, how, num_classes, rng) for how in hows]
+            mixed = [np.where(k[:, None], e[whole], e[rest]) for k, e in ((known, train), *((s, test) for s in shown))]
+            alone = [k[:, None].astype(float) for k in (known, *shown)]
+            for row, (x, *tests) in zip(rows.values(), (mixed, alone), strict=True):
+                right = linear(x, labels, np.concatenate(tests), DECAY).reshape(len(hows), -1) == truth
+                row |= dict(zip(hows, right.mean(1).tolist(), strict=True))
         result |= rows
     return result
 
@@ -112,15 +113,18 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Of a trained model (see `load_run`): subsets.json, .md and .png into `out` (default: `workdir`).
 
-    Samples are of the first data set's source, with a label of m4.evals.probes.LABELS. ValueError if it has none.
+    Samples are of the first data set's source, with a label of m4.evals.probes.LABELS: of its validation split, which
+    no training shows, for the probes to be fitted on, and of its test split. ValueError if it has no such label.
     """
     check("label", label, LABELS)
     started, out = time.monotonic(), Path(out or workdir)
     run = load_run(workdir)
     sampler, source = Sampler(run.model, run.tokenizers), run.config.datasets[0].source
+    if source is None:
+        raise ValueError(f"subsets need raw examples, and {run.config.datasets[0].label} has token shards only")
     source.prepare(run.config.data_dir)
     parts = []
-    for split, count in (("train", num_train), ("test", num_test)):
+    for split, count in (("validation", num_train), ("test", num_test)):
         examples = source.split(split, run.config.data_dir)
         parts.append([examples[i] for i in range(min(count, len(examples)))])
     signals = list(dict.fromkeys(m.signal for m in sampler.modalities if m.is_input and m.signal in parts[0][0]))
@@ -156,9 +160,10 @@ def evaluate(
 
 def table(results: Mapping[str, Any]) -> str:
     """Markdown: the matrix, then what missing signals do."""
+    sem = 0.5 / results["num_test"] ** 0.5
     lines = [
         f"Accuracy of {results['label']}, {results['num_train']} training and {results['num_test']} test samples; the "
-        f"most frequent class: {results['most frequent']:.3f}.",
+        f"most frequent class: {results['most frequent']:.3f}. Standard errors are at most {sem:.3f}.",
         "",
     ]
     for corner, part in (("train \\ test", "matrix"), ("missing", "missingness")):

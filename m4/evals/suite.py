@@ -43,7 +43,8 @@ class Direction:
     """One conditional task: input signals -> target signal by `scheme`, scored by `measure`.
 
     `guidance`: of the target's stage. `through`: what is generated on the way, from the inputs alone, for the target
-    to see (a layout before a picture).
+    to see (a layout before a picture). `dataset`: whose raw examples it is scored on, by label ("": the first data set
+    that has its signals).
     """
 
     name: str
@@ -53,6 +54,7 @@ class Direction:
     measure: Any
     guidance: Guidance | None = None
     through: tuple[Stage, ...] = ()
+    dataset: str = ""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -81,33 +83,50 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
         print(table(results), flush=True)
         return results
     started = time.monotonic()
-    splits, train = examples_of(config)
-    sampler = Sampler(run.model, run.tokenizers)
-    first, *_ = splits
-    results, predictions = score_all(sampler, config.evaluations, splits, train, seed)
-    if (before := _began_from(config)) is not None:
-        known = [d for d in config.evaluations if _knows(before, d)]
-        for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items():
-            results[key]["before"] = result["normalised"]
+    sampler, before = Sampler(run.model, run.tokenizers), _began_from(config)
+    results, sheets = {}, []
+    for directions, splits, train in examples_of(config):
+        scores, predictions = score_all(sampler, directions, splits, train, seed)
+        known = [d for d in directions if before is not None and _knows(before, d)]
+        for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items() if known else ():
+            scores[key]["before"] = result["normalised"]
+        results |= scores
+        first, *_ = splits
+        sheets.append(gallery(splits[first], predictions, directions, sampler))
     out.mkdir(parents=True, exist_ok=True)
-    write_png(out / "gallery.png", gallery(splits[first], predictions, config.evaluations, sampler))
+    write_png(out / "gallery.png", stacked(sheets))
     write_atomically(out / "metrics.json", json.dumps(results, indent=1).encode())
     write_atomically(stamp, json.dumps(made_from).encode())
     print(f"{table(results)}\n{out}/metrics.json, {out}/gallery.png in {time.monotonic() - started:.0f} s", flush=True)
     return results
 
 
-def examples_of(config: Any) -> tuple[dict[str, list[Any]], list[Any]]:
-    """Raw examples of each of a config's `eval_splits`, and those of training that baselines may see."""
-    source = config.datasets[0].source
-    if source is None:
-        raise ValueError(f"evaluation needs raw examples, and {config.datasets[0].label} has token shards only")
-    source.prepare(config.data_dir)
-    splits = {
-        name: _head(source.split(name, config.data_dir), config.num_eval_samples, f"{name} examples")
-        for name in config.eval_splits
-    }
-    return splits, _head(source.split("train", config.data_dir), NUM_BASELINE, "training examples (baselines)")
+def examples_of(
+    config: Any, names: Sequence[str] = (), num_train: int = NUM_BASELINE
+) -> list[tuple[list[Direction], dict[str, list[Any]], list[Any]]]:
+    """What to score on what: directions; raw examples of each split (default: a config's `eval_splits`); those of
+    training that baselines may see.
+
+    ValueError for directions that no data set has raw examples for.
+    """
+    left, groups = list(config.evaluations), []
+    for label, source in [(d.label, d.source) for d in config.datasets if d.source is not None]:
+        source.prepare(config.data_dir)
+        split = source.split((names or config.eval_splits)[0], config.data_dir)
+        has = {*split[0]} if left and len(split) else set()
+        here = [d for d in left if {*d.inputs, d.target} <= has and d.dataset in ("", label)]
+        left = [d for d in left if d not in here]
+        if here:
+            splits = {
+                name: _head(source.split(name, config.data_dir), config.num_eval_samples, f"{name} examples")
+                for name in names or config.eval_splits
+            }
+            train = _head(source.split("train", config.data_dir), num_train, "training examples (baselines)")
+            groups.append((here, splits, train))
+    if left:
+        wanted = "; ".join(f"{d.name}: {', '.join((*d.inputs, d.target))}" for d in left)
+        raise ValueError(f"no data set has raw examples with the signals of these evaluations: {wanted}")
+    return groups
 
 
 def score_all(
@@ -142,20 +161,28 @@ def _began_from(config: Any) -> Sampler | None:
 
 
 def _knows(sampler: Sampler, direction: Direction) -> bool:
-    signals = {*direction.inputs, *(stage.target for stage in direction.stages)}
-    return signals <= {name for m in sampler.modalities for name in (m.signal, m.name)}
+    try:
+        for name in direction.inputs:
+            sampler.modalities.as_input(name)
+        for stage in direction.stages:
+            sampler.modalities.as_target(stage.target)
+    except ValueError:
+        return False
+    return True
 
 
 def sample_gallery(config: Any, model: Any, tokenizers: Mapping[str, Any], step: int, *, count: int = 6) -> np.ndarray:
     """Pictures of what a model makes of the first validation examples; also in FOLDER/galleries/STEP.png."""
-    source, sampler = config.datasets[0].source, Sampler(model, dict(tokenizers))
-    split = source.split("validation", config.data_dir)
-    examples = [split[i] for i in range(min(count, len(split)))]
-    predictions = {
-        d.name: sampler({name: [e[name] for e in examples] for name in d.inputs}, d.stages, seed=0)[d.target]
-        for d in config.evaluations
-    }
-    picture = gallery(examples, predictions, config.evaluations, sampler, rows=count)
+    sampler, sheets = Sampler(model, dict(tokenizers)), []
+    few = dataclasses.replace(config, num_eval_samples=count)
+    for directions, splits, _ in examples_of(few, ["validation"], 0):
+        examples = splits["validation"]
+        predictions = {
+            d.name: sampler({name: [e[name] for e in examples] for name in d.inputs}, d.stages, seed=0)[d.target]
+            for d in directions
+        }
+        sheets.append(gallery(examples, predictions, directions, sampler, rows=count))
+    picture = stacked(sheets)
     write_png(config.folder / "galleries" / f"{step:07d}.png", picture)
     return picture
 
@@ -194,14 +221,22 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def stacked(sheets: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 pictures one below the other, white beside the narrower ones."""
+    width = max(x.shape[1] for x in sheets)
+    return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in sheets])
+
+
 def gallery(examples, predictions, directions: Sequence[Direction], sampler: Sampler, *, rows: int = 10):
     """uint8 picture: rows = samples; columns = the inputs and truths, then the prediction of each direction."""
     signals = list(dict.fromkeys(name for d in directions for name in (*d.inputs, d.target)))
     columns = [(f"{s} (truth)", s, [e[s] for e in examples]) for s in signals]
     columns += [(d.name.replace("_", " "), d.target, predictions[d.name]) for d in directions]
-    return contact_sheet(
-        [
-            ("", {title: sampler.tokenizer(s).draw(values[r], image=e["rgb"]) for title, s, values in columns})
-            for r, e in enumerate(examples[:rows])
-        ]
-    )
+    tiles = [
+        {
+            title: sampler.tokenizer(s).draw(values[r], image=e["rgb"] if "rgb" in e else None)
+            for title, s, values in columns
+        }
+        for r, e in enumerate(examples[:rows])
+    ]
+    return contact_sheet([("", row) for row in tiles])

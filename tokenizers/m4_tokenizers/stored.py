@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from m4.checkpoints import tokenizer_file
-from m4.components import closest, from_json, load_tokenizer, packaged, to_json
+from m4.components import closest, from_json, load_tokenizer, packaged, to_json, tokenizer_hash
 from m4.modality import Features, Grid, Modality, Tokenizer
 
 TILE = 128  # pixels
@@ -25,20 +25,31 @@ TILE = 128  # pixels
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerFile:
-    """The tokenizer in a file, as it is. ValueError if there is none."""
+    """The tokenizer in a file, as it is. ValueError if there is none.
+
+    `modality` and `digest` (of what it computes) are read from the file: a run's config stands without it, and no
+    stage of preparation takes another tokenizer under the same name for it.
+    """
 
     path: str
+    modality: Modality | None = None
+    digest: str = ""
 
-    @property
-    def modality(self) -> Modality:
-        return load_tokenizer(Path(self.path)).modality
+    def __post_init__(self):
+        if self.modality is None:
+            tokenizer = load_tokenizer(Path(self.path))
+            object.__setattr__(self, "modality", tokenizer.modality)
+            object.__setattr__(self, "digest", tokenizer_hash(tokenizer))
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         """Anything: nothing is fitted."""
         return example
 
     def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> Tokenizer:
-        return load_tokenizer(Path(self.path))
+        tokenizer = load_tokenizer(Path(self.path))
+        if (found := tokenizer_hash(tokenizer)) != self.digest:
+            raise ValueError(f"{self.path} holds another tokenizer ({found}) than when it was chosen ({self.digest})")
+        return tokenizer
 
 
 def tokenizers_of(run: str) -> tuple[TokenizerFile, ...]:

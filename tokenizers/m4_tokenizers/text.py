@@ -168,6 +168,15 @@ class TextRecipe:
         return tokenizer
 
 
+def draw_text(text: str) -> np.ndarray:
+    """uint8 [H W 3]: the text, wrapped, in black on a white tile."""
+    tile = Image.new("RGB", (128, 128), "white")
+    printable = text.encode("latin-1", "replace").decode("latin-1")  # all that PIL's built-in font has
+    lines = textwrap.wrap(printable, 20)[:9]
+    ImageDraw.Draw(tile).multiline_text((4, 4), "\n".join(lines), fill="black", spacing=3)
+    return np.asarray(tile)
+
+
 class TextTokenizer:
     def __init__(
         self, *, recipe: TextRecipe, pieces: list[str], merges: list[list[str]], split_words: bool, card: dict[str, Any]
@@ -241,12 +250,7 @@ class TextTokenizer:
         (Path(folder) / f"{self.modality.signal}.txt").write_text(signal + "\n", encoding="utf-8")
 
     def draw(self, signal: str, *, image: np.ndarray | None) -> np.ndarray:
-        """The text, wrapped, in black on a white tile."""
-        tile = Image.new("RGB", (128, 128), "white")
-        printable = signal.encode("latin-1", "replace").decode("latin-1")  # all that PIL's built-in font has
-        lines = textwrap.wrap(printable, 20)[:9]
-        ImageDraw.Draw(tile).multiline_text((4, 4), "\n".join(lines), fill="black", spacing=3)
-        return np.asarray(tile)
+        return draw_text(signal)
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         config = {

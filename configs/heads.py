@@ -1,0 +1,66 @@
+"""A classification head and a dense head on a pretrained model: what a cut-out is, and which pixels are of it.
+
+    python train.py configs/quickstart.py
+    apt-get install tuxpaint-stamps-default
+    python train.py configs/heads.py
+
+Heads are modalities: one token for the class of a sample, a grid of tokens for the classes of its pixels. Test stamps
+are of no training. On 2 CPU cores: TIME. Results: RESULTS.
+"""
+
+import dataclasses
+
+from m4.config import load_config
+from m4.data import Dataset
+from m4.datasets.stamps import CATEGORIES, Stamps
+from m4.evals.classes import ClassAccuracy, ClassMapAccuracy
+from m4.evals.suite import Direction
+from m4.masking import Strategy
+from m4.optim import OptimizerConfig
+from m4.sampling import MaskGIT
+from m4_tokenizers.classes import ClassRecipe
+from m4_tokenizers.networks import PatchEncoder
+from m4_tokenizers.semseg import SemanticRecipe
+from m4_tokenizers.stored import tokenizers_of
+
+quickstart = load_config("configs/quickstart.py")
+classes = ("nothing", *CATEGORIES)
+category = ClassRecipe(signal="category", classes=CATEGORIES)
+semseg = SemanticRecipe(
+    num_classes=len(classes), class_names=classes, encoder=PatchEncoder(num_blocks=0), num_steps=300
+)
+heads = Strategy(inputs={"rgb_pixels": 1.0}, targets={"category": 1.0, "semseg_tokens": 1.0}, keep="all")
+best = MaskGIT(steps=1, temperature=0)
+
+config = dataclasses.replace(
+    quickstart,
+    name="heads",
+    init_from="runs/quickstart",
+    tokenizers=(*tokenizers_of("runs/quickstart"), category, semseg),
+    datasets=(
+        Dataset(source=Stamps(max_objects=1, num_train=6000), strategies=(heads,), name="stamps"),
+        dataclasses.replace(quickstart.datasets[0], name="rehearsal"),
+    ),
+    masking=dataclasses.replace(quickstart.masking, num_targets=65),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+    num_steps=300,
+    evaluations=(
+        Direction(
+            name="rgb_to_category",
+            inputs=("rgb",),
+            target="category",
+            scheme=best,
+            measure=ClassAccuracy(),
+            dataset="stamps",
+        ),
+        Direction(
+            name="rgb_to_semseg",
+            inputs=("rgb",),
+            target="semseg",
+            scheme=best,
+            measure=ClassMapAccuracy(),
+            dataset="stamps",
+        ),
+        *(dataclasses.replace(d, dataset="rehearsal") for d in quickstart.evaluations),
+    ),
+)

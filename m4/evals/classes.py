@@ -1,0 +1,60 @@
+"""Accuracy of classes: of whole samples, and of every pixel.
+
+H rows, W columns
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassAccuracy:
+    """`value` is the share of samples whose label (a string) is right."""
+
+    signal: str = "category"
+
+    @property
+    def metric(self) -> str:
+        return f"accuracy of {self.signal}"
+
+    def score(self, predictions: Sequence[str], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+        return {"value": float(np.mean([p == e[self.signal] for p, e in zip(predictions, examples, strict=True)]))}
+
+    def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """The most frequent label."""
+        label = collections.Counter(e[self.signal] for e in train).most_common(1)[0][0]
+        return self.score([label] * len(examples), examples)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassMapAccuracy:
+    """Maps int [H W] of classes, 0 = background. `value` is the share of pixels that are an object's, in truth or in
+    the prediction, whose class is right; `foreground` is the same of object or not."""
+
+    signal: str = "semseg"
+
+    @property
+    def metric(self) -> str:
+        return f"accuracy of {self.signal} on objects"
+
+    def score(self, predictions: Sequence[np.ndarray], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+        found, truth = np.stack(predictions), np.stack([e[self.signal] for e in examples])
+        objects = (found > 0) | (truth > 0)
+        count = max(int(objects.sum()), 1)
+        return {
+            "value": float(((found == truth) & objects).sum() / count),
+            "foreground": float(((found > 0) & (truth > 0)).sum() / count),
+        }
+
+    def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """The better of two maps for every example: each pixel's most frequent class, or that of objects alone."""
+        maps = np.stack([e[self.signal] for e in train])
+        counts = np.stack([(maps == k).sum(axis=0) for k in range(maps.max() + 1)])
+        choices = counts.argmax(axis=0), counts[1:].argmax(axis=0) + 1
+        return max((self.score([c] * len(examples), examples) for c in choices), key=lambda x: x["value"])
