@@ -33,20 +33,24 @@ def main(c) -> None:
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
     team = Team(index=jax.process_index(), count=jax.process_count())
+    saved = checkpoints.Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every)
+    sources = [source for source in (c.init_from, c.teacher) if source and not saved.latest]
+    if sources:
+        tokenizers = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, splits=(), team=team).tokenizers
+        for source in sources:
+            checkpoints.check_tokenizers(source, tokenizers)
     prepared = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, team=team)
     for m in c.modalities if team.index == 0 else ():
         write_atomically(checkpoints.tokenizer_file(c.folder, m), prepared.tokenizer_files[m.name].read_bytes())
 
     # The model, its optimizer and the example stream: from the last checkpoint, else from the start.
     if teacher is not None:
-        checkpoints.check_tokenizers(teacher.source, teacher.tokenizers, prepared.tokenizers)
         teacher = teacher.on(mesh)
     stream = Stream(
         prepared.shards("train"), c.datasets, c.masking, c.modalities, batch_size=c.batch_size, seed=c.seed,
         process_index=part, process_count=num_parts, num_workers=c.num_workers,
         place=functools.partial(sharding.shard_batch, mesh=mesh),
     )  # fmt: skip
-    saved = checkpoints.Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every)
     first_step = saved.latest
     if first_step:
         parts, position = saved.restore(trainer.abstract_state.parts())
@@ -56,7 +60,7 @@ def main(c) -> None:
     else:
         state = trainer.init()
         if c.init_from:
-            params, report = checkpoints.load_weights(state.params, trainer.model, c.init_from, prepared.tokenizers)
+            params, report = checkpoints.load_weights(state.params, trainer.model, c.init_from)
             state = trainer.with_params(state, params)
             print(f"weights of {c.init_from}:\n{report}", flush=True)
 

@@ -3,11 +3,11 @@
 Trains configs/thermal.py (500 samples of the new modality; or another config with `init_from`) with several seeds, each
 as it is and from random parameters ("scratch": the same samples, batches and steps); on request also without rehearsal.
 Prints one JSON line for each run, then a table of normalised scores: means over seeds, their standard errors, and for
-tasks that the pretrained model knows its own score ("before"). Writes the same to new_modality.json:
+tasks that the pretrained model knows its own score ("before"). Writes new_modality.json:
 
     {DIRECTION: {VARIANT: {"mean", "sem", "num_seeds"}, ...}, ..., "old_tasks": {TASK: {"before", "after", ...}}}
 
-"after" and its "sem" and "num_seeds" are those of the first variant.
+"after" and its "sem" and "num_seeds" are those of the first variant that began from the pretrained model.
 """
 
 import argparse
@@ -41,21 +41,20 @@ def variant(config: Config, name: str, seed: int) -> Config:
     return dataclasses.replace(config, datasets=datasets, seed=seed, workdir=workdir, **options)
 
 
-def summary(runs: list[dict[str, dict]], task: str) -> dict[str, float | int]:
-    """Of the normalised scores of several seeds."""
+def summary(runs: list[dict[str, dict]], task: str) -> dict[str, float | int | None]:
+    """Of the normalised scores of several seeds; one has no standard error."""
     x = np.array([r[task]["normalised"] for r in runs])
-    sem = float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else 0.0
+    sem = float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else None
     return {"mean": float(x.mean()), "sem": sem, "num_seeds": len(x)}
 
 
 def figures(results: dict[str, list[dict[str, dict]]]) -> dict[str, dict]:
     """What is written; `results`: metrics of each seed by variant."""
-    first, *_ = results.values()
-    before = {t: r["before"] for runs in results.values() for run in runs for t, r in run.items() if "before" in r}
-    found: dict[str, dict] = {
-        task: {name: summary(runs, task) for name, runs in results.items()} for task in first[0] if task not in before
-    }
-    old = {task: summary(first, task) for task in before}
+    kept = [runs for runs in results.values() if any("before" in r for r in runs[0].values())]
+    before = {task: r["before"] for task, r in kept[0][0].items() if "before" in r} if kept else {}
+    tasks = [task for task in next(iter(results.values()))[0] if task not in before]
+    found: dict[str, dict] = {t: {name: summary(runs, t) for name, runs in results.items()} for t in tasks}
+    old = {task: summary(kept[0], task) for task in before}
     after = {task: {"after": x["mean"], "sem": x["sem"], "num_seeds": x["num_seeds"]} for task, x in old.items()}
     return found | {"old_tasks": {task: {"before": before[task], **x} for task, x in after.items()}}
 
@@ -65,11 +64,13 @@ def table(results: dict[str, list[dict[str, dict]]]) -> str:
     tasks = list(next(iter(results.values()))[0])
     lines = [f"| trained from | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
     for name, runs in results.items():
-        cells = ["{mean:.3f} ± {sem:.3f}".format(**summary(runs, task)) for task in tasks]
+        found = [summary(runs, task) for task in tasks]
+        cells = [f"{x['mean']:.3f}" + ("" if x["sem"] is None else f" ± {x['sem']:.3f}") for x in found]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    old = figures(results)["old_tasks"]
-    cells = [f"{old[task]['before']:.3f}" if task in old else "" for task in tasks]
-    return "\n".join([*lines, f"| (before) | {' | '.join(cells)} |"]) + "\n"
+    if old := figures(results)["old_tasks"]:
+        cells = [f"{old[task]['before']:.3f}" if task in old else "" for task in tasks]
+        lines.append(f"| (before) | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

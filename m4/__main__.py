@@ -1,4 +1,4 @@
-"""`python -m m4 VERB`: pretokenize, data, plan, generate, evaluate, demo, export, convert."""
+"""`python -m m4 VERB`: pretokenize, data, plan, generate, evaluate, demo, export, merge, convert."""
 
 from __future__ import annotations
 
@@ -183,9 +183,9 @@ def export(argv: list[str]) -> None:
 def merge(argv: list[str]) -> None:
     """RUN_A RUN_B --out DIR: scores the models between two that are fine-tuned from one, and keeps the best.
 
-    Writes merge.json, merge.md and merge.png (normalised scores over alpha), and the model whose scores have the
-    highest mean into DIR, for RUN elsewhere to name it. Directions are those of RUN_B's config. A modality that only
-    one of the two has keeps its parameters.
+    Writes merge.json, merge.md and merge.png (normalised validation scores over alpha; test scores of both ends and of
+    the best), and the model whose validation scores have the highest mean into DIR, for RUN elsewhere to name it.
+    Directions are those of RUN_B's config. A modality that RUN_B alone has keeps its parameters.
     """
     parser = argparse.ArgumentParser(
         prog="python -m m4 merge", description=merge.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -53,8 +53,8 @@ def merged(model: Model) -> Model:
 
 
 def save_small(model: Model, path: str | Path, patterns: tuple[str, ...] = ()) -> None:
-    """Writes the parameters that `OptimizerConfig.train` would choose by these patterns (default: all of SMALL that
-    there are), rows of tables as TABLE[MODALITY], as a safetensors file. ValueError for one that fits none."""
+    """Writes the parameters that fit any of these patterns of `OptimizerConfig.train` (default: all of SMALL that there
+    are), rows of tables as TABLE[MODALITY], as a safetensors file. ValueError for a pattern that fits none."""
     arrays = by_modality(model)
     chosen = {p: {n for n in arrays if fits(n, p) or fits(n.partition("[")[0], p)} for p in patterns or SMALL}
     if not patterns:
@@ -74,8 +74,7 @@ def load_small(model: Model, path: str | Path) -> Model:
     shape, or for another LoRA."""
     file, own = TensorFile.read(path), by_modality(model)
     check_names(file, {name: own[name].shape for name in file.entries if name in own}, [])
-    if any(".lora." in name for name in file.entries) and file.metadata["m4_lora"] != json.dumps(
-        to_json(model.config.lora)
-    ):
-        raise ValueError(f"{path} was trained with lora={file.metadata['m4_lora']}; the model has {model.config.lora}")
+    own_lora = json.dumps(to_json(model.config.lora))
+    if any(".lora." in name for name in file.entries) and file.metadata["m4_lora"] != own_lora:
+        raise ValueError(f"{path} was trained with lora={file.metadata['m4_lora']}; the model has {own_lora}")
     return with_pieces(model, {name: file.tensor(name) for name in file.entries})

@@ -162,13 +162,15 @@ def write_run(run: TrainedModel, out: str | Path, *, dtype: str = "BF16") -> Non
     write_atomically(out / "config.json", json.dumps(to_json(config), indent=1).encode())
 
 
-def check_tokenizers(source: str, theirs: Mapping[str, Tokenizer], own: Mapping[str, Tokenizer]) -> None:
-    """ValueError unless the tokenizers that a trained model (at `source`) has in common with a run compute the same."""
+def check_tokenizers(source: str | Path, own: Mapping[str, Tokenizer]) -> None:
+    """ValueError unless the tokenizers that a trained model has in common with a run compute the same. `source`: see
+    `load_run`; of a model file none are known."""
+    theirs = {} if Path(source).is_file() else load_run(source).tokenizers
     for name in [name for name in theirs if name in own]:
         if tokenizer_hash(theirs[name]) != tokenizer_hash(own[name]):
             raise ValueError(
-                f"{source!r} has another tokenizer of {name} than this run, for which its weights mean nothing; its "
-                f"own are m4_tokenizers.stored.tokenizers_of({source!r}), and a modality of another name is new"
+                f"{source} has another tokenizer of {name} than this run, for which its weights mean nothing; its own "
+                f"are m4_tokenizers.stored.tokenizers_of('{source}'), and a modality of another name is new"
             )
 
 
@@ -190,48 +192,42 @@ class LoadedWeights:
         return "\n".join(parts)
 
 
-def load_weights(
-    params: Any, model: Model, source: str | Path, tokenizers: Mapping[str, Tokenizer] = {}
-) -> tuple[Any, LoadedWeights]:
+def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, LoadedWeights]:
     """Parameters with all that fits of a trained model (see `load_run`) or a model file; each stays where it is.
 
     Tables are matched by modality, so that a model with further modalities keeps the old ones' rows bit for bit. The
     new rows stay as they were drawn, but with the spread of the old ones, for the model to tell them apart.
-    ValueError if nothing fits, or if one of `tokenizers` (this model's) computes something else than the other's.
+    ValueError if nothing fits.
     """
-    if Path(source).is_file():
-        other = load_model(source)
-    else:
-        run = load_run(source)
-        other = run.model
-        check_tokenizers(str(source), run.tokenizers, tokenizers)
+    source = Path(source)
+    other = load_model(source) if source.is_file() else load_run(source).model
     theirs = {name: np.asarray(x) for name, x in parameters(nnx.state(other, nnx.Param)).items()}
     report = LoadedWeights([], [], [], [])
     names, rows, old_rows = model.modalities.names, model.table_rows, other.table_rows
     flat, used = [], set()
     routed = all(m.config.lora is not None and m.config.lora.routed for m in (model, other))
+    shared = [(names.index(m), j) for j, m in enumerate(other.modalities.names) if m in names]
 
     def put(x, value, first, name):
         if value.shape != (x.shape if first is None else (first[1] - first[0], *x.shape[1:])):
             report.mismatched.append(f"{name} {list(value.shape)} instead of {list(x.shape)}")
             return x
         report.loaded.append(name)
-        return _set(x, value.astype(x.dtype), None if first is None else first[:1])
+        return _set(x, value.astype(x.dtype), first)
 
     for path, variable in nnx.to_flat_state(params):
         name, x = ".".join(map(str, path)), variable[...]
         if path[0] in STACKS:
             for i in range(x.shape[0]):
                 block = ".".join(map(str, (path[0], i, *path[1:])))
-                if block in theirs and routed and path[-2] == "lora":  # [block, route of a modality, ...]
+                if block in theirs:
                     used.add(block)
-                    for r, j in [(names.index(m), j) for j, m in enumerate(other.modalities.names) if m in names]:
-                        if theirs[block].shape[1:] == x.shape[2:]:
-                            x = _set(x, theirs[block][j].astype(x.dtype)[None, None], (i, r))
-                            report.loaded.append(f"{block}[{other.modalities.names[j]}]")
-                elif block in theirs:
-                    used.add(block)
-                    x = put(x, theirs[block][None], (i, i + 1), block)
+                    value = theirs[block]
+                    if routed and path[-2] == "lora" and value.shape[1:] == x.shape[2:]:  # a pair for each modality
+                        value = np.array(jax.device_get(x[i]))
+                        for r, j in shared:
+                            value[r] = theirs[block][j]
+                    x = put(x, value[None], (i, i + 1), block)
                 else:
                     report.new.append(block)
         elif name in rows:
@@ -284,9 +280,9 @@ def _at_scale(x: jax.Array, rows: tuple[int, int], spread: float) -> jax.Array:
     return jax.jit(scale, out_shardings=x.sharding)(x)
 
 
-def _set(x: jax.Array, value: np.ndarray, at: tuple[int, ...] | None) -> jax.Array:
-    """x with a value from the host in its place, or from a place in its first axes on; cut over devices as x is."""
-    if at is None:
+def _set(x: jax.Array, value: np.ndarray, rows: tuple[int, int] | None) -> jax.Array:
+    """x with a value from the host in its place, or in place of some rows; cut over devices as x is."""
+    if rows is None:
         return jax.make_array_from_callback(x.shape, x.sharding, lambda index: value[index])
-    write = functools.partial(jax.lax.dynamic_update_slice, start_indices=(*at, *[0] * (x.ndim - len(at))))
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=rows[0], axis=0)
     return jax.jit(write, out_shardings=x.sharding)(x, value)

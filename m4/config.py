@@ -105,13 +105,17 @@ class Config:
             raise ValueError(f"distill={self.distill} must be above 0 and at most 1; for none of it, teacher is empty")
         if not 0 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile={self.profile} must be the first and the last step, in this order")
-        if self.gallery_every and not (self.evaluations and self.datasets and self.datasets[0].source is not None):
-            raise ValueError("gallery_every needs evaluations, and a first data set with raw examples")
+        if self.gallery_every and not (self.evaluations and any(d.source is not None for d in self.datasets)):
+            raise ValueError("gallery_every needs evaluations, and a data set with raw examples")
         if not self.eval_splits or len(set(self.eval_splits)) < len(self.eval_splits):
             raise ValueError(f"eval_splits={self.eval_splits} must be different names, at least one")
         self.masking.check(self.modalities)
         if self.contrast is not None:
             self.contrast.check(self.modalities)
+            mixtures = [*self.masking.strategies, *(s for d in self.datasets for s in d.strategies)]
+            groups = self.contrast.a, self.contrast.b
+            if not any(all({*names} & {*s.inputs} for names in groups) for s in mixtures):
+                raise ValueError(f"contrast: no masking strategy has inputs of both {groups[0]} and {groups[1]}")
             if self.micro_batches > 1:
                 raise ValueError(
                     f"contrast compares rows of the whole batch, which micro_batches={self.micro_batches} would cut; "
@@ -120,6 +124,9 @@ class Config:
         labels = [d.label for d in self.datasets]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"a run needs data sets of different names, and has {labels}; set Dataset(name=...)")
+        names = [d.name for d in self.evaluations]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluations must have different names, and have {names}")
         for direction in self.evaluations:
             if direction.dataset and direction.dataset not in labels:
                 near = closest(direction.dataset, labels)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from flax import nnx
 
 from m4 import sharding
 from m4.checkpoints import load_run
-from m4.modality import Tokenizer
 from m4.model import Model
 from m4.model_file import load_model
 from m4.step import Trainer
@@ -36,11 +34,9 @@ from m4.step import Trainer
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A trained model and its tokenizers (of a model file none are known)."""
+    """A trained model."""
 
-    source: str
     model: Model
-    tokenizers: Mapping[str, Tokenizer]
 
     def abstract(self, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
         """`on` without numbers."""
@@ -61,12 +57,7 @@ def load_teacher(trainer: Trainer) -> Teacher:
     ValueError unless it predicts what the trainer's model does, and the mesh divides it.
     """
     c, student, source = trainer.c, trainer.model, Path(trainer.c.teacher)
-    if source.is_file():
-        teacher = Teacher(c.teacher, load_model(source), {})
-    else:
-        run = load_run(source)
-        teacher = Teacher(c.teacher, run.model, run.tokenizers)
-    model = teacher.model
+    model = load_model(source) if source.is_file() else load_run(source).model
     for theirs, own in itertools.zip_longest(model.modalities, student.modalities):
         if theirs != own:
             raise ValueError(
@@ -80,4 +71,4 @@ def load_teacher(trainer: Trainer) -> Teacher:
             "only: their output tables have different rows; give this model the teacher's embeddings"
         )
     sharding.check_sizes(c.batch_size, c.masking.num_targets, c.micro_batches, model.config.width, trainer.mesh)
-    return teacher
+    return Teacher(model)

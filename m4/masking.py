@@ -133,16 +133,21 @@ class Masking:
             inputs, capacity = inputs - held_back, capacity + held_back
         num_targets = np.full(len(examples), self.num_targets)
         targets, share = _split(table.targets[chosen] * (lengths > 0), num_targets, draws, 1)
+        cut = uniform[:, 4 + len(modalities) :]
         if self.budgets == "filled":
             targets = _fill(np.minimum(targets, capacity), share, capacity, num_targets, uniform[:, 3])
+            # A sequence that is cut may begin too late to use all its slots: they go to grids.
+            used = np.where(is_sequence, 0, targets)
+            example, *_, modality, _ = spans.targets(targets, cut)
+            np.add.at(used, (example, modality), 1)
+            targets = _fill(used, share, np.where(is_sequence, used, capacity), num_targets, uniform[:, 3])
         else:
             targets = np.minimum(np.where(is_sequence, targets - 1, targets), capacity)
 
         rows = _Grids.of(examples, modalities, lengths, inputs, targets, draws)
-        cut = spans.targets(targets, uniform[:, 4 + len(modalities) :], self.budgets == "filled")
         return MaskedBatch(
             Tokens(*_pack(len(examples), self.num_inputs, [rows.inputs(), spans.inputs(inputs)])),
-            Targets(*_pack(len(examples), self.num_targets, [rows.targets(), cut])),
+            Targets(*_pack(len(examples), self.num_targets, [rows.targets(), spans.targets(targets, cut)])),
             rows.features(examples, modalities, self.num_inputs),
         )
 
@@ -295,7 +300,7 @@ def mask_spans(ids: np.ndarray, masked: np.ndarray, first_sentinel: int) -> tupl
     one = np.zeros(1, int)
     spans = _Spans(one, one, ids[None], np.ones((1, len(ids)), bool), masked[None], one + first_sentinel)
     _, inputs, _, _ = spans.inputs(np.full((1, 1), len(ids)))
-    _, targets, _, _, _ = spans.targets(np.full((1, 1), 2 * len(ids) + 1), np.zeros((1, 1)), True)
+    _, targets, _, _, _ = spans.targets(np.full((1, 1), 2 * len(ids) + 1), np.zeros((1, 1)))
     return inputs.astype(np.int32), np.append(first_sentinel, targets).astype(np.int32)
 
 
@@ -359,12 +364,12 @@ class _Spans:
         row, _ = np.nonzero(shown)
         return self.example[row], ids, self.modality[row], (np.cumsum(shown, axis=1) - 1)[shown]
 
-    def targets(self, budgets, uniform, filled: bool):
+    def targets(self, budgets, uniform):
         """(example, ids, previous, modality, position) of every decoder slot, at most `budgets` for a sequence.
 
         Columns: sentinel before token 0, token 0, sentinel before token 1, token 1, ..., closing sentinel. What is too
-        long begins at the sentinel of a randomly chosen span (not the closing one). If it would leave slots unused, it
-        begins at the last one that does not (`filled`), or, as in the original, at the first one that does.
+        long begins at the sentinel of a randomly chosen span (not the closing one); where fewer tokens than slots come
+        after it, at the first sentinel of which that is true, as in the original, for ends to be targets too.
         """
         (kept,) = np.nonzero(budgets[self.example, self.modality] > 0)
         num_rows, num_columns = len(kept), 2 * self.ids.shape[1] + 1
@@ -380,12 +385,9 @@ class _Spans:
         number = np.cumsum(is_sentinel, axis=1) - 1
         choice = np.floor(uniform[self.example[kept], self.modality[kept]] * np.maximum(self.num_spans[kept], 1))
         chosen = (rank * (is_sentinel & (number == choice[:, None]))).sum(1)
-        spare = total - budget
-        if filled:
-            other = np.where(is_sentinel & (rank <= spare[:, None]), rank, 0).max(1, initial=0)
-        else:
-            other = np.where(is_sentinel & (rank >= spare[:, None]), rank, num_columns).min(1, initial=num_columns)
-        start = np.where(chosen > spare, other, chosen) * (total > budget)
+        enough = is_sentinel & (rank >= (total - budget)[:, None])
+        earliest = np.where(enough, rank, num_columns).min(1, initial=num_columns)
+        start = np.where(chosen > total - budget, earliest, chosen) * (total > budget)
         shown &= (rank >= start[:, None]) & (rank <= (start + budget)[:, None])
         row, _ = np.nonzero(shown)
         ids, position = ids[shown], (rank - start[:, None])[shown] - 1

@@ -25,14 +25,17 @@ from m4.model import Model
 from m4.model_file import by_modality, with_pieces
 from m4.sampler import Sampler
 
+# What may differ: how a model is computed and was trained.
+FREE = ("dtype", "mimetic_init", "encoder_drop_path", "decoder_drop_path", "remat", "unroll")
+
 
 def interpolate(a: Model, b: Model, alpha: float) -> Model:
     """A model like b. ValueError if one has parameters that the other lacks, but for b's further modalities."""
     a, b = (model if model.config.lora is None else merged(model) for model in (a, b))
     theirs, own = by_modality(a), by_modality(b)
-    for field in ("num_heads", "position_base", "embedding_scale"):  # same shapes, another function
-        if getattr(a.config, field) != getattr(b.config, field):
-            raise ValueError(f"models with different {field} have no model between them")
+    for f in dataclasses.fields(a.config):
+        if f.name not in FREE and getattr(a.config, f.name) != getattr(b.config, f.name):
+            raise ValueError(f"models with different {f.name} have no model between them")
     new = {n for n in own if n.endswith("]") and n.split("[")[1][:-1] not in a.modalities.names}
     new |= {f"feature_projections.{m}.{part}" for m in b.modalities.names for part in ("kernel", "bias")} - {*theirs}
     wrong = [f"{n} {list(x.shape)}" for n, x in theirs.items() if n not in own or own[n].shape != x.shape]
@@ -53,12 +56,13 @@ def sweep(
         raise ValueError(f"alphas must be finite numbers, at least one; got {list(alphas)}")
     if not b.config.evaluations:
         raise ValueError(f"the config of {run_b} names no evaluations")
-    check_tokenizers(str(run_a), a.tokenizers, b.tokenizers)
+    check_tokenizers(run_a, b.tokenizers)
     interpolate(a.model, b.model, alphas[0])  # says what does not fit before any work
+    examples = {split: examples_of(b.config, [split]) for split in ("validation", "test")}
 
     def score(alpha: float, split: str) -> dict[str, float]:
         sampler, found = Sampler(interpolate(a.model, b.model, alpha), b.tokenizers), {}
-        for directions, splits, train in examples_of(b.config, [split]):
+        for directions, splits, train in examples[split]:
             scores, _ = score_all(sampler, directions, splits, train, 0, f"alpha {alpha:g}, {split}, ")
             found |= {key: r["normalised"] for key, r in scores.items()}
         return found
@@ -68,9 +72,11 @@ def sweep(
         results["validation"][f"{alpha:g}"] = score(alpha, "validation")
         print(table(results), flush=True)
     best = max(alphas, key=lambda x: np.mean([*results["validation"][f"{x:g}"].values()]))
-    for alpha in sorted({alphas[0], best, alphas[-1]}):
+    for alpha in sorted({min(alphas), best, max(alphas)}):
         results["test"][f"{alpha:g}"] = score(alpha, "test")
-    write_run(dataclasses.replace(b, model=interpolate(a.model, b.model, best)), out, dtype="F32")
+    chosen = interpolate(a.model, b.model, best)
+    config = dataclasses.replace(b.config, model=chosen.config)
+    write_run(dataclasses.replace(b, model=chosen, config=config), out, dtype="F32")
     write_atomically(out / "merge.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "merge.md", table(results).encode())
     curves(results["validation"], out / "merge.png")

@@ -85,10 +85,13 @@ class ModelConfig(BlockConfig):
         super().__post_init__()
         if min(self.width, self.num_heads, self.encoder_depth, self.decoder_depth, self.hidden, self.unroll) < 1:
             raise ValueError(f"every size must be at least 1: {self}")
-        if not 0 <= self.separate_depth < max(self.encoder_depth, 1) or min(self.shot_depth, self.match_size) < 0:
+        extras = ("shot_depth", "match_size", "num_registers", "adapter_size")
+        if wrong := {name: value for name in extras if (value := getattr(self, name)) < 0}:
+            raise ValueError(f"sizes must be at least 0: {wrong}")
+        if not 0 <= self.separate_depth < max(self.encoder_depth, 1):
             raise ValueError(
                 f"separate_depth={self.separate_depth} must be at least 0 and less than encoder_depth="
-                f"{self.encoder_depth}; shot_depth={self.shot_depth} and match_size={self.match_size} at least 0"
+                f"{self.encoder_depth}"
             )
         if not (0 <= self.encoder_drop_path < 1 and 0 <= self.decoder_drop_path < 1):
             raise ValueError(f"encoder_drop_path and decoder_drop_path must lie within [0, 1): {self}")

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,22 +155,29 @@ def from_parameters(state: Any, array_of: Callable[[str], np.ndarray]) -> Any:
 
 
 def by_modality(model: Model) -> dict[str, Any]:
-    """`parameters` of a model, with the rows of its tables as TABLE[MODALITY]."""
+    """`parameters` of a model, with the rows of its tables as TABLE[MODALITY], and so the pairs of routed LoRA."""
     found = parameters(nnx.state(model, nnx.Param))
-    for table, rows in model.table_rows.items():
+    for table, rows in _shares(model, found).items():
         x = found.pop(table)
         names = enumerate(model.modalities.names)
         found |= {f"{table}[{m}]": x[rows[i] : rows[i + 1]] for i, m in names if rows[i] < rows[i + 1]}
     return found
 
 
+def _shares(model: Model, names: Iterable[str]) -> dict[str, Sequence[int]]:
+    """Parameters of which each modality has some rows: where those of modality i begin, and the end."""
+    routed = model.config.lora is not None and model.config.lora.routed
+    pairs = [name for name in names if routed and ".lora." in name]
+    return {**model.table_rows, **dict.fromkeys(pairs, range(len(model.modalities) + 1))}
+
+
 def with_pieces(model: Model, pieces: Mapping[str, Any]) -> Model:
     """A model with these in place of its own, by the names of `by_modality`."""
     found = {**by_modality(model), **pieces}
-    for table in model.table_rows:
+    graph, state = nnx.split(model, nnx.Param)
+    for table in _shares(model, parameters(state)):
         parts = [found[name] for m in model.modalities.names if (name := f"{table}[{m}]") in found]
         found[table] = jnp.concatenate([jnp.asarray(x) for x in parts])
-    graph, state = nnx.split(model, nnx.Param)
     return nnx.merge(graph, from_parameters(state, lambda name: found[name]))
 
 

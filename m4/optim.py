@@ -33,6 +33,11 @@ class OptimizerConfig:
     train: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        for field in ("train", "freeze"):
+            if isinstance(patterns := getattr(self, field), str):
+                raise ValueError(f"{field}={patterns!r} must be a tuple of patterns: ({patterns!r},)")
+
     def schedule(self, num_steps: int) -> optax.Schedule:
         warmup = min(self.warmup_steps, max(1, num_steps // 2))
         return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, num_steps)

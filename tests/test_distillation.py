@@ -219,7 +219,7 @@ def test_a_run_is_distilled_and_resumed(data_dir, tmp_path):
 
     write_run(whole, tmp_path / "exported")
     assert load_run(tmp_path / "exported").config.teacher == ""
-    check_tokenizers("x", whole.tokenizers, whole.tokenizers)
+    check_tokenizers(tmp_path / "w", whole.tokenizers)
     swapped = {**whole.tokenizers, "rgb_tokens": whole.tokenizers["depth_tokens"]}
-    with pytest.raises(ValueError, match="'x' has another tokenizer of rgb_tokens.*tokenizers_of"):
-        check_tokenizers("x", whole.tokenizers, swapped)
+    with pytest.raises(ValueError, match="has another tokenizer of rgb_tokens.*tokenizers_of"):
+        check_tokenizers(tmp_path / "w", swapped)

@@ -131,20 +131,23 @@ def test_sequences_are_teacher_forced_reconstructible_and_within_budget(caption,
         assert len(kept) in reachable
 
 
-def test_a_sequence_that_is_cut_fills_its_slots():
-    """Wherever spans begin: as many targets as there are slots, or all of the sequence's."""
-    strategy = Strategy(inputs={"caption": 1.0}, targets={"caption": 1.0})
-    masking = Masking(num_inputs=12, num_targets=4, strategies=(strategy,))
-    num_cut = 0
-    for seed in range(200):
-        ids = np.append(np.arange(30, 30 + 2 + seed % 9), 3)
-        batch = mask_one(masking, {"caption": ids}, Modalities([CAPTION]), seed)
+def test_slots_that_a_cut_sequence_leaves_go_to_grids():
+    """Wherever its cut begins, all slots are used; its end is a target as often as a middle."""
+    grid = Grid(name="depth_tokens", signal="depth", vocab_size=7, shape=(3, 4))
+    strategy = Strategy(inputs={"caption": 1.0}, targets={"caption": 3.0, "depth_tokens": 1.0})
+    masking = Masking(num_inputs=12, num_targets=6, strategies=(strategy,))
+    num_cut, ends = 0, 0
+    for seed in range(300):
+        ids = np.append(np.arange(30, 32 + seed % 9), 3)
+        example = {"caption": ids, "depth_tokens": np.zeros(12, np.uint8)}
+        batch = mask_one(masking, example, Modalities([CAPTION, grid]), seed)
+        assert batch.targets.valid.all()
         inputs, targets = tokens_of(batch.inputs, 0)["ids"], tokens_of(batch.targets, 0)["ids"]
-        kept = np.isin(inputs, ids)
-        total = len(ids) - kept.sum() + max((~kept).sum(), not len(inputs))  # what is masked, and sentinels
-        assert len(targets) == min(total, 4)
-        num_cut += total > 4
-    assert num_cut > 50
+        hidden = np.setdiff1d(ids, inputs)
+        is_cut = 0 < np.isin(targets, ids).sum() < len(hidden)
+        num_cut += is_cut and 3 in hidden
+        ends += is_cut and 3 in targets
+    assert num_cut > 50 and ends > num_cut / 5
 
 
 @given(st.integers(0, 2**32), st.data())
@@ -454,7 +457,7 @@ def check_sequence(r):
     example, found, _, _ = spans.inputs(one * r["input_budget"])
     agrees(np.bincount(example, minlength=count), r["input_valid"])
     agrees(np.bincount(example[is_sentinel(found)], minlength=count), r["sentinels_in_input"])
-    example, found, previous, _, position = spans.targets(one * (r["target_budget"] - 1), uniform[:, 1:], False)
+    example, found, previous, _, position = spans.targets(one * (r["target_budget"] - 1), uniform[:, 1:])
     # The original counts the opening sentinel, which is only read here.
     agrees(np.bincount(example, minlength=count) + 1, r["target_valid"])
     agrees(np.bincount(example[is_sentinel(found)], minlength=count) + 1, r["sentinels_in_target"])

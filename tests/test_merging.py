@@ -54,7 +54,7 @@ def test_lora_is_merged_before(small_model, modalities, make_batch):
     for alpha, end in ((0.0, a), (1.0, b)):
         np.testing.assert_allclose(interpolate(a, b, alpha)(batch), end(batch), atol=1e-5)
     with_adapters = Model(dataclasses.replace(small_model, adapter_size=2), modalities, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="do not have the same parameters.*adapter"):
+    with pytest.raises(ValueError, match="different adapter_size"):
         interpolate(a, with_adapters, 0.5)
     other = Model(dataclasses.replace(small_model, num_heads=4), modalities, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="different num_heads"):

@@ -57,4 +57,5 @@ class ClassMapAccuracy:
         maps = np.stack([e[self.signal] for e in train])
         counts = np.stack([(maps == k).sum(axis=0) for k in range(maps.max() + 1)])
         choices = counts.argmax(axis=0), counts[1:].argmax(axis=0) + 1
-        return max((self.score([c] * len(examples), examples) for c in choices), key=lambda x: x["value"])
+        choice = max(choices, key=lambda c: self.score([c] * len(train), train)["value"])
+        return self.score([choice] * len(examples), examples)

@@ -36,8 +36,9 @@ class MapAccuracy:
         # Of all intervals as long as two tolerances that begin at a value, the one with most values.
         ends = np.searchsorted(seen, seen + 2 * self.tolerance, side="right")
         best = seen[np.argmax(ends - np.arange(len(seen)))] + self.tolerance
-        constants = np.mean(maps, axis=0), np.full_like(maps[0], best)
-        return max((self.score([c] * len(examples), examples) for c in constants), key=lambda x: x["value"])
+        constants = np.mean(maps, axis=0), np.full(maps[0].shape, best, np.float32)
+        constant = max(constants, key=lambda c: self.score([c] * len(train), train)["value"])
+        return self.score([constant] * len(examples), examples)
 
 
 def _where(example: dict[str, Any]) -> Any:

@@ -50,7 +50,7 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the linear probe's weight decay, chos
 class Probe:
     """A label of pictures: fitted on `num_train` of one split, scored on `num_test` of another.
 
-    `same`: a name in raw examples that is equal in several pictures of one thing ("": no two are), whose answers are
+    `same`: what is equal in several pictures of one thing, as "caption" ("": no two are), whose answers are
     not independent: standard errors count things then, not pictures.
     """
 
@@ -126,7 +126,7 @@ def linear(
     return (y @ found.reshape(shape)).argmax(1)
 
 
-def clustered(right: Float[np.ndarray, " B"], things: Int[np.ndarray, " B"]) -> dict[str, float | int]:
+def clustered(right: Float[np.ndarray, " B"], things: np.ndarray) -> dict[str, float | int]:
     """Mean, and its standard error if answers about one thing are not independent (Liang & Zeger 1986)."""
     _, number = np.unique(things, return_inverse=True)
     sums = np.bincount(number, right - right.mean())

@@ -108,7 +108,7 @@ def missingness(
 
 
 def evaluate(
-    workdir: str | Path, out: str | Path = "", *, label: str = "number of objects", num_train: int = 2000,
+    workdir: str | Path, out: str | Path = "", *, label: str = "number of objects", num_train: int = 512,
     num_test: int = 1000, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Of a trained model (see `load_run`): subsets.json, .md and .png into `out` (default: `workdir`).
@@ -160,10 +160,9 @@ def evaluate(
 
 def table(results: Mapping[str, Any]) -> str:
     """Markdown: the matrix, then what missing signals do."""
-    sem = 0.5 / results["num_test"] ** 0.5
     lines = [
         f"Accuracy of {results['label']}, {results['num_train']} training and {results['num_test']} test samples; the "
-        f"most frequent class: {results['most frequent']:.3f}. Standard errors are at most {sem:.3f}.",
+        f"most frequent class: {results['most frequent']:.3f}.",
         "",
     ]
     for corner, part in (("train \\ test", "matrix"), ("missing", "missingness")):

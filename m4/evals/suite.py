@@ -26,6 +26,7 @@ from m4.sampler import Sampler
 from m4.sampling import Guidance, Stage
 
 NUM_BASELINE = 2000  # training examples that the trivial baselines see
+NUM_PROBED = 8  # examples of a split that tell which signals a data set has
 
 
 class Measure(Protocol):
@@ -88,7 +89,7 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
     for directions, splits, train in examples_of(config):
         scores, predictions = score_all(sampler, directions, splits, train, seed)
         known = [d for d in directions if before is not None and _knows(before, d)]
-        for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items() if known else ():
+        for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items():
             scores[key]["before"] = result["normalised"]
         results |= scores
         first, *_ = splits
@@ -111,18 +112,21 @@ def examples_of(
     """
     left, groups = list(config.evaluations), []
     for label, source in [(d.label, d.source) for d in config.datasets if d.source is not None]:
+        if not any(d.dataset in ("", label) for d in left):
+            continue
         source.prepare(config.data_dir)
-        split = source.split((names or config.eval_splits)[0], config.data_dir)
-        has = {*split[0]} if left and len(split) else set()
+        try:
+            splits = {name: source.split(name, config.data_dir) for name in names or config.eval_splits}
+        except ValueError:  # it has no such split
+            continue
+        some = [split[i] for split in splits.values() for i in range(min(NUM_PROBED, len(split)))]
+        has = set.intersection(*({*e} for e in some)) if some else set()
         here = [d for d in left if {*d.inputs, d.target} <= has and d.dataset in ("", label)]
         left = [d for d in left if d not in here]
         if here:
-            splits = {
-                name: _head(source.split(name, config.data_dir), config.num_eval_samples, f"{name} examples")
-                for name in names or config.eval_splits
-            }
+            heads = {name: _head(s, config.num_eval_samples, f"{name} examples") for name, s in splits.items()}
             train = _head(source.split("train", config.data_dir), num_train, "training examples (baselines)")
-            groups.append((here, splits, train))
+            groups.append((here, heads, train))
     if left:
         wanted = "; ".join(f"{d.name}: {', '.join((*d.inputs, d.target))}" for d in left)
         raise ValueError(f"no data set has raw examples with the signals of these evaluations: {wanted}")

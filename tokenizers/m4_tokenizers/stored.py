@@ -117,7 +117,11 @@ class Ids:
         Image.fromarray(self.draw(signal, image=image)).save(Path(folder) / f"{self.modality.name}.png")
 
     def draw(self, signal: np.ndarray, *, image: np.ndarray | None) -> UInt8[np.ndarray, "H W 3"]:
-        """One colour for each id, drawn at random but always the same."""
+        """One colour for each id, drawn at random but always the same; vectors as rows of grey."""
+        if isinstance(self.modality, Features):
+            rows = np.asarray(signal, np.float32)
+            grey = np.interp(rows, [rows.min(), max(rows.max(), rows.min() + 1e-6)], [0, 255]).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=-1)
         shape = self.modality.shape if isinstance(self.modality, Grid) else (1, len(signal))
         rows, columns = shape if len(shape) == 2 else (1, len(signal))
         colours = np.random.default_rng(0).integers(40, 256, (self.modality.vocab_size, 3)).astype(np.uint8)
