@@ -174,8 +174,9 @@ def compose(stamps: "Stamps", split: str, index: int) -> dict:
 
     rgb uint8 [H W C]; depth float32 [H W] metres; semseg int32 [H W], 0 backdrop, 1.. CATEGORIES; instance int32 [H W],
     0 backdrop, i + 1 the i-th object; boxes: bbox float32 [n 4], tight around visible pixels, label: n categories;
-    caption; language: its code; category, of an object that is alone. Objects are listed from near to far; one that would
-    be nearly hidden is left out of the picture too. A pixel belongs to the nearest cut-out that covers at least half of it.
+    caption; language: its code; category, of an object that is alone. Objects are listed from near to far; one that
+    would be nearly hidden is left out of the picture too. A pixel belongs to the nearest cut-out that covers at least
+    half of it.
     """
     rng = np.random.default_rng([stamps.seed, SPLITS.index(split), index])
     backdrop = gradient(stamps.size, rng)
