@@ -53,9 +53,9 @@ config = dataclasses.replace(
     datasets=(
         episodes(FastBinding(ways=1, max_shots=4), 0.1),  # copying, where there is nothing to choose
         episodes(FastBinding(max_shots=4), 0.2),
-        episodes(OperatorInduction(form="text", max_shots=4), 0.05),
-        episodes(OperatorInduction(max_shots=4), 0.1),
-        episodes(Counting(max_shots=4), 0.55),
+        episodes(OperatorInduction(form="text", max_shots=4), 0.1),
+        episodes(OperatorInduction(max_shots=4), 0.3),
+        episodes(Counting(max_shots=4), 0.3),
     ),
     tokenizers=(*tokenizers_of(pretrained), text),
     masking=dataclasses.replace(quickstart.masking, num_inputs=352, num_targets=18),
@@ -63,7 +63,7 @@ config = dataclasses.replace(
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
     loss="token",
     batch_size=32,
-    num_steps=1000,
+    num_steps=800,
     evaluations=(),
     fewshot=FewShot(
         tasks=tuple(
