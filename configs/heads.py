@@ -38,7 +38,12 @@ config = dataclasses.replace(
     init_from="runs/quickstart",
     tokenizers=(*tokenizers_of("runs/quickstart"), category, semseg),
     datasets=(
-        Dataset(source=Stamps(max_objects=1, num_train=6000), strategies=(heads,), name="stamps"),
+        Dataset(
+            source=Stamps(max_objects=1, num_train=6000),
+            signals=("rgb", "category", "semseg"),
+            strategies=(heads,),
+            name="stamps",
+        ),
         dataclasses.replace(quickstart.datasets[0], name="rehearsal"),
     ),
     masking=dataclasses.replace(quickstart.masking, num_targets=65),

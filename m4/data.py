@@ -65,7 +65,8 @@ class Dataset:
     strategies (default: those of the config's masking). crops: aligned random crops, m4.datasets.crops.Crops.
     skip_bad: the greatest share of examples that pre-tokenization may skip because they cannot be read (0: none).
     shots: its examples are those of episodes, one after the other, and are masked so (then `strategies` are not used).
-    name: default the source's class, or the folder.
+    signals: which signals of raw examples are tokenized (default: all that the model has). name: default the source's
+    class, or the folder.
     """
 
     source: Any = None
@@ -75,6 +76,7 @@ class Dataset:
     crops: Any = None
     skip_bad: float = 0.0
     shots: ShotMasking | None = None
+    signals: tuple[str, ...] = ()
     name: str = ""
 
     def __post_init__(self):
@@ -84,6 +86,8 @@ class Dataset:
             raise ValueError(f"data set {self.label}: weight={self.weight} must be positive; leave it out instead")
         if not 0 <= self.skip_bad < 1:
             raise ValueError(f"data set {self.label}: skip_bad={self.skip_bad} must be at least 0 and less than 1")
+        if self.tokens and self.signals:
+            raise ValueError(f"data set {self.label}: signals={self.signals} are chosen when tokens are made")
         if self.tokens and self.crops:
             raise ValueError(f"data set {self.label}: token shards cannot be cropped; pretokenize again with crops")
         if self.shots and (self.skip_bad or self.strategies):

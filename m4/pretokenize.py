@@ -86,7 +86,8 @@ def prepare(
             else:
                 source = [to_json(dataset.source), signatures[dataset.label], dataset.skip_bad]
                 crops = [to_json(dataset.crops), seed * bool(dataset.crops)]
-                key = fingerprint([VERSION, hashes, source, crops])
+                signals = [[*dataset.signals]] if dataset.signals else []
+                key = fingerprint([VERSION, hashes, source, crops, *signals])
                 folder = data_dir / "tokens" / f"{dataset.label}-{key}"
                 for split in splits:
                     pretokenize(dataset, files, folder, split, data_dir=data_dir, seed=seed, others=others)

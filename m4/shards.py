@@ -18,7 +18,7 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from m4.components import load_tokenizer, replacing, tokenizer_hash, write_atomically
+from m4.components import closest, load_tokenizer, replacing, tokenizer_hash, write_atomically
 from m4.data import VERSION, Dataset
 from m4.modality import Features, Tokenizer
 from m4.records import encode, is_tokenized, named_error
@@ -28,9 +28,27 @@ NUM_NAMED = 100  # skipped examples that the manifest names
 
 
 def raw_examples(dataset: Dataset, split: str, data_dir: Path, seed: int) -> Seq[dict[str, Any]]:
-    """What is tokenized of a data set: its source's examples, or aligned crops of them."""
+    """What is tokenized of a data set: its source's examples, or aligned crops of them, or chosen signals of these."""
     examples = dataset.source.split(split, data_dir)
-    return dataset.crops.of(examples, seed=seed) if dataset.crops else examples
+    examples = dataset.crops.of(examples, seed=seed) if dataset.crops else examples
+    return Chosen(examples, dataset.signals) if dataset.signals else examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen(Seq):
+    """Examples with some of their signals alone. ValueError for one that has none of them."""
+
+    examples: Seq[dict[str, Any]]
+    signals: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        if not {*self.signals} & {*example}:
+            raise ValueError(f"none of signals={self.signals}; {closest(self.signals[0], [*example])}")
+        return {name: x for name, x in example.items() if name in (*self.signals, "id", "file")}
 
 
 @dataclasses.dataclass

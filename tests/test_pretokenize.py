@@ -551,3 +551,15 @@ def test_bad_arguments_are_named(arguments, message, tmp_path):
     command = [sys.executable, "-m", "m4", "pretokenize", "tests/tiny_config.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
     assert done.returncode != 0 and message in done.stderr + done.stdout, done.stderr
+
+
+def test_signals_are_chosen(dataset, tmp_path):
+    """Only these are tokenized, and stored under a key of their own; one that no example has is named."""
+    whole = prepare([dataset], RECIPES, tmp_path, seed=0)
+    part = prepare([dataclasses.replace(dataset, signals=("rgb", "caption"))], RECIPES, tmp_path, seed=0)
+    assert part.tokens != whole.tokens
+    for some, every in zip(records(part.tokens[0]), records(whole.tokens[0]), strict=True):
+        assert "boxes" not in some and "caption" in some
+        assert all((x == every[name]).all() for name, x in some.items())
+    with pytest.raises(ValueError, match="none of signals=.'captoin',.*caption"):
+        prepare([dataclasses.replace(dataset, signals=("captoin",))], RECIPES[1:2], tmp_path / "b", seed=0)
