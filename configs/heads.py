@@ -5,8 +5,9 @@
     python train.py configs/heads.py
 
 Heads are modalities: one token for the class of a sample, a grid of tokens for the classes of its pixels. Test stamps
-are of no training. On 2 CPU cores: 12 minutes with preparation, beside other work. Results: category (of 16) 0.344 right
-(most frequent 0.230), classes of object pixels 0.141 (best constant map 0.017, bound 0.722); old tasks lose nothing.
+are of no training. On 2 CPU cores: 12 minutes with preparation, beside other work. Results: category (of 16) 0.344
+right (most frequent 0.230), classes of object pixels 0.141 (best constant map 0.017, bound 0.722); old tasks lose
+nothing.
 """
 
 import dataclasses
