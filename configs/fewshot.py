@@ -4,8 +4,8 @@
     python train.py configs/fewshot.py
     python -m m4 evaluate runs/fewshot --suite fewshot
 
-On 2 CPU cores: 20 minutes with preparation, its evaluation 16, beside other work. Held-out kinds under new names, 2 of them, 4 examples:
-0.925 right where chance is 0.5 (all figures: README, "In-context examples").
+On 2 CPU cores, beside other work: 20 minutes with preparation, its evaluation 16. Held-out kinds under new names, 2 of
+them, 4 examples: 0.925 right where chance is 0.5 (all figures: README, "In-context examples").
 """
 
 import dataclasses
