@@ -18,6 +18,7 @@ from m4.evals.episodes.operators import OperatorInduction
 from m4.evals.episodes.renamed import Renamed
 from m4.evals.episodes.source import EpisodeSource
 from m4.evals.fewshot import FewShot
+from m4.masking import Strategy
 from m4.optim import OptimizerConfig
 from m4.shots import ShotMasking
 from m4_tokenizers.stored import tokenizers_of
@@ -28,6 +29,9 @@ pretrained = "runs/quickstart"
 
 # Answers are spelled in bytes, in a modality of their own: names that nobody has used before, and numbers.
 text = TextRecipe(name="text", signal="text", max_length=12, num_sentinels=3, num_bins=0, vocab_size=4 + 3 + 32 + 256)
+
+
+captions = Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0}, keep="all")
 
 
 def in_text(task):
@@ -51,15 +55,16 @@ config = dataclasses.replace(
     name="fewshot",
     init_from=pretrained,
     datasets=(
+        dataclasses.replace(quickstart.datasets[0], name="captions", strategies=(captions,), weight=0.2),
         episodes(FastBinding(ways=1, max_shots=4), 0.1),  # copying, where there is nothing to choose
         episodes(FastBinding(max_shots=4), 0.2),
         episodes(OperatorInduction(form="text", max_shots=4), 0.1),
-        episodes(OperatorInduction(max_shots=4), 0.3),
-        episodes(Counting(max_shots=4), 0.3),
+        episodes(OperatorInduction(max_shots=4), 0.05),
+        episodes(Counting(max_shots=4), 0.35),
     ),
     tokenizers=(*tokenizers_of(pretrained), text),
     masking=dataclasses.replace(quickstart.masking, num_inputs=352, num_targets=18),
-    model=dataclasses.replace(quickstart.model, separate_depth=2, match_size=32),
+    model=dataclasses.replace(quickstart.model, separate_depth=2, match_size=32, match_words="caption"),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
     loss="token",
     batch_size=32,

@@ -39,10 +39,10 @@ config = dataclasses.replace(
     tokenizers=(*tokenizers_of("runs/quickstart"), thermal),
     datasets=(
         Dataset(source=ThermalScenes(seed=1, num_train=500), strategies=(there, back, finish), name="thermal"),
-        dataclasses.replace(quickstart.datasets[0], name="rehearsal"),
+        dataclasses.replace(quickstart.datasets[0], name="rehearsal", weight=2.0),
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
-    num_steps=200,
+    num_steps=300,
     evaluations=(
         Direction(
             name="rgb_to_thermal",

@@ -16,7 +16,7 @@ from m4.contrastive import Contrast
 from m4.data import Dataset
 from m4.losses import Weighting
 from m4.masking import Masking
-from m4.modality import Modalities
+from m4.modality import Modalities, Sequence
 from m4.model import ModelConfig
 from m4.optim import OptimizerConfig
 from m4.sharding import MeshConfig
@@ -110,6 +110,10 @@ class Config:
         if not self.eval_splits or len(set(self.eval_splits)) < len(self.eval_splits):
             raise ValueError(f"eval_splits={self.eval_splits} must be different names, at least one")
         self.masking.check(self.modalities)
+        if words := self.model.match_words:
+            texts = [m.name for m in self.modalities if isinstance(m, Sequence) and m.is_target]
+            if words not in texts:
+                raise ValueError(f"match_words: unknown text modality {words!r}; {closest(words, texts)}")
         if self.contrast is not None:
             self.contrast.check(self.modalities)
             mixtures = [*self.masking.strategies, *(s for d in self.datasets for s in d.strategies)]

@@ -10,7 +10,13 @@ mean of the prompt's examples, since it is their differences that tell them apar
 nothing to choose, and no match. Made for examples of one image and answers in text: further images of an example have
 addresses of their own, and are compared as if they were examples.
 
-B batch, C context slots, M target slots, S addresses, D width, R numbers of a vector, N heads
+What matters in one prompt does not in the next: examples that count cylinders are alike where they show as many. So
+examples are compared by `Words` too. Of each image it is estimated how often each word of a caption would be said of
+it, which captions teach (a bottleneck of concepts, Koh et al. 2020); of these words those matter in which examples with
+equal answers are alike and others are not (the alignment of a kernel with labels, Cristianini et al. 2001). No word has
+parameters of its own there, so that a word counts in a prompt that never did in training.
+
+B batch, C context slots, M target slots, S addresses, D width, R numbers of a vector, N heads, V words
 """
 
 from __future__ import annotations
@@ -23,24 +29,60 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from m4.modality import Modalities, Sequence
-from m4.tokens import NUM_SHOTS, Tokens
+from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, Tokens
+
+MODALITY = 1 << 20  # above any id of a token
 
 
 class Matches(NamedTuple):
-    """Unit vectors of examples by address, those of the context's tokens (zero unless labelled), and their weight."""
+    """Vectors of examples by address and of the context's tokens (zero unless labelled), whose products say how alike
+    they are, and weights. `words`: how often each would be said of an address (None: not compared so)."""
 
     examples: Float[Array, "B S R"]
     keys: Float[Array, "B C R"]
-    weight: Float[Array, " N"]
+    weight: Float[Array, "N R"]
+    words: Float[Array, "B S V"] | None
+
+
+class Words(nnx.Module):
+    """How often each word would be said of what an address shows, and which examples are alike where it matters."""
+
+    def __init__(self, width: int, num_words: int, num_heads: int, *, rngs: nnx.Rngs):
+        self.hidden = nnx.Param(jax.random.normal(rngs.params(), (width, width)) * width**-0.5)
+        self.hidden_bias = nnx.Param(jnp.zeros(width))
+        self.out, self.out_bias = nnx.Param(jnp.zeros((width, num_words))), nnx.Param(jnp.zeros(num_words))
+        self.sharpness, self.threshold = nnx.Param(jnp.ones(())), nnx.Param(jnp.full((), 0.25))
+        self.choice = nnx.Param(jnp.full((), 16.0))
+        self.weight = nnx.Param(jnp.full((num_heads,), 16.0))
+
+    def __call__(self, x: Float[Array, "B C D"], images: Float[Array, "B C S"]) -> Float[Array, "B S V"]:
+        """images: 1 where a token is one of the image of an address. A mean over tokens: a part of them will do."""
+        x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        x = jax.nn.gelu(x @ self.hidden[...] + self.hidden_bias[...][None, None])
+        share = images / jnp.maximum(images.sum(1, keepdims=True), 1)
+        return 4 * jnp.einsum("bcs,bcd->bsd", share, x) @ self.out[...] + self.out_bias[...][None, None]
+
+    def alike(
+        self, words: Float[Array, "B S V"], labelled: Bool[Array, "B S"], same: Bool[Array, "B S S"]
+    ) -> Float[Array, "B S S"]:
+        """In [0, 1], by the words that tell labelled examples with the `same` text from others. Words are not trained
+        by what they are good for here: they would lose their meaning."""
+        words = jax.lax.stop_gradient(words)
+        kernels = jnp.exp(-self.sharpness[...] * (words[:, :, None] - words[:, None]) ** 2)
+        pairs = jnp.triu(labelled[:, :, None] & labelled[:, None], 1) * (same - self.threshold[...])
+        alignment = jnp.einsum("bij,bijv->bv", pairs, kernels)
+        return jnp.einsum("bijv,bv->bij", kernels, jax.nn.softmax(self.choice[...] * alignment))
 
 
 class Matching(nnx.Module):
-    """Examples -> Matches, from what the encoder's first blocks made of each."""
+    """Examples -> Matches, from what the encoder's first blocks made of each. num_words: of the text modality by whose
+    words examples are compared (0: of none)."""
 
-    def __init__(self, width: int, size: int, num_heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, size: int, num_heads: int, num_words: int = 0, *, rngs: nnx.Rngs):
         self.score = nnx.Param(jnp.zeros((width, 1)))
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (width, size)) * width**-0.5)
         self.weight = nnx.Param(jnp.full((num_heads,), 4.0))
+        self.words = Words(width, num_words, num_heads, rngs=rngs) if num_words else None
 
     def __call__(self, x: Float[Array, "B C D"], inputs: Tokens, modalities: Modalities) -> Matches:
         """x: of the inputs alone, without registers. An example is the mean of its image's tokens, by learned weights;
@@ -58,8 +100,50 @@ class Matching(nnx.Module):
         labelled = (of * is_text[..., None]).any(1) & ~(of * asked[..., None]).any(1)
         labelled &= (jnp.arange(NUM_SHOTS) > 0)[None]
         labelled &= labelled.sum(1, keepdims=True) > 1
-        keys = at_address(vectors * labelled[..., None], inputs.shot)
-        return Matches(vectors, keys * inputs.valid[..., None], self.weight[...])
+        keys = at_address(vectors * labelled[..., None], inputs.shot) * inputs.valid[..., None]
+        weight = jnp.broadcast_to(self.weight[...][:, None], (len(self.weight[...]), keys.shape[-1]))
+        if self.words is None:
+            return Matches(vectors, keys, weight, None)
+        words = self.words(x, images)
+        alike = self.words.alike(words, labelled, same_text(inputs, is_text)) * there
+        # Keys by address, of texts alone: the product is that of `alike`.
+        named = of * is_text[..., None] * (labelled[:, None] & there.swapaxes(1, 2))
+        more = jnp.broadcast_to(self.words.weight[...][:, None], (len(weight), NUM_SHOTS))
+        return Matches(
+            jnp.concatenate([vectors, alike], -1),
+            jnp.concatenate([keys, named], -1),
+            jnp.concatenate([weight, more], -1),
+            words,
+        )
+
+
+def same_text(inputs: Tokens, is_text: Bool[Array, "B C"]) -> Bool[Array, "B S S"]:
+    """Which addresses have equal texts."""
+    batch, slots = inputs.ids.shape
+    texts = jnp.zeros((batch, NUM_SHOTS, slots), jnp.int32)
+    of = jnp.where(is_text & inputs.valid, 1 + inputs.ids + MODALITY * inputs.modality, 0)
+    texts = texts.at[jnp.arange(batch)[:, None], inputs.shot, inputs.position].max(of, mode="drop")
+    return (texts[:, :, None] == texts[:, None]).all(-1)
+
+
+def captioned(batch: MaskedBatch, modalities: Modalities, name: str) -> Bool[Array, "B S"]:
+    """Addresses of which all of a text is asked, by images alone."""
+    m, index = modalities.named(name), modalities.index(name)
+    of = lambda t, where: (where[..., None] * jax.nn.one_hot(t.shot, NUM_SHOTS)).any(1)  # noqa: E731
+    t, x = batch.targets, batch.inputs
+    asked = t.valid & (t.modality == index)
+    ends, begins = of(t, asked & (t.ids == m.end_id)), of(t, asked & (t.position == 0))
+    is_text = jnp.asarray([isinstance(m, Sequence) for m in modalities])[x.modality]
+    told = of(x, x.valid & is_text & ~is_sentinel(x, modalities))
+    return begins & ends & ~told & of(x, x.valid & ~is_text)
+
+
+def words_loss(words: Float[Array, "B S V"], targets: Targets, index: int, there: Bool[Array, "B S"]) -> Array:
+    """The squared error of how often each word of modality `index` is said, summed over words and the addresses that
+    are `there`."""
+    said = jnp.zeros_like(words).at[jnp.arange(len(words))[:, None], targets.shot, targets.ids]
+    said = said.add(targets.valid & (targets.modality == index), mode="drop")
+    return (((words - said) ** 2).sum(-1) * there).sum()
 
 
 def is_sentinel(inputs: Tokens, modalities: Modalities) -> Bool[Array, "B C"]:

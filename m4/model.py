@@ -58,7 +58,8 @@ class ModelConfig(BlockConfig):
     separate_depth: of the encoder's blocks the first so many, in which the query and each in-context example (each
         image of it) see only themselves, as in pretraining; those behind see all.
     match_size: of the vectors by which examples are compared for the decoder to copy from those that are like the query
-        (m4.matching; 0: none).
+        (m4.matching; 0: none). match_words: the text modality by whose words they are compared too, "caption"; images
+        with captions among the data teach them.
     shot_depth: blocks that read the in-context examples before the encoder does: a light module to train beside a
         frozen model (`OptimizerConfig.train`), after Chen et al. 2023 (M2IXT, section 3).
     encoder_drop_path, decoder_drop_path: stochastic depth in training, from 0 in the first block to this in the last.
@@ -73,6 +74,7 @@ class ModelConfig(BlockConfig):
     num_registers: int = 0
     separate_depth: int = 0
     match_size: int = 0
+    match_words: str = ""
     shot_depth: int = 0
     decoder_within_modality: bool = True
     decoder_causal: bool = False
@@ -88,6 +90,8 @@ class ModelConfig(BlockConfig):
         extras = ("shot_depth", "match_size", "num_registers", "adapter_size")
         if wrong := {name: value for name in extras if (value := getattr(self, name)) < 0}:
             raise ValueError(f"sizes must be at least 0: {wrong}")
+        if self.match_words and not self.match_size:
+            raise ValueError(f"match_words={self.match_words!r} needs a match_size, such as 32")
         if not 0 <= self.separate_depth < max(self.encoder_depth, 1):
             raise ValueError(
                 f"separate_depth={self.separate_depth} must be at least 0 and less than encoder_depth="
@@ -232,13 +236,18 @@ class Model(nnx.Module):
         self.decoder_norm = LayerNorm(c)
         self.shot_encoder = stack(EncoderBlock, c, routes, c.shot_depth, rngs) if c.shot_depth else None
         self.shot_encoder_embedding = table(NUM_SHOTS) if c.shot_depth else None
-        self.matching = Matching(c.width, c.match_size, c.num_heads, rngs=rngs) if c.match_size else None
+        num_words = modalities.named(c.match_words).vocab_size if c.match_words else 0
+        self.matching = Matching(c.width, c.match_size, c.num_heads, num_words, rngs=rngs) if c.match_size else None
 
     def __call__(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> Float[Array, "B M D"]:
         """Hidden vectors of all targets. A key turns stochastic depth on."""
+        return self.forward(batch, key)[0]
+
+    def forward(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> tuple[Float[Array, "B M D"], Encoded]:
+        """The same, and what the decoder read of the inputs."""
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         context = self.encode(batch.inputs, batch.features, encoder_key)
-        return self.decode(batch.targets, context, batch.inputs.valid, decoder_key)
+        return self.decode(batch.targets, context, batch.inputs.valid, decoder_key), context
 
     def _address(self, t: Tokens | Targets, modality_table, modality_rows, position_embedding, position_rows) -> Array:
         """The part of an embedding that says where a token belongs: float32 [B L D]."""

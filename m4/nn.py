@@ -214,11 +214,11 @@ def extended(
     k: Float[Array, "B S N H"],
     queries: Float[Array, "B T R"],
     keys: Float[Array, "B S R"],
-    weight: Float[Array, " N"],
+    weight: Float[Array, "N R"],
 ):
-    """Queries and keys of H + R numbers, whose product after scaling is q k / sqrt(H) + weight (queries keys)."""
+    """Queries and keys of H + R numbers, whose product after scaling is q k / sqrt(H) + (weight queries) keys."""
     width, longer = q.shape[-1], q.shape[-1] + queries.shape[-1]
-    more = queries[:, :, None] * (weight * longer**0.5)[None, None, :, None]
+    more = queries[:, :, None] * (weight * longer**0.5)[None, None]
     keys = jnp.broadcast_to(keys[:, :, None], (*k.shape[:3], keys.shape[-1]))
     join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=-1)  # noqa: E731
     return join(q * (longer / width) ** 0.5, more), join(k, keys)
@@ -351,8 +351,8 @@ class Attention(nnx.Module):
         return self.out(rearrange(values, "b t n h -> b t (n h)"), "float32")
 
     def finish(self, q: Array, k: Array, v: Array, visible: Visible, match=None, route=None) -> Float[Array, "B T D"]:
-        """`match`: vectors of queries [B T R] and keys [B S R], whose products add to the logits by each head's weight
-        [N]."""
+        """`match`: vectors of queries [B T R] and keys [B S R], whose products add to the logits by each head's
+        weights [N R]."""
         width = q.shape[-1]
         if match is not None:
             q, k = extended(q, k, *match)

@@ -211,8 +211,8 @@ class ShotMasking:
     """How episodes become masked examples. An episode is `num_examples` consecutive ones of its data set, each of
     `num_images` records (the first with all but the further images); the last example is its query.
 
-    A random number of examples, `labelled` from..to, go in with their outputs. All others are asked: one forward pass
-    answers several queries. `inputs`, `outputs`: signals or modalities; an output goes in as the model reads its
+    A random number of examples, `labelled` from..to, go in with their outputs, and the query is asked. Others are left
+    out: what is drawn to be balanced over labels tells of its rest what it is not. `inputs`, `outputs`: signals or modalities; an output goes in as the model reads its
     signal, and is asked as tokens. `num_tokens`: how many tokens of an image go in, one of these for each episode
     (0: all), coarse to fine; the query's image goes in whole. Addresses are drawn, so that all of them are learned.
     """
@@ -260,27 +260,23 @@ class ShotMasking:
         examples = [records[i : i + r] for i in range(0, self.num_records, r)]
         num_labelled = int(rng.integers(self.labelled[0], self.labelled[1] + 1))
         num_tokens = int(self.num_tokens[rng.integers(len(self.num_tokens))])
-        # Any example may be labelled; the query alone is asked at address 0.
-        order = rng.permutation(len(examples) - 1)
-        is_labelled = np.zeros(len(examples), bool)
-        is_labelled[order[:num_labelled]] = True
+        labelled = np.sort(rng.permutation(len(examples) - 1)[:num_labelled])
         free = (1 + rng.permutation(NUM_SHOTS - 1)).tolist()
         reads = [modalities.as_input(name).name for name in self.inputs]
         asks = [modalities.as_target(name) for name in self.outputs]
         parts, targets, room_in, room_out = [], [], num_inputs, num_targets
-        for i in [len(examples) - 1, *reversed(range(len(examples) - 1))]:
+        for i in [len(examples) - 1, *reversed(labelled)]:
             is_query = i == len(examples) - 1
             addresses = [0, *free[: r - 1]] if is_query else free[:r]
             free = free[len(addresses) - is_query :]
-            names = [*reads, *(modalities.as_input(name).name for name in self.outputs if is_labelled[i])]
+            names = [*reads, *(modalities.as_input(name).name for name in self.outputs if not is_query)]
             shown = [{n: e[n] for n in dict.fromkeys(names) if n in e} for e in examples[i]]
             wanted = []
-            if not is_labelled[i]:
-                for m in asks:
-                    question, target = asked(examples[i][0][m.name], m, addresses[0], modalities, rng)
-                    shown[0].pop(m.name, None)
-                    shown[0][m.name] = question
-                    wanted.append(target)
+            for m in asks if is_query else ():
+                question, target = asked(examples[i][0][m.name], m, 0, modalities, rng)
+                shown[0].pop(m.name, None)
+                shown[0][m.name] = question
+                wanted.append(target)
             part = pack(shown, addresses, modalities, 0 if is_query else num_tokens)
             count = sum(t.shape[1] for t in wanted)
             if part.columns.shape[1] > room_in or count > room_out:

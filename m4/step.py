@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from m4 import losses
+from m4 import losses, matching
 from m4.model import Model
 from m4.nn import BATCH, cut
 from m4.optim import only
@@ -158,6 +158,8 @@ class Trainer:
         c, graph = self.c, self._split[0]
         key = jax.random.fold_in(jax.random.key(c.seed), number)
         counts = losses.token_counts(batch.targets, len(c.modalities))
+        words = c.model.match_words
+        num_captioned = jnp.maximum(matching.captioned(batch, c.modalities, words).sum(), 1) if words else None
 
         is_trained = self._is_trained
 
@@ -165,7 +167,7 @@ class Trainer:
             params = jax.tree.map(lambda p, t: jax.lax.stop_gradient(p) if t is False else p, params, is_trained)
             model = nnx.merge(graph, params)
             part = normalized(part, c.modalities)
-            hidden = model(part, jax.random.fold_in(key, index))
+            hidden, context = model.forward(part, jax.random.fold_in(key, index))
             taught = None
             if c.teacher:
                 guide = nnx.merge(*teacher)
@@ -173,7 +175,12 @@ class Trainer:
             loss, detail = losses.cross_entropy(
                 model, hidden, part.targets, weighting=c.loss, counts=counts, z_loss=c.z_loss, taught=taught
             )
-            detail["contrast"] = {}
+            detail["contrast"], detail["words"] = {}, {}
+            if words:
+                there = matching.captioned(part, c.modalities, words)
+                error = matching.words_loss(context.matches.words, part.targets, c.modalities.index(words), there)
+                loss += error / num_captioned
+                detail["words"] = {"words/loss": error / num_captioned}
             if c.contrast is not None:
                 more, detail["contrast"] = c.contrast(model, part)
                 loss += more
@@ -224,6 +231,7 @@ class Trainer:
             "slots/inputs": batch.inputs.valid.mean(),
             "slots/targets": batch.targets.valid.mean(),
             **detail["contrast"],
+            **detail["words"],
             **{f"loss/{k}": v for k, v in detail["loss"].items()},
             **{f"targets/{m.name}": counts[i] for i, m in enumerate(c.modalities) if m.is_target},
         }

@@ -18,6 +18,7 @@ from m4.config import Config
 from m4.data import Dataset, Mask
 from m4.in_context import answer, score
 from m4.masking import Masking, Strategy
+from m4.matching import Words, captioned, same_text, words_loss
 from m4.modality import Modalities
 from m4.model import Model, ModelConfig
 from m4.optim import OptimizerConfig
@@ -148,7 +149,8 @@ def records(tokenizers, own, seed: int, count: int = 5, **options) -> list:
 @given(seed=st.integers(0, 10_000), low=st.integers(0, 4), images=st.integers(1, 2))
 @settings(max_examples=40, deadline=None)
 def test_what_is_asked_is_not_shown(tokenizers, own, seed, low, images):
-    """Labelled examples go in with their outputs, all others are targets without them; another answer changes none."""
+    """Labelled examples go in with their outputs, the query is a target without them, and others are left out; another
+    answer changes no input."""
     masking = ShotMasking(num_examples=5, num_images=images, labelled=(low, 4), num_tokens=(4, 0))
     question = ("is", 1, "so") if seed % 2 else None
     episode = records(tokenizers, own, seed, images=images, question=question)
@@ -156,8 +158,8 @@ def test_what_is_asked_is_not_shown(tokenizers, own, seed, low, images):
     _, modality, _, address = packed.columns
     text = modality == own.index("caption")
     asked = {*targets[4]}
-    assert 0 in asked and len(asked) == 5 - len({*address[text]} - asked)
-    assert len({*address[text]} - asked) >= low
+    assert asked == {0} and low <= len({*address[text]} - asked) <= 4
+    assert len({*address[~text]}) == images * len({*address[text]})
     for a in asked:  # of an asked text: the question, if any, and a sentinel
         shown = packed.columns[0][text & (address == a)]
         assert shown[-1] == own.named("caption").first_sentinel and (len(shown) == 1) == (question is None)
@@ -212,9 +214,10 @@ def episode_batch(tokenizers, own):
     return jax.tree.map(jnp.asarray, normalized(batch, own))
 
 
-def test_padding_changes_nothing(model, episode_batch):
+@pytest.mark.parametrize("name", ["model", "by_words"])
+def test_padding_changes_nothing(name, request, episode_batch):
     """Whatever slots that are not valid hold: the same bits. More of them: the same within rounding."""
-    b = episode_batch
+    model, b = request.getfixturevalue(name), episode_batch
     expected = np.asarray(model(b))
     valid = b.inputs.valid
     noise = Tokens(*(jnp.where(valid, x, 1) for x in b.inputs[:4]), valid)
@@ -247,6 +250,9 @@ def test_the_order_of_slots_carries_no_meaning_and_addresses_do(model, episode_b
 def test_no_gradient_from_one_examples_answer_to_another(model, episode_batch):
     """The decoder's inputs at address a reach its outputs at address a alone (and of a text what comes after them)."""
     b = episode_batch
+    twice = Targets(*(jnp.concatenate([t, t], 1) for t in b.targets))
+    other = jnp.arange(twice.shot.shape[1]) >= b.targets.shot.shape[1]
+    b = b._replace(targets=twice._replace(shot=jnp.where(other[None], 1, twice.shot)))
     context = model.encode(b.inputs, b.features)
     visible = model.decoder_visibility(b.targets)
     x = model.decoder_input(b.targets)
@@ -264,7 +270,7 @@ def test_no_gradient_from_one_examples_answer_to_another(model, episode_batch):
         )
         return (hidden * (b.targets.valid & (b.targets.shot == address))[..., None] ** 2).sum()
 
-    for address in np.unique(np.asarray(b.targets.shot)[np.asarray(b.targets.valid)])[:3]:
+    for address in (0, 1):
         gradient = np.abs(np.asarray(jax.grad(at)(x, address))).sum(-1)
         same = np.asarray(b.targets.valid & (b.targets.shot == address))
         assert (gradient[same] > 0).any() and (gradient[~same] == 0).all()
@@ -441,6 +447,14 @@ def matching(own):
     return Model(config, own, rngs=nnx.Rngs(0))
 
 
+@pytest.fixture(scope="module")
+def by_words(own, matching):
+    """Compares by words too, of which it has learned something."""
+    model = Model(dataclasses.replace(matching.config, match_words="caption"), own, rngs=nnx.Rngs(0))
+    model.matching.words.out[...] = 0.3 * jax.random.normal(jax.random.key(1), model.matching.words.out.shape)
+    return model
+
+
 def test_matches_compare_images_of_labelled_examples(matching, tokenizers, own):
     """All tokens of an example have its cosine, that of a like image is larger; what is not labelled adds nothing,
     nor does a single example."""
@@ -461,10 +475,10 @@ def test_matches_compare_images_of_labelled_examples(matching, tokenizers, own):
     assert (cosine[0][~valid[0] | (address[0] == 0)] == 0).all() and (cosine[1] == 0).all()
 
 
-def test_a_weight_of_zero_is_plain_attention(matching, episode_batch):
-    b = episode_batch
+def test_a_weight_of_zero_is_plain_attention(by_words, episode_batch):
+    b, matching = episode_batch, by_words
     plain = nnx.clone(matching)
-    plain.matching.weight[...] = jnp.zeros(2)
+    plain.matching.weight[...] = plain.matching.words.weight[...] = jnp.zeros(2)
     context = plain.encode(b.inputs, b.features)
     kept = np.asarray(b.targets.valid)
     expected = plain.decode(b.targets, context._replace(matches=None), b.inputs.valid)
@@ -487,8 +501,9 @@ def test_examples_are_read_separately_at_first(matching, episode_batch):
     assert (gradient[valid[0] & (address[0] == one)] > 0).all() and (gradient[address[0] != one] == 0).all()
 
 
-def test_answers_with_matching_are_those_of_uncached_decoding(matching, tokenizers, own):
+def test_answers_with_matching_are_those_of_uncached_decoding(by_words, tokenizers, own):
     """Greedy answers with caches: each id is the likeliest after those before it, teacher-forced."""
+    matching = by_words
     tuned = Sampler(matching, tokenizers, devices=jax.devices()[:1])
     queries, context = [shot(60 + i) for i in range(2)], shots(3)
     results = answer(tuned, queries, "caption", shots=context)
@@ -505,3 +520,93 @@ def test_answers_with_matching_are_those_of_uncached_decoding(matching, tokenize
         hidden = matching.decode(targets, matching.encode(inputs, features), inputs.valid)
         likeliest = np.asarray(matching.logits(hidden, "caption").argmax(-1))[row]
         np.testing.assert_array_equal(likeliest[: n - 1], ids[: n - 1])
+
+
+def test_the_words_that_matter_are_those_by_which_equal_answers_are_alike():
+    """Counts of one word decide the answers of a prompt, whichever word it is; others are noise."""
+    rng, count = np.random.default_rng(0), 30
+    words = rng.integers(0, 3, (count, 10, 40)).astype(np.float32)
+    which = np.arange(count)
+    answers = words[which, :, which]  # address 0 is the query
+    labelled = np.tile(np.arange(10) > 0, (count, 1))
+    same = answers[:, :, None] == answers[:, None]
+    alike = Words(8, 40, 2, rngs=nnx.Rngs(0)).alike
+    found = np.asarray(alike(jnp.asarray(words), jnp.asarray(labelled), jnp.asarray(same)))[:, 0, 1:]
+    told = same[:, 0, 1:]
+    assert found[told].mean() > 0.9 and found[~told].mean() < 0.4
+    # No word is special, nor is an example's place.
+    order, places = rng.permutation(40), np.array([0, *(1 + rng.permutation(9))])
+    moved = alike(
+        jnp.asarray(words[:, places][..., order]), jnp.asarray(labelled), jnp.asarray(same[:, places][:, :, places])
+    )
+    np.testing.assert_allclose(np.asarray(moved)[:, 0, 1:], found[:, places[1:] - 1], atol=1e-5)
+    gradient = jax.grad(lambda w: alike(w, jnp.asarray(labelled), jnp.asarray(same)).sum())(jnp.asarray(words))
+    assert not np.asarray(gradient).any()
+
+
+def test_texts_are_the_same_or_not(tokenizers, own):
+    examples = [shot(0, "dax"), shot(1, "dax"), shot(2, "dax wug"), shot(3)]
+    context, _ = pack_shots([encode(s, tokenizers, own) for s in examples], own, budget=999)
+    inputs, _ = in_buckets([context], own)
+    same = np.asarray(same_text(inputs, jnp.asarray(inputs.modality == own.index("caption"))))[0]
+    assert same[4, 3] and same.diagonal().all() and not same[4, 2] and not same[4, 1] and not same[2, 1]
+
+
+def test_words_are_learned_from_whole_captions_of_pictures(by_words, tokenizers, own):
+    """How often each is said counts, where all of the caption is asked by the picture alone."""
+    masking = Masking(
+        strategies=(Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0}, keep="all"),), num_inputs=20,
+        num_targets=12,
+    )  # fmt: skip
+    texts = ["red red cube", "a red cube and a cube and a cube", "cube"]
+    rows = [{**encode(shot(i), tokenizers, own)[0], "caption": tokenizers["caption"].encode([t])[0]}
+            for i, t in enumerate(texts)]  # fmt: skip
+    batch = jax.tree.map(jnp.asarray, normalized(masking(rows, own, mask_keys(3), [masking.strategies] * 3), own))
+    there = np.asarray(captioned(batch, own, "caption"))
+    fits = np.array([len(r["caption"]) < 12 for r in rows])
+    assert fits.tolist() == [True, False, True]
+    np.testing.assert_array_equal(there, fits[:, None] & (np.arange(NUM_SHOTS) == 0))
+    words = np.asarray(by_words.encode(batch.inputs, batch.features).matches.words)
+    said = np.stack([np.bincount(r["caption"], minlength=words.shape[-1]) for r in rows])
+    expected = ((words[:, 0] - said) ** 2).sum(-1)[fits].sum()
+    index = own.index("caption")
+    np.testing.assert_allclose(words_loss(words, batch.targets, index, there), expected, rtol=1e-5)
+    # A caption that is partly told, or that nothing shows, teaches nothing.
+    alone = batch._replace(inputs=batch.inputs._replace(valid=jnp.zeros_like(batch.inputs.valid)))
+    assert not captioned(alone, own, "caption").any()
+
+
+def test_micro_batches_learn_the_same_words(by_words, tokenizers, own):
+    strategy = Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0}, keep="all")
+    masking = Masking(strategies=(strategy,), num_inputs=20, num_targets=12)
+    texts = ["a red cube", "a blue cube and a red one", "cube", "red"]
+    rows = [{**encode(shot(i), tokenizers, own)[0], "caption": tokenizers["caption"].encode([t])[0]}
+            for i, t in enumerate(texts)]  # fmt: skip
+    batch = masking(rows, own, mask_keys(4), [masking.strategies] * 4)
+    config = Config(
+        name="words", datasets=(), tokenizers=tuple(t.recipe for t in tokenizers.values()), masking=masking,
+        model=by_words.config, batch_size=4,
+    )  # fmt: skip
+    results = []
+    for micro_batches in (1, 2):
+        trainer = Trainer(
+            dataclasses.replace(config, micro_batches=micro_batches), MeshConfig().make(jax.devices()[:1])
+        )
+        state, scalars = trainer.step(trainer.init(), batch, 1)
+        results.append((float(scalars["loss"]), float(scalars["words/loss"]), state.params))
+    np.testing.assert_allclose(results[0][:2], results[1][:2], rtol=1e-5)
+    assert results[0][1] > 1
+    for a, b in zip(*(jax.tree.leaves(r[2]) for r in results), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+
+
+def test_words_of_no_text_are_refused(own, by_words, tokenizers):
+    masking = Masking(strategies=(Strategy(inputs={"caption": 1.0}, targets={"caption": 1.0}),))
+    config = Config(
+        name="words", datasets=(), tokenizers=tuple(t.recipe for t in tokenizers.values()), masking=masking,
+        model=dataclasses.replace(by_words.config, match_words="captions"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="unknown text modality 'captions'; allowed: caption. Did you"):
+        config.check()
+    with pytest.raises(ValueError, match="needs a match_size"):
+        ModelConfig(match_words="caption")
