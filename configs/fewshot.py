@@ -4,8 +4,9 @@
     python train.py configs/fewshot.py
     python -m m4 evaluate runs/fewshot --suite fewshot
 
-On 2 CPU cores, beside other work: 20 minutes with preparation, its evaluation 16. Held-out kinds under new names, 2 of
-them, 4 examples: 0.925 right where chance is 0.5 (all figures: README, "In-context examples").
+On 2 CPU cores, beside other work: 17 minutes with preparation, its evaluation 14. With 4 examples, held-out kinds under
+new names, 2 of them: 0.932 right where chance is 0.5; counting by an attribute that is never said: 0.478, 0.282 without
+examples and 0.311 with shuffled labels (all figures: README, "In-context examples").
 """
 
 import dataclasses
@@ -29,8 +30,7 @@ pretrained = "runs/quickstart"
 
 # Answers are spelled in bytes, in a modality of their own: names that nobody has used before, and numbers.
 text = TextRecipe(name="text", signal="text", max_length=12, num_sentinels=3, num_bins=0, vocab_size=4 + 3 + 32 + 256)
-
-
+# Of captions it learns by which words examples may be alike (m4/matching.py).
 captions = Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0}, keep="all")
 
 

@@ -32,7 +32,7 @@ config = dataclasses.replace(
     name="fewshot_light",
     datasets=(episodes(FastBinding(ways=1, max_shots=3)), episodes(FastBinding(max_shots=3))),
     masking=dataclasses.replace(fewshot.masking, num_inputs=140),
-    model=dataclasses.replace(fewshot.model, shot_depth=1),
+    model=dataclasses.replace(fewshot.model, shot_depth=1, match_words=""),
     optimizer=dataclasses.replace(fewshot.optimizer, train=("shot_encoder*", "matching*"), learning_rate=3e-3),
     num_steps=300,
     fewshot=FewShot(tasks=(in_text(FastBinding()),), num_tokens=16),

@@ -212,9 +212,10 @@ class ShotMasking:
     `num_images` records (the first with all but the further images); the last example is its query.
 
     A random number of examples, `labelled` from..to, go in with their outputs, and the query is asked. Others are left
-    out: what is drawn to be balanced over labels tells of its rest what it is not. `inputs`, `outputs`: signals or modalities; an output goes in as the model reads its
-    signal, and is asked as tokens. `num_tokens`: how many tokens of an image go in, one of these for each episode
-    (0: all), coarse to fine; the query's image goes in whole. Addresses are drawn, so that all of them are learned.
+    out: of examples that are drawn to be balanced over labels, some would tell what the rest is not. `inputs`,
+    `outputs`: signals or modalities; an output goes in as the model reads its signal, and is asked as tokens.
+    `num_tokens`: how many tokens of an image go in, one of these for each episode (0: all), coarse to fine; the query's
+    image goes in whole. Addresses are drawn, so that all of them are learned.
     """
 
     num_examples: int = 9
