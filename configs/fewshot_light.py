@@ -34,6 +34,6 @@ config = dataclasses.replace(
     masking=dataclasses.replace(fewshot.masking, num_inputs=140),
     model=dataclasses.replace(fewshot.model, shot_depth=1, match_words=""),
     optimizer=dataclasses.replace(fewshot.optimizer, train=("shot_encoder*", "matching*"), learning_rate=3e-3),
-    num_steps=300,
+    num_steps=700,
     fewshot=FewShot(tasks=(in_text(FastBinding()),), num_tokens=16),
 )

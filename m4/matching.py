@@ -14,7 +14,8 @@ What matters in one prompt does not in the next: examples that count cylinders a
 examples are compared by `Words` too. Of each image it is estimated how often each word of a caption would be said of
 it, which captions teach (a bottleneck of concepts, Koh et al. 2020); of these words those matter in which examples with
 equal answers are alike and others are not (the alignment of a kernel with labels, Cristianini et al. 2001). No word has
-parameters of its own there, so that a word counts in a prompt that never did in training.
+parameters of its own there, so that a word counts in a prompt that never did in training. That takes B S S V numbers:
+it is made for vocabularies of some thousand words.
 
 B batch, C context slots, M target slots, S addresses, D width, R numbers of a vector, N heads, V words
 """
@@ -48,19 +49,20 @@ class Words(nnx.Module):
     """How often each word would be said of what an address shows, and which examples are alike where it matters."""
 
     def __init__(self, width: int, num_words: int, num_heads: int, *, rngs: nnx.Rngs):
-        self.hidden = nnx.Param(jax.random.normal(rngs.params(), (width, width)) * width**-0.5)
+        self.hidden_kernel = nnx.Param(jax.random.normal(rngs.params(), (width, width)) * width**-0.5)
         self.hidden_bias = nnx.Param(jnp.zeros(width))
-        self.out, self.out_bias = nnx.Param(jnp.zeros((width, num_words))), nnx.Param(jnp.zeros(num_words))
-        self.sharpness, self.threshold = nnx.Param(jnp.ones(())), nnx.Param(jnp.full((), 0.25))
+        self.out_kernel = nnx.Param(jnp.zeros((width, num_words)))
+        self.out_bias = nnx.Param(jnp.zeros(num_words))
+        self.log_sharpness, self.threshold = nnx.Param(jnp.zeros(())), nnx.Param(jnp.full((), 0.25))
         self.choice = nnx.Param(jnp.full((), 16.0))
         self.weight = nnx.Param(jnp.full((num_heads,), 16.0))
 
     def __call__(self, x: Float[Array, "B C D"], images: Float[Array, "B C S"]) -> Float[Array, "B S V"]:
         """images: 1 where a token is one of the image of an address. A mean over tokens: a part of them will do."""
         x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-        x = jax.nn.gelu(x @ self.hidden[...] + self.hidden_bias[...][None, None])
+        x = jax.nn.gelu(x @ self.hidden_kernel[...] + self.hidden_bias[...][None, None])
         share = images / jnp.maximum(images.sum(1, keepdims=True), 1)
-        return 4 * jnp.einsum("bcs,bcd->bsd", share, x) @ self.out[...] + self.out_bias[...][None, None]
+        return 4 * jnp.einsum("bcs,bcd->bsd", share, x) @ self.out_kernel[...] + self.out_bias[...][None, None]
 
     def alike(
         self, words: Float[Array, "B S V"], labelled: Bool[Array, "B S"], same: Bool[Array, "B S S"]
@@ -68,7 +70,7 @@ class Words(nnx.Module):
         """In [0, 1], by the words that tell labelled examples with the `same` text from others. Words are not trained
         by what they are good for here: they would lose their meaning."""
         words = jax.lax.stop_gradient(words)
-        kernels = jnp.exp(-self.sharpness[...] * (words[:, :, None] - words[:, None]) ** 2)
+        kernels = jnp.exp(-jnp.exp(self.log_sharpness[...]) * (words[:, :, None] - words[:, None]) ** 2)
         pairs = jnp.triu(labelled[:, :, None] & labelled[:, None], 1) * (same - self.threshold[...])
         alignment = jnp.einsum("bij,bijv->bv", pairs, kernels)
         return jnp.einsum("bijv,bv->bij", kernels, jax.nn.softmax(self.choice[...] * alignment))
@@ -105,7 +107,7 @@ class Matching(nnx.Module):
         if self.words is None:
             return Matches(vectors, keys, weight, None)
         words = self.words(x, images)
-        alike = self.words.alike(words, labelled, same_text(inputs, is_text)) * there
+        alike = self.words.alike(words, labelled & there[..., 0], same_text(inputs, is_text)) * there
         # Keys by address, of texts alone: the product is that of `alike`.
         named = of * is_text[..., None] * (labelled[:, None] & there.swapaxes(1, 2))
         more = jnp.broadcast_to(self.words.weight[...][:, None], (len(weight), NUM_SHOTS))
@@ -118,7 +120,7 @@ class Matching(nnx.Module):
 
 
 def same_text(inputs: Tokens, is_text: Bool[Array, "B C"]) -> Bool[Array, "B S S"]:
-    """Which addresses have equal texts."""
+    """Which addresses have equal texts; a question is a part of its text."""
     batch, slots = inputs.ids.shape
     texts = jnp.zeros((batch, NUM_SHOTS, slots), jnp.int32)
     of = jnp.where(is_text & inputs.valid, 1 + inputs.ids + MODALITY * inputs.modality, 0)
@@ -127,7 +129,7 @@ def same_text(inputs: Tokens, is_text: Bool[Array, "B C"]) -> Bool[Array, "B S S
 
 
 def captioned(batch: MaskedBatch, modalities: Modalities, name: str) -> Bool[Array, "B S"]:
-    """Addresses of which all of a text is asked, by images alone."""
+    """Addresses of which all of a text is asked, by images alone and without examples: it is a caption."""
     m, index = modalities.named(name), modalities.index(name)
     of = lambda t, where: (where[..., None] * jax.nn.one_hot(t.shot, NUM_SHOTS)).any(1)  # noqa: E731
     t, x = batch.targets, batch.inputs
@@ -135,7 +137,8 @@ def captioned(batch: MaskedBatch, modalities: Modalities, name: str) -> Bool[Arr
     ends, begins = of(t, asked & (t.ids == m.end_id)), of(t, asked & (t.position == 0))
     is_text = jnp.asarray([isinstance(m, Sequence) for m in modalities])[x.modality]
     told = of(x, x.valid & is_text & ~is_sentinel(x, modalities))
-    return begins & ends & ~told & of(x, x.valid & ~is_text)
+    has_examples = (x.valid & (x.shot > 0)).any(1, keepdims=True)
+    return begins & ends & ~told & ~has_examples & of(x, x.valid & ~is_text)
 
 
 def words_loss(words: Float[Array, "B S V"], targets: Targets, index: int, there: Bool[Array, "B S"]) -> Array:

@@ -216,7 +216,11 @@ def extended(
     keys: Float[Array, "B S R"],
     weight: Float[Array, "N R"],
 ):
-    """Queries and keys of H + R numbers, whose product after scaling is q k / sqrt(H) + (weight queries) keys."""
+    """Queries and keys of H + R numbers (and zeros: kernels want multiples of 8), whose product after scaling is
+    q k / sqrt(H) + (weight queries) keys."""
+    none = -queries.shape[-1] % 8
+    queries, keys = (jnp.pad(x, ((0, 0), (0, 0), (0, none))) for x in (queries, keys))
+    weight = jnp.pad(weight, ((0, 0), (0, none)))
     width, longer = q.shape[-1], q.shape[-1] + queries.shape[-1]
     more = queries[:, :, None] * (weight * longer**0.5)[None, None]
     keys = jnp.broadcast_to(keys[:, :, None], (*k.shape[:3], keys.shape[-1]))

@@ -183,9 +183,10 @@ def pack_shots(
 
 
 def asked(
-    stored: np.ndarray, m: Modality, address: int, modalities: Modalities, rng: np.random.Generator
+    stored: np.ndarray, m: Modality, modalities: Modalities, rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "5 m"]]:
-    """What is shown of an output that is asked, and its columns of targets (ids, previous, modality, position, shot).
+    """What is shown of an output that is asked of a query, and its columns of targets (ids, previous, modality,
+    position, shot).
 
     Of a text the question, up to where the answer begins, and a sentinel in its place; of a grid a random share.
     """
@@ -199,7 +200,7 @@ def asked(
         known = rng.permutation(len(ids)) < rng.integers(len(ids))
         question, place = np.where(known, ids, -1), np.flatnonzero(~known)
         ids, previous = ids[place], np.full(len(place), -1)
-    own = [np.full(len(ids), modalities.index(m.name)), place, np.full(len(ids), address)]
+    own = [np.full(len(ids), modalities.index(m.name)), place, np.zeros(len(ids), int)]
     return question, np.stack([ids, previous, *own]).astype(np.int32)
 
 
@@ -274,7 +275,7 @@ class ShotMasking:
             shown = [{n: e[n] for n in dict.fromkeys(names) if n in e} for e in examples[i]]
             wanted = []
             for m in asks if is_query else ():
-                question, target = asked(examples[i][0][m.name], m, 0, modalities, rng)
+                question, target = asked(examples[i][0][m.name], m, modalities, rng)
                 shown[0].pop(m.name, None)
                 shown[0][m.name] = question
                 wanted.append(target)

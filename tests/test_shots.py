@@ -451,7 +451,9 @@ def matching(own):
 def by_words(own, matching):
     """Compares by words too, of which it has learned something."""
     model = Model(dataclasses.replace(matching.config, match_words="caption"), own, rngs=nnx.Rngs(0))
-    model.matching.words.out[...] = 0.3 * jax.random.normal(jax.random.key(1), model.matching.words.out.shape)
+    model.matching.words.out_kernel[...] = 0.3 * jax.random.normal(
+        jax.random.key(1), model.matching.words.out_kernel.shape
+    )
     return model
 
 
@@ -571,12 +573,18 @@ def test_words_are_learned_from_whole_captions_of_pictures(by_words, tokenizers,
     expected = ((words[:, 0] - said) ** 2).sum(-1)[fits].sum()
     index = own.index("caption")
     np.testing.assert_allclose(words_loss(words, batch.targets, index, there), expected, rtol=1e-5)
-    # A caption that is partly told, or that nothing shows, teaches nothing.
-    alone = batch._replace(inputs=batch.inputs._replace(valid=jnp.zeros_like(batch.inputs.valid)))
-    assert not captioned(alone, own, "caption").any()
+    # A caption that is partly told, that nothing shows, or an answer after examples teaches nothing.
+    x, last = batch.inputs, jnp.arange(batch.inputs.ids.shape[1]) == 19
+    told = x._replace(modality=jnp.where(last[None], index, x.modality), ids=jnp.where(last[None], 70, x.ids))
+    example = x._replace(shot=jnp.where(last[None], 3, x.shot))
+    for inputs in (
+        x._replace(valid=jnp.zeros_like(x.valid)),
+        *(y._replace(valid=x.valid | last) for y in (told, example)),
+    ):
+        assert not captioned(batch._replace(inputs=inputs), own, "caption").any()
 
 
-def test_micro_batches_learn_the_same_words(by_words, tokenizers, own):
+def test_micro_batches_and_meshes_learn_the_same_words(by_words, tokenizers, own):
     strategy = Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0}, keep="all")
     masking = Masking(strategies=(strategy,), num_inputs=20, num_targets=12)
     texts = ["a red cube", "a blue cube and a red one", "cube", "red"]
@@ -585,19 +593,41 @@ def test_micro_batches_learn_the_same_words(by_words, tokenizers, own):
     batch = masking(rows, own, mask_keys(4), [masking.strategies] * 4)
     config = Config(
         name="words", datasets=(), tokenizers=tuple(t.recipe for t in tokenizers.values()), masking=masking,
-        model=by_words.config, batch_size=4,
+        model=by_words.config, batch_size=4, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
     )  # fmt: skip
     results = []
-    for micro_batches in (1, 2):
-        trainer = Trainer(
-            dataclasses.replace(config, micro_batches=micro_batches), MeshConfig().make(jax.devices()[:1])
-        )
-        state, scalars = trainer.step(trainer.init(), batch, 1)
-        results.append((float(scalars["loss"]), float(scalars["words/loss"]), state.params))
-    np.testing.assert_allclose(results[0][:2], results[1][:2], rtol=1e-5)
+    for micro_batches, devices in ((1, 1), (2, 1), (1, 2)):
+        mesh = MeshConfig(fsdp=devices).make(jax.devices()[:devices])
+        trainer = Trainer(dataclasses.replace(config, micro_batches=micro_batches), mesh)
+        state = trainer.init()
+        first = jax.device_get(state.params)
+        for number in (1, 2, 3):
+            state, scalars = trainer.step(state, batch, number)
+        results.append((float(scalars["loss"]), float(scalars["words/loss"]), jax.device_get(state.params)))
     assert results[0][1] > 1
-    for a, b in zip(*(jax.tree.leaves(r[2]) for r in results), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (first, results[0][2])), strict=True)]
+    assert np.mean(np.array(moved) > 1e-3) > 0.5
+    for other in results[1:]:
+        np.testing.assert_allclose(other[:2], results[0][:2], rtol=1e-4)
+        for a, b in zip(jax.tree.leaves(other[2]), jax.tree.leaves(results[0][2]), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_what_words_say_is_added_at_labels(by_words, tokenizers, own):
+    """The products of a query's vector and keys: `alike` at texts of labelled examples, nothing elsewhere."""
+    examples, query = [shot(0, "dax"), shot(1, "wug"), shot(2, "dax")], shot(3)
+    sentinel = np.array([own.named("caption").first_sentinel])
+    row = pack([{**encode(query, tokenizers, own)[0], "caption": sentinel}], [0], own)
+    context, _ = pack_shots([encode(s, tokenizers, own) for s in examples], own, budget=999)
+    inputs, features = jax.tree.map(jnp.asarray, in_buckets([type(row).join([row, context], own)], own))
+    found, size = by_words.encode(inputs, features).matches, by_words.config.match_size
+    assert found.weight.shape == (2, size + NUM_SHOTS)
+    added = np.asarray(found.examples[0, 0, size:] @ found.keys[0, :, size:].T)
+    address, is_label = np.asarray(inputs.shot)[0], np.asarray(inputs.modality)[0] == own.index("caption")
+    is_label &= np.asarray(inputs.valid)[0] & (address > 0)
+    alike = np.asarray(found.examples[0, 0, size:])
+    np.testing.assert_allclose(added, np.where(is_label, alike[address], 0), atol=1e-6)
+    assert len({*alike[1:4].round(4)}) == 3 and (alike[1:4] > 0).all()
 
 
 def test_words_of_no_text_are_refused(own, by_words, tokenizers):
