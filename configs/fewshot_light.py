@@ -19,7 +19,7 @@ from m4.shots import ShotMasking
 
 fewshot = load_config("configs/fewshot.py")
 in_text = load_config("configs/fewshot.py", "in_text")
-masking = ShotMasking(num_examples=4, outputs=("text",), labelled=(1, 3), num_tokens=(16,))
+masking = ShotMasking(num_examples=4, outputs=("text",), labelled=(1, 3), num_tokens=(16,), ask_all=True)
 
 
 def episodes(task):
@@ -34,6 +34,6 @@ config = dataclasses.replace(
     masking=dataclasses.replace(fewshot.masking, num_inputs=140),
     model=dataclasses.replace(fewshot.model, shot_depth=1, match_words=""),
     optimizer=dataclasses.replace(fewshot.optimizer, train=("shot_encoder*", "matching*"), learning_rate=3e-3),
-    num_steps=700,
+    num_steps=300,
     fewshot=FewShot(tasks=(in_text(FastBinding()),), num_tokens=16),
 )

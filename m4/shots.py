@@ -183,10 +183,9 @@ def pack_shots(
 
 
 def asked(
-    stored: np.ndarray, m: Modality, modalities: Modalities, rng: np.random.Generator
+    stored: np.ndarray, m: Modality, address: int, modalities: Modalities, rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "5 m"]]:
-    """What is shown of an output that is asked of a query, and its columns of targets (ids, previous, modality,
-    position, shot).
+    """What is shown of an output that is asked, and its columns of targets (ids, previous, modality, position, shot).
 
     Of a text the question, up to where the answer begins, and a sentinel in its place; of a grid a random share.
     """
@@ -200,7 +199,7 @@ def asked(
         known = rng.permutation(len(ids)) < rng.integers(len(ids))
         question, place = np.where(known, ids, -1), np.flatnonzero(~known)
         ids, previous = ids[place], np.full(len(place), -1)
-    own = [np.full(len(ids), modalities.index(m.name)), place, np.zeros(len(ids), int)]
+    own = [np.full(len(ids), modalities.index(m.name)), place, np.full(len(ids), address)]
     return question, np.stack([ids, previous, *own]).astype(np.int32)
 
 
@@ -213,10 +212,11 @@ class ShotMasking:
     `num_images` records (the first with all but the further images); the last example is its query.
 
     A random number of examples, `labelled` from..to, go in with their outputs, and the query is asked. Others are left
-    out: of examples that are drawn to be balanced over labels, some would tell what the rest is not. `inputs`,
-    `outputs`: signals or modalities; an output goes in as the model reads its signal, and is asked as tokens.
-    `num_tokens`: how many tokens of an image go in, one of these for each episode (0: all), coarse to fine; the query's
-    image goes in whole. Addresses are drawn, so that all of them are learned.
+    out, or asked as well (`ask_all`): one forward pass answers several queries then. If labels of an episode are drawn
+    to be balanced, the labelled ones tell what these others are not, and a task in which there is little else to go by
+    is not learned. `inputs`, `outputs`: signals or modalities; an output goes in as the model reads its signal, and is
+    asked as tokens. `num_tokens`: how many tokens of an image go in, one of these for each episode (0: all), coarse to
+    fine; the query's image goes in whole. Addresses are drawn, so that all of them are learned.
     """
 
     num_examples: int = 9
@@ -225,6 +225,7 @@ class ShotMasking:
     outputs: tuple[str, ...] = ("caption",)
     labelled: tuple[int, int] = (0, 8)
     num_tokens: tuple[int, ...] = (0,)
+    ask_all: bool = False
 
     def __post_init__(self):
         low, high = self.labelled
@@ -262,20 +263,22 @@ class ShotMasking:
         examples = [records[i : i + r] for i in range(0, self.num_records, r)]
         num_labelled = int(rng.integers(self.labelled[0], self.labelled[1] + 1))
         num_tokens = int(self.num_tokens[rng.integers(len(self.num_tokens))])
-        labelled = np.sort(rng.permutation(len(examples) - 1)[:num_labelled])
+        order = rng.permutation(len(examples) - 1)  # any may be labelled but the query
+        labelled = {*order[:num_labelled].tolist()}
+        kept = range(len(examples) - 1) if self.ask_all else sorted(labelled)
         free = (1 + rng.permutation(NUM_SHOTS - 1)).tolist()
         reads = [modalities.as_input(name).name for name in self.inputs]
         asks = [modalities.as_target(name) for name in self.outputs]
         parts, targets, room_in, room_out = [], [], num_inputs, num_targets
-        for i in [len(examples) - 1, *reversed(labelled)]:
+        for i in [len(examples) - 1, *reversed(kept)]:
             is_query = i == len(examples) - 1
             addresses = [0, *free[: r - 1]] if is_query else free[:r]
             free = free[len(addresses) - is_query :]
-            names = [*reads, *(modalities.as_input(name).name for name in self.outputs if not is_query)]
+            names = [*reads, *(modalities.as_input(name).name for name in self.outputs if i in labelled)]
             shown = [{n: e[n] for n in dict.fromkeys(names) if n in e} for e in examples[i]]
             wanted = []
-            for m in asks if is_query else ():
-                question, target = asked(examples[i][0][m.name], m, modalities, rng)
+            for m in asks if i not in labelled else ():
+                question, target = asked(examples[i][0][m.name], m, addresses[0], modalities, rng)
                 shown[0].pop(m.name, None)
                 shown[0][m.name] = question
                 wanted.append(target)

@@ -146,19 +146,20 @@ def records(tokenizers, own, seed: int, count: int = 5, **options) -> list:
     return [r for s in made for r in encode(s, tokenizers, own)]
 
 
-@given(seed=st.integers(0, 10_000), low=st.integers(0, 4), images=st.integers(1, 2))
+@given(seed=st.integers(0, 10_000), low=st.integers(0, 4), images=st.integers(1, 2), ask_all=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_what_is_asked_is_not_shown(tokenizers, own, seed, low, images):
-    """Labelled examples go in with their outputs, the query is a target without them, and others are left out; another
-    answer changes no input."""
-    masking = ShotMasking(num_examples=5, num_images=images, labelled=(low, 4), num_tokens=(4, 0))
+def test_what_is_asked_is_not_shown(tokenizers, own, seed, low, images, ask_all):
+    """Labelled examples go in with their outputs, the query is a target without them, and others are too, or are left
+    out; another answer changes no input."""
+    masking = ShotMasking(num_examples=5, num_images=images, labelled=(low, 4), num_tokens=(4, 0), ask_all=ask_all)
     question = ("is", 1, "so") if seed % 2 else None
     episode = records(tokenizers, own, seed, images=images, question=question)
     packed, targets = masking(episode, own, np.random.default_rng(seed), 400, 120)
     _, modality, _, address = packed.columns
     text = modality == own.index("caption")
     asked = {*targets[4]}
-    assert asked == {0} and low <= len({*address[text]} - asked) <= 4
+    told = len({*address[text]} - asked)
+    assert 0 in asked and low <= told <= 4 and len(asked) == (5 - told if ask_all else 1)
     assert len({*address[~text]}) == images * len({*address[text]})
     for a in asked:  # of an asked text: the question, if any, and a sentinel
         shown = packed.columns[0][text & (address == a)]
@@ -579,7 +580,7 @@ def test_words_are_learned_from_whole_captions_of_pictures(by_words, tokenizers,
     example = x._replace(shot=jnp.where(last[None], 3, x.shot))
     for inputs in (
         x._replace(valid=jnp.zeros_like(x.valid)),
-        *(y._replace(valid=x.valid | last) for y in (told, example)),
+        *(y._replace(valid=x.valid | last[None]) for y in (told, example)),
     ):
         assert not captioned(batch._replace(inputs=inputs), own, "caption").any()
 
