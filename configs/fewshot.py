@@ -45,7 +45,7 @@ def episodes(task, weight):
         outputs=("text",),
         labelled=(2, 4),
         num_tokens=(16, 64) if task.name.startswith("fast_binding") else (64,),
-        ask_all=task.name != "counting",
+        ask_all=task.name != "counting",  # whose examples are balanced over few labels (ShotMasking)
     )
     source = EpisodeSource(task=in_text(task), num_train=8000, num_test=64)
     return Dataset(source=source, shots=shots, weight=weight, name=task.name)
