@@ -5,8 +5,8 @@
     python train.py configs/spoken.py
 
 Both ways, picture <-> spoken words in six languages, while the scenes of before are rehearsed. On 2 CPU cores: about 25
-minutes beside other work, in two pieces. It finds no recording of an unseen thing by its picture, nor the other way round
-(README, "The encoder"); of old tasks caption -> picture loses 0.008, the others nothing.
+minutes beside other work, in two pieces. It finds no recording of an unseen thing by its picture, nor the other way
+round (README, "The encoder"); of old tasks caption -> picture loses 0.008, the others nothing.
 """
 
 import dataclasses
