@@ -4,8 +4,9 @@
                                                   +-- cos(p_i, q_j) / temperature: row i finds column i, and back
     inputs of group b  --encoder, mean-->  q_j  --'
 
-Each group is encoded by itself, as m4.embeddings does, so that what is trained is what retrieval compares. Rows are
-those of the whole batch, whatever the mesh.
+Each group is encoded by itself, as m4.embeddings does, so that what is trained is what retrieval compares. Its mean
+over the rows is taken off before cosines: what all rows share, nearly everything at the start, tells no two of them
+apart. Rows are those of the whole batch, whatever the mesh; of in-context examples the query alone counts.
 
     dataclasses.replace(config, contrast=Contrast(a=("rgb_pixels",), b=("caption",)))
 
@@ -74,9 +75,13 @@ def encoder_outputs(model: Model, inputs: Tokens, features: dict[str, Array]):
 def group_embeddings(
     model: Model, batch: MaskedBatch, names: Seq[str]
 ) -> tuple[Float[Array, "B D"], Bool[Array, " B"]]:
-    """Of the inputs of some modalities alone, and which rows have any."""
+    """Of the query's inputs of some modalities alone, and which rows have any."""
     of_group = jnp.asarray([m.name in names for m in model.modalities])[batch.inputs.modality]
-    inputs = batch.inputs._replace(valid=batch.inputs.valid & of_group)
+    inputs = batch.inputs._replace(valid=batch.inputs.valid & of_group & (batch.inputs.shot == 0))
+    # In no more slots than they can fill.
+    needed = sum(m.max_tokens for m in model.modalities if m.name in names)
+    first = jnp.argsort(~inputs.valid, axis=1, stable=True)[:, :needed]
+    inputs = Tokens(*(jnp.take_along_axis(x, first, axis=1) for x in inputs))
     return encoder_outputs(model, inputs, batch.features)[1], inputs.valid.any(1)
 
 
@@ -92,9 +97,10 @@ def info_nce(
 
     `weighted`: row i is to find column j with a probability in proportion to (1 + cos(p_i, p_j)) / 2, a constant.
     """
+    count, own = there.sum(), jnp.eye(len(p))
+    p, q = (x - jnp.where(there[:, None], x, 0).sum(0, keepdims=True) / jnp.maximum(count, 1) for x in (p, q))
     p, q = (x * jax.lax.rsqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-12)) for x in (p, q))
     cosines = lambda x, y: jnp.einsum("id,jd->ij", x, y, precision="highest")  # noqa: E731
-    count, own = there.sum(), jnp.eye(len(p))
     share = (1 + jax.lax.stop_gradient(cosines(p, p))) / 2 if weighted else own
     share = jnp.where(there[:, None] & there[None], share, 0)
     share = share / jnp.maximum(share.sum(-1, keepdims=True), 1e-9)

@@ -322,6 +322,16 @@ def test_no_warnings_on_exact_size(image, tmp_path):
         np.testing.assert_array_equal(image.read(str(tmp_path / "a.png")), EXAMPLES[0]["rgb"])
 
 
+@pytest.mark.parametrize("recipe", [ImageRecipe(), DepthRecipe()])
+def test_examples_of_several_data_sets_may_lack_instances(recipe):
+    """Objects are measured where all examples have them."""
+    given = [e[recipe.signal] for e in EXAMPLES[:4]]
+    with_objects = recipe.measure(given, given, EXAMPLES[:4])
+    without = recipe.measure(given, given, [*EXAMPLES[:3], {recipe.signal: given[3]}])
+    assert any("on_objects" in name for name in with_objects)
+    assert without == {name: x for name, x in with_objects.items() if "on_objects" not in name}
+
+
 def test_train_writes_files_and_sheets(tmp_path, capsys):
     source = types.SimpleNamespace(prepare=lambda data_dir: None, split=lambda name, data_dir: EXAMPLES)
     recipes = (PixelPatchesRecipe(), TextRecipe(), BoxRecipe())

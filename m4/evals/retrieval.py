@@ -1,6 +1,6 @@
 """Whether one group of a sample's signals finds another group of the same sample by the encoder's pooled embeddings.
 
-    found     ranks of the right answers among all samples, by cosine similarity
+    found     ranks of the right answers among all samples, by cosine similarity of embeddings less their group's mean
     shuffled  the same ranking, judged by the partners of other samples: what hubs and duplicates give away
     chance    of any order of the samples, exactly
 
@@ -153,7 +153,8 @@ def evaluate(workdir: str | Path, out: str | Path = "", retrievals: Seq[Retrieva
         for group, names in r.groups.items():
             progress = functools.partial(tqdm, desc=f"embeddings of {group}", unit="batch", file=sys.stdout)
             signals = {name: [e[name] for e in examples] for name in names}
-            found[group] = features(sampler, signals, progress=progress).pooled
+            pooled = features(sampler, signals, progress=progress).pooled
+            found[group] = pooled - pooled.mean(axis=0)  # as the contrastive loss compares them
         right = r.right(examples)
         for query, answer in (r.groups, reversed(r.groups)):
             name = f"{query} -> {answer}" + (f", same {r.label}" if r.label else "")

@@ -99,10 +99,10 @@ class DepthRecipe(VQRecipe):
         return self.to_signals(np.stack([position, np.ones_like(position)], axis=-1)[None])[0]
 
     def measure(self, given: Seq[Any], decoded: Seq[Any], examples: Seq[dict[str, Any]]) -> dict[str, float]:
-        """delta1 and AbsRel on known pixels (and on those of objects, where instances are known)."""
+        """delta1 and AbsRel on known pixels (and on those of objects, where all examples have instances)."""
         given, decoded = np.stack(given), np.stack(decoded)
         out = {**depth_quality(given, decoded, given > 0), "known_agreement": np.mean((decoded > 0) == (given > 0))}
-        if "instance" in examples[0]:
+        if all("instance" in example for example in examples):
             on_object = (np.stack([example["instance"] for example in examples]) > 0) & (given > 0)
             out.update({f"{k}_on_objects": v for k, v in depth_quality(given, decoded, on_object).items()})
         return {k: float(v) for k, v in out.items()}

@@ -114,7 +114,7 @@ class ImageRecipe(VQRecipe):
         error = (a - b) ** 2
         pairs = list(zip(a, b, strict=True))[:128]
         out = {"psnr": peak_ratio(error), "ssim": float(np.mean([structural_similarity(x, y) for x, y in pairs]))}
-        if "instance" in examples[0]:
+        if all("instance" in example for example in examples):
             out["psnr_on_objects"] = peak_ratio(error[np.stack([example["instance"] for example in examples]) > 0])
         return {**out, **perceptual_quality(given, decoded)}
 

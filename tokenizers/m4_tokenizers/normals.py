@@ -55,7 +55,7 @@ class NormalsRecipe(VQRecipe):
         known = np.einsum("nhwc,nhwc->nhw", a, a) > 0.5
         out, angle = {}, np.degrees(np.arccos(np.einsum("nhwc,nhwc->nhw", a, b).clip(-1, 1)))
         regions = {"": known}
-        if "instance" in examples[0]:
+        if all("instance" in example for example in examples):
             regions["_on_objects"] = known & (np.stack([example["instance"] for example in examples]) > 0)
         for name, where in regions.items():
             out[f"mean_angle{name}"] = float(angle[where].mean())
