@@ -47,7 +47,7 @@ config = dataclasses.replace(
     masking=dataclasses.replace(quickstart.masking, num_inputs=num_inputs),
     contrast=Contrast(a=("rgb_pixels",), b=("audio_tokens",)),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
-    num_steps=400,
+    num_steps=1000,
     evaluations=tuple(dataclasses.replace(d, dataset="rehearsal") for d in quickstart.evaluations),
     retrieval=Retrieval(a=("rgb",), b=("audio",), num_samples=77),  # each unseen stamp once
 )
