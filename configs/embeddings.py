@@ -4,8 +4,8 @@
     python train.py configs/embeddings.py
     python -m m4 evaluate runs/embeddings --suite probes
 
-On 2 CPU cores: 22 minutes with preparation. Neighbours and linear probes of its pooled embeddings tell shape, colour and
-size of unseen kinds of objects, and the category of cut-outs of unseen things (0.449, 0.467; pixels 0.376, 0.306),
+On 2 CPU cores: 22 minutes with preparation. Neighbours and linear probes of its pooled embeddings tell shape, colour
+and size of unseen kinds of objects, and the category of cut-outs of unseen things (0.449, 0.467; pixels 0.376, 0.306),
 better than those of pixels and of an untrained encoder (README, "The encoder").
 """
 
