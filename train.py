@@ -8,11 +8,12 @@ import sys
 import jax
 
 from m4 import checkpoints, flops, sharding
-from m4.components import to_json, write_atomically
+from m4.components import to_json
 from m4.config import from_cli, save_or_check
 from m4.data import Stream
 from m4.distillation import load_teacher
 from m4.evals.suite import evaluate, sample_gallery
+from m4.files import write_atomically
 from m4.metrics import Metrics
 from m4.pretokenize import prepare
 from m4.step import Trainer, TrainState

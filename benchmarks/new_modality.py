@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-from m4.components import write_atomically
 from m4.config import Config, load_config
+from m4.files import write_atomically
 from train import main as train
 
 VARIANTS = {

@@ -24,16 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from m4.components import (
-    closest,
-    from_json,
-    load_tokenizer,
-    packaged,
-    save_tokenizer,
-    to_json,
-    tokenizer_hash,
-    write_atomically,
-)
+from m4.components import closest, from_json, load_tokenizer, packaged, save_tokenizer, to_json, tokenizer_hash
+from m4.files import write_atomically
 from m4.modality import Features, Modalities, Modality, Tokenizer
 from m4.model import Model
 from m4.model_file import STACKS, TensorFile, abstract, load_model, parameters, save_model

@@ -6,7 +6,6 @@ dataclass within m4 or m4_tokenizers. No code is ever read from a run's folder.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -14,9 +13,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import os
-import secrets
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from m4.files import write_atomically
 
 if TYPE_CHECKING:
     from m4.modality import Tokenizer
@@ -44,29 +42,6 @@ def check_choice(value: Any, field: str, allowed: Seq[str]) -> None:
 def packaged() -> dict[str, Path]:
     """The trained models in the package: name -> folder."""
     return {p.parent.name: p.parent for p in sorted(Path(__file__).parent.glob("models/*/config.json"))}
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, of this writer alone, which takes its place when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the whole new one, never a half."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def fingerprint(value: Any) -> str:
-    """12 hex digits of the SHA-256 of a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @functools.cache

@@ -196,7 +196,7 @@ def from_cli(description: str, argv: list[str] | None = None) -> Any:
 
 def save_or_check(config: Config) -> None:
     """Writes config.json into the run's folder, or checks that the run there is the same one."""
-    from m4.components import write_atomically
+    from m4.files import write_atomically
 
     file = config.folder / "config.json"
     new = to_json(config)

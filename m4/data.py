@@ -29,7 +29,8 @@ import grain
 import numpy as np
 import safetensors.numpy
 
-from m4.components import closest, fingerprint
+from m4.components import closest
+from m4.files import fingerprint
 from m4.masking import Masking, Strategy, check_strategies
 from m4.modality import Modalities
 from m4.shots import ShotMasking

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from m4.components import write_atomically
+from m4.files import write_atomically
 from m4.in_context import answer
 from m4.modality import Sequence
 from m4.pictures import contact_sheet, write_png

@@ -19,8 +19,8 @@ import numpy as np
 
 from m4.adapters import merged
 from m4.checkpoints import check_tokenizers, load_run, write_run
-from m4.components import write_atomically
 from m4.evals.suite import examples_of, score_all
+from m4.files import write_atomically
 from m4.model import Model
 from m4.model_file import by_modality, with_pieces
 from m4.sampler import Sampler

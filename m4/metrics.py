@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import tensorboardX
 
-from m4.components import write_atomically
+from m4.files import write_atomically
 
 NUM_RECENT = 50  # logged losses that a spike is told from
 SPIKE = 8.0  # times their median absolute deviation above their median

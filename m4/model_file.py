@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m4.components import closest, from_json, replacing, to_json
+from m4.components import closest, from_json, to_json
+from m4.files import replacing
 from m4.modality import Modalities
 from m4.model import STACKS, Model
 

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from m4.components import write_atomically
 from m4.config import Config
 from m4.data import Mask, Stream, by_example, examples
+from m4.files import write_atomically
 from m4.modality import Features, Grid, Modality, Sequence, Tokenizer
 from m4.pictures import write_png
 from m4.pretokenize import prepare

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from m4.components import write_atomically
+from m4.files import write_atomically
 
 TILE, HEADER, GAP = 128, 16, 4  # pixels
 

@@ -24,8 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from m4 import workers
-from m4.components import fingerprint, load_tokenizer, save_tokenizer, to_json, tokenizer_hash, write_atomically
+from m4.components import load_tokenizer, save_tokenizer, to_json, tokenizer_hash
 from m4.data import VERSION, Dataset, TokenShards
+from m4.files import fingerprint, write_atomically
 from m4.modality import Modalities, Recipe, Tokenizer
 from m4.records import is_tokenized, named_error
 from m4.shards import Job, raw_examples

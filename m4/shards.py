@@ -18,8 +18,9 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from m4.components import closest, load_tokenizer, replacing, tokenizer_hash, write_atomically
+from m4.components import closest, load_tokenizer, tokenizer_hash
 from m4.data import VERSION, Dataset
+from m4.files import replacing, write_atomically
 from m4.modality import Features, Tokenizer
 from m4.records import encode, is_tokenized, named_error
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from m4.components import write_atomically
+from m4.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,7 @@ def test_every_config_holds_together(path, monkeypatch, tmp_path):
 
 
 LAYERS = [
+    ["files"],
     ["components", "modality", "tokens", "workers"],
     ["masking", "packing", "nn", "kernels"],
     ["shots", "matching"],

@@ -18,8 +18,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import environment
 
 from m4 import data
-from m4.components import fingerprint
 from m4.data import VERSION, Dataset, Stream, TokenShards
+from m4.files import fingerprint
 from m4.masking import Strategy
 
 
@@ -286,7 +286,8 @@ def test_fingerprint_sees_every_change():
 CONSUMER = """
 import hashlib, json, os, sys, time
 import numpy as np
-from m4.components import from_json, write_atomically
+from m4.components import from_json
+from m4.files import write_atomically
 from m4.data import Dataset, Stream, TokenShards
 from m4.modality import Modalities
 from pathlib import Path

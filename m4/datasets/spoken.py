@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Float32
 from scipy.signal import resample_poly
 
-from m4.components import fingerprint
 from m4.datasets.built import BuiltSplit, build, encode_all, png
 from m4.datasets.rendering import check
 from m4.datasets.stamps import NEAREST, SPLITS, Stamp, Stamps, corpus, gradient, paint, place
+from m4.files import fingerprint
 
 VERSION = "1.0.0"  # of the examples: raise it whenever the same arguments give others
 INSTALL = 'pip install "m4-jax[audio]"'

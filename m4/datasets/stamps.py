@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from m4.components import fingerprint
 from m4.datasets.built import BuiltSplit, build, encode_all, png
 from m4.datasets.photos import Photos
 from m4.datasets.rendering import check
+from m4.files import fingerprint
 
 VERSION = "1.0.0"  # of the examples: raise it whenever the same arguments give others
 SPLITS = ("train", "validation", "test")

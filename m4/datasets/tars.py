@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from m4.components import closest, fingerprint, write_atomically
+from m4.components import closest
 from m4.datasets.folders import Aligned, Stored, is_junk, status_of
+from m4.files import fingerprint, write_atomically
 
 BLOCK = tarfile.BLOCKSIZE  # bytes; headers and contents of members start at multiples
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from m4.components import closest, fingerprint, replacing
+from m4.components import closest
 from m4.datasets.rendering import check
+from m4.files import fingerprint, replacing
 
 VERSION = 1  # of the index: raise it whenever the same files give another
 SPLITS = ("train", "validation", "test")

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from m4.components import fingerprint
 from m4.datasets.files import to_rgb
 from m4.datasets.rendering import check
+from m4.files import fingerprint
 
 PIXELS = ("picture", "numbers")
 WORDS = ("text", "class")

@@ -32,11 +32,11 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from m4.checkpoints import load_run
-from m4.components import write_atomically
 from m4.embeddings import embed
 from m4.evals.episodes.counting import Counting
 from m4.evals.episodes.fast_binding import FastBinding
 from m4.evals.episodes.operators import OperatorInduction
+from m4.files import write_atomically
 from m4.in_context import ShotsDropped, answer, score
 from m4.pictures import contact_sheet, labelled, write_png
 from m4.sampler import Sampler

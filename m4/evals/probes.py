@@ -28,11 +28,11 @@ from scipy.special import log_softmax
 from tqdm import tqdm
 
 from m4.checkpoints import load_run
-from m4.components import write_atomically
 from m4.datasets.rendering import check
 from m4.datasets.stamps import Stamps
 from m4.embeddings import features
 from m4.evals.episodes.bank import KINDS, bank
+from m4.files import write_atomically
 from m4.model import Model
 from m4.sampler import Sampler
 

@@ -28,9 +28,10 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from m4.checkpoints import load_run
-from m4.components import closest, write_atomically
+from m4.components import closest
 from m4.embeddings import features
 from m4.evals.fewshot import summary
+from m4.files import write_atomically
 from m4.pictures import contact_sheet, labelled, write_png
 from m4.sampler import Sampler, retrieve
 

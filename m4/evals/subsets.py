@@ -25,10 +25,10 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from m4.checkpoints import load_run
-from m4.components import write_atomically
 from m4.datasets.rendering import check
 from m4.embeddings import embed
 from m4.evals.probes import LABELS, linear
+from m4.files import write_atomically
 from m4.packing import pack
 from m4.sampler import Sampler
 

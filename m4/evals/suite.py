@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from m4.checkpoints import load_run
-from m4.components import to_json, write_atomically
+from m4.components import to_json
+from m4.files import write_atomically
 from m4.pictures import contact_sheet, write_png
 from m4.sampler import Sampler
 from m4.sampling import Guidance, Stage

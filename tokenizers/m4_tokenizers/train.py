@@ -10,8 +10,9 @@ from typing import Any
 import tyro
 from PIL import Image
 
-from m4.components import closest, load_tokenizer, save_tokenizer, to_json, write_atomically
+from m4.components import closest, load_tokenizer, save_tokenizer, to_json
 from m4.config import load_config
+from m4.files import write_atomically
 from m4.modality import Features
 from m4_tokenizers.training import sheet
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
