@@ -12,11 +12,7 @@ alone.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import functools
-import itertools
-import json
 import os
 from collections import deque
 from collections.abc import Callable
@@ -27,17 +23,17 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
-import safetensors.numpy
 
-from m4.components import closest
-from m4.files import fingerprint
+from m4.files import fingerprint, shown
 from m4.masking import Masking, Strategy, check_strategies
 from m4.modality import Modalities
+from m4.records import check_stored
 from m4.shots import ShotMasking
+from m4.token_shards import VERSION, TokenShards
 from m4.tokens import MaskedBatch, interleave
 from m4.workers import leave_with_parent
 
-VERSION = 2  # of token shards: raised whenever the same data and tokenizers give others
+__all__ = ["VERSION", "Dataset", "Mask", "Source", "Stream", "TokenShards", "by_example", "examples"]
 PREFETCH = 2  # batches that wait for the training step, on the device if the stream places them there
 
 
@@ -102,57 +98,28 @@ class Dataset:
 
     @property
     def label(self) -> str:
-        return self.name or (Path(self.tokens).name if self.tokens else type(self.source).__name__.lower())
+        return shown(self.name or (Path(self.tokens).name if self.tokens else type(self.source).__name__.lower()))
 
 
-class TokenShards:
-    """Random access to the stored arrays of one split; sent to a worker process as its folder's name."""
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """Records whose arrays can be those of a model's modalities; ValueError names the record of one that cannot."""
 
-    def __init__(self, folder: Path, split: str):
-        self.folder, self.split = Path(folder), split
-        manifest = self.folder / f"{split}.json"
-        if not manifest.exists():
-            finished = sorted(p.stem for p in self.folder.glob("*.json"))
-            raise ValueError(f"{folder} has no finished split {split!r}; {closest(split, finished)}")
-        self.manifest = json.loads(manifest.read_text())
-        if self.manifest.get("version") != VERSION:
-            raise ValueError(f"{manifest} was written by another version of m4; tokenize the data again")
-        self.shards = self.manifest["shards"]
-        self.paths = [self.folder / name for name in self.shards]
-        self.first = [0, *itertools.accumulate(shard["num_examples"] for shard in self.shards.values())]
-        for path, shard in zip(self.paths, self.shards.values(), strict=True):
-            if not path.exists():
-                raise ValueError(f"token shard {path} is missing; delete {manifest} to write it again")
-            if path.stat().st_size != shard["bytes"]:
-                raise ValueError(
-                    f"token shard {path} has {path.stat().st_size} bytes instead of {shard['bytes']}; "
-                    f"delete it and {manifest} to write it again"
-                )
-
-    @property
-    def contents(self) -> dict[str, Any]:
-        """What decides which example is where."""
-        return {k: self.manifest[k] for k in ("num_examples", "tokenizers", "sets")}
-
-    def __getstate__(self):
-        return {k: v for k, v in vars(self).items() if k != "_records"}
-
-    @functools.cached_property
-    def _records(self):
-        return grain.sources.ArrayRecordDataSource([str(p) for p in self.paths])
+    records: TokenShards
+    modalities: Modalities
 
     def __len__(self) -> int:
-        return self.first[-1]
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)} ({self.split} of {self.folder})")
+        record = self.records[index]
         try:
-            return safetensors.numpy.load(self._records[index])
-        except Exception as error:
-            shard = bisect.bisect_right(self.first, index) - 1
-            where = f"record {index - self.first[shard]} of token shard {self.paths[shard]}"
-            raise ValueError(f"{where} cannot be read ({error}); delete it and {self.split}.json beside it") from error
+            for modality in self.modalities:
+                if modality.name in record:
+                    check_stored(record[modality.name], modality)
+        except ValueError as error:
+            raise ValueError(f"{self.records.where(index)}: {error}; tokenize the data again") from error
+        return record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +136,7 @@ class Episodes:
         return [self.records[i] for i in range(index * self.size, (index + 1) * self.size)]
 
 
-def by_example(shards: Seq[TokenShards], datasets: Seq[Dataset]) -> list[Seq[Any]]:
+def by_example(shards: Seq[TokenShards | Checked], datasets: Seq[Dataset]) -> list[Seq[Any]]:
     """What is masked at once: a record, or an episode."""
     return [Episodes(s, d.shots.num_records) if d.shots else s for s, d in zip(shards, datasets, strict=True)]
 
@@ -262,7 +229,7 @@ class Stream:
         num_workers: int = 0,
         place: Callable[[MaskedBatch], Any] = lambda batch: batch,
     ):
-        read = by_example(shards, datasets)
+        read = by_example([Checked(part, modalities) for part in shards], datasets)
         if sum(map(len, read)) < batch_size:
             raise ValueError(f"{sum(map(len, read))} examples are fewer than one batch of {batch_size}")
         if batch_size % process_count:

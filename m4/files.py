@@ -20,6 +20,8 @@ import re
 import secrets
 import shutil
 import socket
+import sys
+import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +34,7 @@ except ImportError:  # Windows: temporaries are never taken for left over, and n
 
 DIGESTS = "digests.json"
 FORMAT = 2  # of JSON with a digest, under "m4": so that damage to the name of the digest is noticed, too
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12}|\d{1,10})\.tmp")  # the latter of versions before 0.2
 # What names from files may not hold: they become paths, rows of tables and keys of JSON.
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]|^\.|^~|^ | $|^$')
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
@@ -46,6 +48,12 @@ def shown(name: str | os.PathLike) -> str:
     escaped."""
     text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    """Prints a line at once, whatever its characters: those that the output cannot show are escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(shown(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def check_name(name: Any, what: str) -> None:
@@ -303,25 +311,39 @@ def _check_strings(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """The lock file `path` for this process alone, until the end. ValueError says who holds it.
+def locked(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterator[None]:
+    """The lock file `path` for this process alone, until the end. ValueError says who holds it; with `wait`, a line
+    says so each minute until it is free.
 
     The system lets go of it when its holder dies, however that happens.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    start, said = time.monotonic(), 0
     try:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(file, 200, 0).decode("utf-8", "replace") or "another process"
-            raise ValueError(f"{what} is in use by {holder}; wait for it, stop it, or choose another folder") from error
-        except OSError:  # a file system without locks
-            pass
+        while not _lock(file):
+            holder = shown(os.pread(file, 200, 0).decode("utf-8", "replace") or "another process")
+            if not wait:
+                raise ValueError(f"{what} is in use by {holder}; wait for it, stop it, or choose another folder")
+            if time.monotonic() - start >= 60 * said:
+                say(f"waiting for {holder}, which is at {what}")
+                said += 1
+            time.sleep(0.2)
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         os.close(file)
+
+
+def _lock(file: int) -> bool:
+    """Whether an open file is locked now by this process; also where the file system has no locks."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True

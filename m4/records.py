@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from m4.files import shown
 from m4.modality import Features, Grid, Modality, Sequence, Tokenizer
 
 
@@ -45,13 +46,18 @@ def _naming(example: Mapping[str, Any], modality: str):
     try:
         yield
     except Exception as error:
-        file = next((str(example[key]) for key in ("id", "file") if key in example), "")
-        raise named_error(error, file, modality) from error
+        raise named_error(error, name_of(example, "id", "file"), modality) from error
+
+
+def name_of(example: Mapping[str, Any], *keys: str) -> str:
+    """What names an example in errors: the first of these keys that it has; "" if it has none."""
+    return next((str(example[key]) for key in keys if key in example), "")
 
 
 def named_error(error: Exception, *names: str) -> ValueError:
-    """The error with what it is about, as far as it does not say so itself."""
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    """The error with what it is about, as far as it does not say so itself; in characters that can be printed."""
+    text = shown(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+    names = [shown(name) for name in names]
     return ValueError(": ".join([*(name for name in names if name and name not in text), text]))
 
 
@@ -78,14 +84,33 @@ def _given(ids: np.ndarray, modality: Modality) -> np.ndarray:
     return compact(ids, modality)
 
 
-def compact(stored: np.ndarray, modality: Modality) -> np.ndarray:
-    """Ids in the smallest unsigned type that holds the vocabulary; features as `dtype`. ValueError if not ids."""
+def check_stored(stored: np.ndarray, modality: Modality) -> None:
+    """ValueError unless an array of a record can be this modality's."""
     if isinstance(modality, Features):
-        return np.ascontiguousarray(stored, modality.dtype)
+        is_whole = stored.ndim == 2 and stored.shape[1] == modality.size and len(stored) <= modality.max_tokens
+        if not is_whole or stored.dtype != modality.dtype:
+            given, allowed = f"{stored.dtype} {list(stored.shape)}", f"[{modality.max_tokens}, {modality.size}]"
+            raise ValueError(f"{modality.name}: {given} is stored, but must be {modality.dtype} {allowed}")
+        if stored.dtype.kind == "f" and not np.isfinite(stored).all():
+            raise ValueError(f"{modality.name}: numbers that are not finite are stored")
+    elif stored.ndim != 1 or stored.dtype.kind not in "iu":
+        raise ValueError(f"{modality.name}: {stored.dtype} {list(stored.shape)} is stored, but ids are integers [n]")
+    else:
+        _check_ids(stored, modality)
+
+
+def _check_ids(stored: np.ndarray, modality: Modality) -> None:
     if len(stored) and not 0 <= stored.min() <= stored.max() < modality.vocab_size:
         raise ValueError(f"{modality.name}: ids {stored.min()}..{stored.max()} outside [0, {modality.vocab_size})")
     if isinstance(modality, Grid) and len(stored) != modality.max_tokens:
         raise ValueError(f"{modality.name}: {len(stored)} ids, the grid has {modality.max_tokens}")
     if not isinstance(modality, Grid) and not 0 < len(stored) <= modality.max_length:
         raise ValueError(f"{modality.name}: {len(stored)} ids, the sequence holds 1 to {modality.max_length}")
+
+
+def compact(stored: np.ndarray, modality: Modality) -> np.ndarray:
+    """Ids in the smallest unsigned type that holds the vocabulary; features as `dtype`. ValueError if not ids."""
+    if isinstance(modality, Features):
+        return np.ascontiguousarray(stored, modality.dtype)
+    _check_ids(stored, modality)
     return np.ascontiguousarray(stored, np.min_scalar_type(modality.vocab_size - 1))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import functools
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -19,10 +19,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from m4.components import closest, load_tokenizer, tokenizer_hash
-from m4.data import VERSION, Dataset
-from m4.files import replacing, write_atomically
+from m4.data import Dataset
+from m4.files import digest, read_json, replacing, say, shown, write_json
 from m4.modality import Features, Tokenizer
 from m4.records import encode, is_tokenized, named_error
+from m4.token_shards import VERSION, num_records
 
 EXAMPLES_PER_CALL = 256  # what a tokenizer gets at once
 NUM_NAMED = 100  # skipped examples that the manifest names
@@ -50,6 +51,13 @@ class Chosen(Seq):
         if not {*self.signals} & {*example}:
             raise ValueError(f"none of signals={self.signals}; {closest(self.signals[0], [*example])}")
         return {name: x for name, x in example.items() if name in (*self.signals, "id", "file")}
+
+
+def limit(skip_bad: float, count: int, num_examples: int) -> str:
+    """The tail of an error about a bad example that may not be skipped, after `count` of `num_examples` were bad."""
+    if not skip_bad:
+        return " (skip_bad=0.01 in its Dataset skips up to 1% of such examples)"
+    return f" ({count} bad examples of {num_examples}, more than skip_bad={skip_bad} allows)"
 
 
 @dataclasses.dataclass
@@ -88,22 +96,35 @@ class Job:
         return range(shard * self.examples_per_shard, min((shard + 1) * self.examples_per_shard, self.num_examples))
 
     def _facts_file(self, shard: int) -> Path:
-        return self.folder / f".{self.names[shard]}.safetensors"
+        return self.folder / f".{self.names[shard]}.json"
 
-    def written(self, shard: int) -> bool:
-        return (self.folder / self.names[shard]).exists() and self._facts_file(shard).exists()
+    def written(self, shard: int, *, whole: bool = False) -> bool:
+        """Whether a shard is there, of the size that was written; `whole`: with the content that was written."""
+        path = self.folder / self.names[shard]
+        if not path.is_file() or not self._facts_file(shard).exists():
+            return False
+        try:
+            facts = read_json(self._facts_file(shard))
+        except ValueError:
+            return False  # damaged: the shard is written again
+        return path.stat().st_size == facts["bytes"] and (not whole or digest(path) == facts["content"])
 
     def write(self, shard: int, bar: tqdm) -> None:
-        """One shard; beside it, hidden, which ids it holds and what was skipped, for the manifest."""
-        facts = Facts(self.tokenizers)
-        with replacing(self.folder / self.names[shard]) as temporary:
+        """One shard; beside it, hidden, which ids it holds, what was skipped and its SHA-256, for the manifest."""
+        facts, path = Facts(self.tokenizers), self.folder / self.names[shard]
+        with replacing(path) as temporary:
             with contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1")) as writer:
                 for batch in self._read(self.indices(shard)):
                     for record in self._encode(batch, facts):
                         writer.write(safetensors.numpy.save(record))
                         facts.add(record)
                     bar.update(len(batch))
-            write_atomically(self._facts_file(shard), facts.saved())
+            if num_records(temporary) != facts.num_examples:  # a full disk need not be an error of the writer
+                raise ValueError(f"{shown(path)} was not written whole; is the disk full?")
+            write_json(
+                self._facts_file(shard),
+                {**facts.saved(), "bytes": temporary.stat().st_size, "content": digest(temporary)},
+            )
 
     def _read(self, indices: range) -> Iterator[list[tuple[int, Any]]]:
         """Batches of (index, example or the error that it gave); the next is read while one is encoded."""
@@ -142,32 +163,38 @@ class Job:
             error = named_error(error, f"example {index} of {self.dataset.label} {self.split}")
             facts.skipped.append(str(error))
             if len(facts.skipped) > self.dataset.skip_bad * self.num_examples:
-                raise ValueError(f"{error}{self._limit(len(facts.skipped))}") from error
+                raise ValueError(
+                    f"{error}{limit(self.dataset.skip_bad, len(facts.skipped), self.num_examples)}"
+                ) from error
         for _, example in good:
             facts.add_given(example)
         yield from records
-
-    def _limit(self, count: int) -> str:
-        if not self.dataset.skip_bad:
-            return " (skip_bad=0.01 in its Dataset skips up to 1% of such examples)"
-        return f" ({count} bad examples of {self.num_examples}, more than skip_bad={self.dataset.skip_bad} allows)"
 
     def finish(self, manifest_file: Path) -> None:
         """Writes the manifest from what is known of the shards, which all are there."""
         total, shards = Facts(self.tokenizers), {}
         for i, name in enumerate(self.names):
-            facts = Facts.of(self._facts_file(i), self.tokenizers)
+            if not self.written(i):
+                self._facts_file(i).unlink(missing_ok=True)
+                raise ValueError(f"token shard {shown(self.folder / name)} was damaged meanwhile; start again")
+            stored = read_json(self._facts_file(i))
+            facts = Facts.of(stored, self.tokenizers)
             total += facts
-            shards[name] = {"num_examples": facts.num_examples, "bytes": (self.folder / name).stat().st_size}
+            if facts.num_examples:  # else all of its examples were skipped
+                shards[name] = {
+                    "num_examples": facts.num_examples,
+                    "bytes": stored["bytes"],
+                    "sha256": stored["content"],
+                }
         if len(total.skipped) > self.dataset.skip_bad * self.num_examples:
-            raise ValueError(f"{total.skipped[0]}{self._limit(len(total.skipped))}")
+            raise ValueError(f"{total.skipped[0]}{limit(self.dataset.skip_bad, len(total.skipped), self.num_examples)}")
         label = f"{self.dataset.label} {self.split}"
         if total.skipped:
             count = f"{len(total.skipped)} bad examples of {self.num_examples}"
-            print(f"{label}: {count} were skipped, the first: {total.skipped[0]}", flush=True)
+            say(f"{label}: {count} were skipped, the first: {total.skipped[0]}")
         for name, count in total.given.items():
             if count:
-                print(f"{label}: {count} examples have ids of {name}, which were taken as they are", flush=True)
+                say(f"{label}: {count} examples have ids of {name}, which were taken as they are")
         manifest = {
             "version": VERSION,
             "num_examples": total.num_examples,
@@ -186,10 +213,7 @@ class Job:
             "sets": [{"modalities": names.split("\n"), "num_examples": n} for names, n in sorted(total.sets.items())],
             "skipped": {"num_examples": len(total.skipped), "first": total.skipped[:NUM_NAMED]},
         }
-        write_atomically(manifest_file, json.dumps(manifest, indent=1).encode())
-        for pattern in (f".{self.split}-*.tmp", f"..{self.split}-*.tmp"):  # of killed processes
-            for left_over in self.folder.glob(pattern):
-                left_over.unlink(missing_ok=True)
+        write_json(manifest_file, manifest)
 
 
 class Facts:
@@ -226,17 +250,18 @@ class Facts:
     def _counters(self) -> tuple[Counter, ...]:
         return self.num_examples_with, self.num_tokens, self.given, self.sets
 
-    def saved(self) -> bytes:
-        facts = json.dumps([self.num_examples, self.skipped, *self._counters()])
-        return safetensors.numpy.save({n: np.packbits(used) for n, used in self.used.items()}, {"facts": facts})
+    def saved(self) -> dict[str, Any]:
+        """As JSON."""
+        used = {name: base64.b64encode(np.packbits(used).tobytes()).decode() for name, used in self.used.items()}
+        counters = [dict(counter) for counter in self._counters()]
+        return {"num_examples": self.num_examples, "skipped": self.skipped, "counters": counters, "used": used}
 
     @classmethod
-    def of(cls, file: Path, tokenizers: Mapping[str, Tokenizer]) -> Facts:
+    def of(cls, saved: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer]) -> Facts:
         self = cls(tokenizers)
-        with safetensors.safe_open(file, framework="numpy") as stored:
-            self.num_examples, self.skipped, *counters = json.loads(stored.metadata()["facts"])
-            for name, used in self.used.items():
-                used[:] = np.unpackbits(stored.get_tensor(name), count=len(used))
-        for ours, theirs in zip(self._counters(), counters, strict=True):
+        self.num_examples, self.skipped = saved["num_examples"], saved["skipped"]
+        for name, used in self.used.items():
+            used[:] = np.unpackbits(np.frombuffer(base64.b64decode(saved["used"][name]), np.uint8), count=len(used))
+        for ours, theirs in zip(self._counters(), saved["counters"], strict=True):
             ours.update(theirs)
         return self

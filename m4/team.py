@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from m4.files import write_atomically
+from m4.files import fingerprint, say, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody can tell whether another process lives
+    fcntl = None
+
+# What the processes of one job have in common, and other jobs on the same data do not.
+JOB = ("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "MEGASCALE_COORDINATOR_ADDRESS")
+GRACE = 5  # seconds after which a process that has not started is missed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,37 +38,98 @@ class Team:
 
 
 class Others:
-    """The team's other processes: waits for what they write, and raises if one of them failed meanwhile."""
+    """The team's other processes: waits for what they write, and raises if one of them failed or died meanwhile.
+
+    Each process has a note in data_dir, which it locks while it lives (so no clocks are compared), and into which it
+    writes why it failed:
+
+        locked                 it works
+        not there              it has not started, or is done
+        unlocked, a message    it failed: since this process started, or in an earlier run if it said so before
+        unlocked, empty        it died without a word, if it was seen alive
+    """
 
     def __init__(self, data_dir: Path, team: Team):
         self.data_dir, self.team = data_dir, team
+        self.indices = sorted({*range(team.count)} - {team.index})
+        self.lives: set[int] = set()  # those that were seen alive
+        self.old: dict[int, str] = {}  # messages of earlier runs
 
     def _note(self, index: int) -> Path:
-        return self.data_dir / f".process-{index}-of-{self.team.count}"
+        job = [os.environ[name] for name in JOB if os.environ.get(name)]
+        suffix = f"-{fingerprint(job)}" if job else ""
+        return self.data_dir / f".process-{index}-of-{self.team.count}{suffix}"
 
     def __enter__(self) -> Others:
         if self.team.count > 1:
-            write_atomically(self._note(self.team.index), b"")
-            self.began = self._note(self.team.index).stat().st_mtime
+            self.old = {i: message for i in self.indices if (message := self._message(i))}
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._note(self.team.index), os.O_CREAT | os.O_RDWR, 0o666)
+            for _ in range(40):  # others look by locking it for a moment
+                with contextlib.suppress(OSError):
+                    if fcntl:
+                        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.05)
+            os.ftruncate(self._file, 0)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if self.team.count > 1:
             if error is None:
                 self._note(self.team.index).unlink(missing_ok=True)
-            else:
-                write_atomically(self._note(self.team.index), f"{kind.__name__}: {error}".encode())
+            else:  # with the time, for the same failure of another run to differ
+                os.pwrite(self._file, shown(f"{kind.__name__}: {error}\0{time.time_ns()}").encode(), 0)
+            os.close(self._file)
+
+    def _message(self, index: int) -> str:
+        with contextlib.suppress(OSError):
+            return self._note(index).read_text(errors="replace")
+        return ""
+
+    def _is_locked(self, index: int) -> bool:
+        """Whether a process holds its note: it lives. False too where file systems have no locks."""
+        with contextlib.suppress(OSError):
+            file = os.open(self._note(index), os.O_RDONLY)
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            finally:
+                os.close(file)
+        return False
+
+    def _check(self, index: int) -> None:
+        """ValueError if a process failed or died since this one started."""
+        if self._is_locked(index):
+            self.lives.add(index)
+            return
+        message = self._message(index)
+        if message and message != (self.old[index] if index in self.old else ""):
+            failure = message.rpartition("\\x00")[0]
+            raise ValueError(f"process {index} of {self.team.count} failed with {failure}")
+        if index in self.lives and not message and self._note(index).exists() and not self._is_locked(index):
+            raise ValueError(f"process {index} of {self.team.count} died without a word; start all processes again")
 
     def wait(self, done: Callable[[], bool], what: str) -> None:
-        """Until `done()`; says each minute what it waits for. ValueError if another process failed since the start."""
-        start, said = time.monotonic(), 0
+        """Until `done()`. Says what it waits for, and soon, then each minute, which processes have not started."""
+        start, times = time.monotonic(), [0, GRACE]
         while not done():
-            for index in {*range(self.team.count)} - {self.team.index}:
-                with contextlib.suppress(FileNotFoundError):
-                    note = self._note(index)
-                    if note.stat().st_mtime >= self.began and (message := note.read_text()):
-                        raise ValueError(f"process {index} of {self.team.count} failed with {message}")
-            if time.monotonic() - start >= 60 * said:
-                print(f"process {self.team.index} of {self.team.count} waits for {what}", flush=True)
-                said += 1
+            for index in self.indices:
+                self._check(index)
+            passed = time.monotonic() - start
+            if passed >= times[0]:
+                text = f"process {self.team.index} of {self.team.count} waits for {what}"
+                missed = [i for i in self.indices if i not in self.lives and not self._is_locked(i)]
+                if missed and passed >= GRACE:
+                    named = ", ".join(
+                        f"{i} (its last run failed with {self._old(i)})" if i in self.old else str(i) for i in missed
+                    )
+                    text += f"; not started, or not on these files: process {named}"
+                say(text)
+                times = [*times[1:], passed + 60]
             time.sleep(0.5)
+
+    def _old(self, index: int) -> str:
+        return self.old[index].rpartition("\\x00")[0]

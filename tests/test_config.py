@@ -86,6 +86,7 @@ LAYERS = [
     ["model"],
     ["losses", "contrastive", "fourm", "model_file"],
     ["convert"],
+    ["token_shards"],
     ["data", "optim", "sharding", "flops", "records", "team", "adapters"],
     ["step", "shards"],
     ["pretokenize"],

@@ -222,14 +222,20 @@ def test_no_flipped_bit_is_read_as_data(folder):
 
 def test_a_damaged_shard_stops_the_stream_with_its_name(folder, make_stream):
     shard = sorted(folder.glob("*.array_record"))[1]
-    whole = bytearray(shard.read_bytes())
+    original = shard.read_bytes()
+    whole = bytearray(original)
     whole[len(whole) // 2 :] = bytes(len(whole) - len(whole) // 2)
     shard.write_bytes(bytes(whole))
-    for num_workers in (0, 1):
+    with pytest.raises(ValueError, match=f"token shard .*{shard.name} cannot be read"):
+        make_stream()
+    shard.write_bytes(bytes(original))
+    for num_workers in (0, 1):  # damaged after it was verified
         stream = make_stream(num_workers=num_workers)
+        shard.write_bytes(bytes(whole))
         with pytest.raises(Exception, match=f"token shard .*{shard.name} cannot be read"):
             take(stream, 8)
         stream.close()
+        shard.write_bytes(bytes(original))
 
 
 def test_a_position_in_another_stream_is_refused(tmp_path, make_stream, make_example, folder):

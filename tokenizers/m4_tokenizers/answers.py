@@ -125,6 +125,36 @@ class AnswerRecipe:
         pairs = zip(example["boxes"]["bbox"], example["boxes"]["label"], strict=True)
         return [{"concept": label, "kind": "box", "target": box} for box, label in pairs]
 
+    def checked(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """The item, its target as an array (depth: a float); ValueError unless it is as it must be."""
+        if not isinstance(item, Mapping) or not {"concept", "kind", "target"} <= item.keys():
+            raise ValueError(f"an item of an answer needs concept, kind and target, but one is {str(item)[:60]}")
+        concept, kind, size = item["concept"], item["kind"], self.mask_size
+        if not isinstance(concept, str) or not concept:
+            raise ValueError(f"a concept must be text of at least one character, not {concept!r}")
+        concept.encode()  # UnicodeEncodeError, a ValueError, on half a surrogate pair
+        if kind not in self.kinds:
+            raise ValueError(f"unknown kind {kind!r} of {concept!r}; {closest(str(kind), self.kinds)}")
+        target = np.asarray(item["target"])
+        ok = target.shape == {"box": (4,), "point": (2,), "mask": (size, size), "depth": ()}[kind]
+        ok = ok and target.dtype.kind in ("biuf" if kind == "mask" else "iuf")
+        if ok and kind == "mask":
+            ok = np.isin(target, (0, 1)).all()
+        elif ok and kind == "depth":
+            ok = 0 < target < np.inf
+        elif ok:
+            ok = ((target >= 0) & (target <= 1)).all() and (kind == "point" or (target[:2] <= target[2:]).all())
+        if not ok:
+            allowed = TARGETS[kind].format(size=size)
+            raise ValueError(f"the {kind} of {concept!r} is {str(item['target'])[:80]}; allowed: {allowed}")
+        cast = float(target) if kind == "depth" else target.astype(bool if kind == "mask" else np.float32)
+        return {"concept": concept, "kind": kind, "target": cast}
+
+    def check(self, signal: Answer) -> None:
+        """ValueError for an answer that `encode` refuses, whatever the words of its concepts."""
+        for item in signal:
+            self.checked(item)
+
     def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "AnswerTokenizer":
         start = time.perf_counter()
         answers = [self.signal_of(source[i]) for i in range(min(len(source), self.num_examples))]
@@ -159,29 +189,7 @@ class AnswerTokenizer:
         self._bytes = [bytes(BYTES[character] for character in piece) for piece in text.pieces]
 
     def checked(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """The item, its target as an array (depth: a float); ValueError unless it is as it must be."""
-        if not isinstance(item, Mapping) or not {"concept", "kind", "target"} <= item.keys():
-            raise ValueError(f"an item of an answer needs concept, kind and target, but one is {str(item)[:60]}")
-        concept, kind, size = item["concept"], item["kind"], self.recipe.mask_size
-        if not isinstance(concept, str) or not concept:
-            raise ValueError(f"a concept must be text of at least one character, not {concept!r}")
-        concept.encode()  # UnicodeEncodeError, a ValueError, on half a surrogate pair
-        if kind not in self.recipe.kinds:
-            raise ValueError(f"unknown kind {kind!r} of {concept!r}; {closest(str(kind), self.recipe.kinds)}")
-        target = np.asarray(item["target"])
-        ok = target.shape == {"box": (4,), "point": (2,), "mask": (size, size), "depth": ()}[kind]
-        ok = ok and target.dtype.kind in ("biuf" if kind == "mask" else "iuf")
-        if ok and kind == "mask":
-            ok = np.isin(target, (0, 1)).all()
-        elif ok and kind == "depth":
-            ok = 0 < target < np.inf
-        elif ok:
-            ok = ((target >= 0) & (target <= 1)).all() and (kind == "point" or (target[:2] <= target[2:]).all())
-        if not ok:
-            allowed = TARGETS[kind].format(size=size)
-            raise ValueError(f"the {kind} of {concept!r} is {str(item['target'])[:80]}; allowed: {allowed}")
-        cast = float(target) if kind == "depth" else target.astype(bool if kind == "mask" else np.float32)
-        return {"concept": concept, "kind": kind, "target": cast}
+        return self.recipe.checked(item)
 
     def _bins(self, kind: str, target: Any) -> np.ndarray:
         """Target -> bins, in the order of tokens."""

@@ -32,6 +32,7 @@ from m4_tokenizers.text import (
     TextTokenizer,
     WordPieceRecipe,
     WordPieceTokenizer,
+    check_text,
 )
 
 Colour = tuple[int, int, int]
@@ -108,6 +109,18 @@ class BoxRecipe:
     def modality(self) -> Sequence:
         return self.text.modality
 
+    def check(self, signal: Boxes) -> None:
+        """ValueError for boxes that `encode` refuses, whatever the words of their labels."""
+        boxes, labels = np.asarray(signal["bbox"], np.float32).reshape(-1, NUM_COORDINATES), signal["label"]
+        if len(boxes) != len(labels):
+            raise ValueError(f"{len(boxes)} boxes came with {len(labels)} labels")
+        if not ((boxes >= 0) & (boxes <= 1)).all():
+            raise ValueError(f"box coordinates must lie in [0, 1], but span {boxes.min()} to {boxes.max()}")
+        if "" in labels:
+            raise ValueError("a box needs a label: the empty string has no tokens")
+        for label in labels:
+            check_text(label, "a label")
+
     def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "BoxTokenizer":
         start = time.perf_counter()
         count = min(len(source), self.num_examples)
@@ -157,14 +170,9 @@ class BoxTokenizer:
 
     def encode_unbounded(self, signals: Seq[Boxes]) -> list[np.ndarray]:
         """Ids closed by [EOS], however many."""
+        for signal in signals:
+            self.recipe.check(signal)
         corners = [np.asarray(signal["bbox"], np.float32).reshape(-1, NUM_COORDINATES) for signal in signals]
-        for boxes, signal in zip(corners, signals, strict=True):
-            if len(boxes) != len(signal["label"]):
-                raise ValueError(f"{len(boxes)} boxes came with {len(signal['label'])} labels")
-            if not ((boxes >= 0) & (boxes <= 1)).all():
-                raise ValueError(f"box coordinates must lie in [0, 1], but span {boxes.min()} to {boxes.max()}")
-            if "" in signal["label"]:
-                raise ValueError("a box needs a label: the empty string has no tokens")
         bins = self._bins(np.concatenate([np.zeros((0, NUM_COORDINATES), np.float32), *corners])[:, AS_TOKENS])
         boxes = self.layout.first_coordinate + np.arange(NUM_COORDINATES) * self.num_bins + bins
         labels = [label for signal in signals for label in signal["label"]]

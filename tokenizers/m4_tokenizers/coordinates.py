@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -56,6 +56,8 @@ class CoordinateRecipe:
     num_examples: int = 4000
     wordpiece: str = ""
 
+    tokenizer_class: ClassVar[type]
+
     def __post_init__(self):
         if self.num_bins > self.layout.num_bins:
             raise ValueError(
@@ -81,6 +83,10 @@ class CoordinateRecipe:
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         """The signal of a raw example, None if it has none."""
         return example[self.signal] if self.signal in example else None
+
+    def check(self, signal: Any) -> None:
+        """ValueError for a signal that `encode` refuses."""
+        self.tokenizer_class(recipe=self, card={}).encode([signal])
 
     def measured(self, tokenizer: Any, source: Seq[dict[str, Any]], *, seed: int) -> Any:
         """The tokenizer, its card filled; nothing is fitted, so the seed is only noted."""

@@ -253,3 +253,6 @@ class MetadataTokenizer(CoordinateTokenizer):
         tile = Image.new("RGB", (side, side), "white")
         ImageDraw.Draw(tile).multiline_text((4, 4), "\n".join(lines), fill="black", spacing=3)
         return np.asarray(tile)
+
+
+MetadataRecipe.tokenizer_class = MetadataTokenizer

@@ -151,3 +151,6 @@ class PaletteTokenizer(CoordinateTokenizer):
         """The colours side by side, from the left; white if there are none."""
         colours = np.asarray(signal, np.uint8) if len(signal) else np.full((1, 3), 255, np.uint8)
         return np.repeat(np.repeat(colours[None], SWATCH, axis=0), SWATCH, axis=1)
+
+
+PaletteRecipe.tokenizer_class = PaletteTokenizer

@@ -141,6 +141,10 @@ class TextRecipe:
             layout=self.layout,
         )
 
+    def check(self, signal: Text) -> None:
+        """ValueError for what no tokenizer of text can encode."""
+        check_text(signal)
+
     def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "TextTokenizer":
         texts = [source[i][self.signal] for i in range(min(len(source), self.num_examples))]
         return self.fit_texts(texts, split_words=True, seed=seed)
@@ -166,6 +170,15 @@ class TextRecipe:
             fit_seconds=round(time.perf_counter() - start, 2),
         )
         return tokenizer
+
+
+def check_text(signal: Text, what: str = "a text") -> None:
+    """ValueError unless a signal is text (or parts of it, between declarations) that UTF-8 can hold."""
+    for part in (signal,) if isinstance(signal, str) else signal if isinstance(signal, tuple | list) else (None,):
+        if not isinstance(part, str | int):
+            raise ValueError(f"{what} must be a string, not {type(signal).__name__}")
+        if isinstance(part, str) and any("\ud800" <= c <= "\udfff" for c in part):
+            raise ValueError(f"{what} has half a surrogate pair: {ascii(part)[:60]}")
 
 
 def draw_text(text: str) -> np.ndarray:
@@ -198,6 +211,8 @@ class TextTokenizer:
 
     def encode_unbounded(self, signals: Seq[Text]) -> list[np.ndarray]:
         """Ids closed by [EOS], however long."""
+        for text in signals:
+            check_text(text)
         parts = [part for text in signals for part in ((text,) if isinstance(text, str) else text)]
         texts = iter(self._model.encode_batch_fast([p for p in parts if isinstance(p, str)], add_special_tokens=False))
         of_part = iter(

@@ -105,6 +105,10 @@ class VQRecipe:
         """Signals, checked -> float32 [N H W C] of about [-1, 1], or int32 [N H W] class indices."""
         raise NotImplementedError
 
+    def check(self, signal: Any) -> None:
+        """ValueError for a signal that cannot be learned from, as `encode` refuses it."""
+        check_finite(self.to_arrays([signal]))
+
     def to_signals(self, arrays: Float[np.ndarray, "N H W C"]) -> list[Any]:
         raise NotImplementedError
 
