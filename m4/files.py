@@ -311,18 +311,18 @@ def _check_strings(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterator[None]:
+def locked(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterator[bool]:
     """The lock file `path` for this process alone, until the end. ValueError says who holds it; with `wait`, a line
     says so each minute until it is free.
 
-    The system lets go of it when its holder dies, however that happens.
+    The system lets go of it when its holder dies, however that happens. False where file systems have no locks.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     start, said = time.monotonic(), 0
     try:
-        while not _lock(file):
+        while (is_mine := _lock(file)) is None:
             holder = shown(os.pread(file, 200, 0).decode("utf-8", "replace") or "another process")
             if not wait:
                 raise ValueError(f"{what} is in use by {holder}; wait for it, stop it, or choose another folder")
@@ -332,18 +332,18 @@ def locked(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterato
             time.sleep(0.2)
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
+        yield is_mine
     finally:
         os.close(file)
 
 
-def _lock(file: int) -> bool:
-    """Whether an open file is locked now by this process; also where the file system has no locks."""
+def _lock(file: int) -> bool | None:
+    """Locks an open file for this process: None if another holds it, False where that cannot be told."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return bool(fcntl)
     except BlockingIOError:
-        return False
+        return None
     except OSError:  # a file system without locks
-        pass
-    return True
+        return False

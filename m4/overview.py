@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from m4.config import Config
 from m4.data import Mask, Stream, by_example, examples
-from m4.files import write_atomically
+from m4.files import say, write_atomically
 from m4.modality import Features, Grid, Modality, Sequence, Tokenizer
 from m4.pictures import write_png
 from m4.pretokenize import prepare
@@ -64,7 +64,7 @@ def show(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     write_png(out / "samples.png", picture)
     write_atomically(out / "data.json", json.dumps(result, indent=1).encode())
-    print(f"{out}/samples.png, {out}/data.json")
+    say(f"{out}/samples.png, {out}/data.json")
     return result
 
 

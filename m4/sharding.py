@@ -32,6 +32,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from m4.nn import BATCH
+from m4.team import roll_call
 
 AXES = ("data", "fsdp", "tensor")
 MIN_SIZE_TO_CUT = 2**14  # smaller arrays are not worth a collective
@@ -151,16 +152,30 @@ def part_of_batch(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 def join_processes() -> None:
     """Joins the processes of a job of several: those of Slurm, Open MPI or a TPU slice find each other, others through
-    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Alone it does nothing."""
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Alone it does nothing.
+
+    Each says soon, then each minute, who is missed. ValueError for variables that make no sense or are incomplete, and
+    after five minutes without the others.
+    """
     e = os.environ
     if jax.distributed.is_initialized():
         return
     if "JAX_COORDINATOR_ADDRESS" in e:
-        missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if not e.get(name, "").isdigit()]
-        if missing:
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, but {' and '.join(missing)} must be numbers too")
-        jax.distributed.initialize(e["JAX_COORDINATOR_ADDRESS"], int(e["JAX_NUM_PROCESSES"]), int(e["JAX_PROCESS_ID"]))
+        values = {}
+        for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+            given = e[name] if name in e else ""
+            if not given.isdecimal():
+                raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, but {name} is {given!r}; it must be a number too")
+            values[name] = int(given)
+        count, index = values["JAX_NUM_PROCESSES"], values["JAX_PROCESS_ID"]
+        if not index < count:
+            raise ValueError(f"JAX_PROCESS_ID is {index}; allowed: 0 to JAX_NUM_PROCESSES - 1, which is {count - 1}")
+        roll_call(e["JAX_COORDINATOR_ADDRESS"], count, index)
+        jax.distributed.initialize(e["JAX_COORDINATOR_ADDRESS"], count, index)
         return
+    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        if name in e:
+            raise ValueError(f"{name} is set, but JAX_COORDINATOR_ADDRESS is not; set it to HOST:PORT of process 0")
     many_tasks = any(int(e.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
     if many_tasks or "," in e.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in e:
         jax.distributed.initialize()

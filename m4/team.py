@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ except ImportError:  # Windows: nobody can tell whether another process lives
 # What the processes of one job have in common, and other jobs on the same data do not.
 JOB = ("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "MEGASCALE_COORDINATOR_ADDRESS")
 GRACE = 5  # seconds after which a process that has not started is missed
+PATIENCE = 300.0  # seconds until a job whose processes do not all start is given up
+NAMING = 30.0  # seconds until the name of a host must be known
+GREETING = "m4-roll-call"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,3 +137,99 @@ class Others:
 
     def _old(self, index: int) -> str:
         return self.old[index].rpartition("\\x00")[0]
+
+
+# ---- Before there is any connection ----------------------------------------------------------------------------------
+
+
+def roll_call(address: str, count: int, index: int, *, patience: float = PATIENCE) -> None:
+    """Returns when all processes of a job are there: 1, 2, ... report to process 0 at `address`, host:port.
+
+    JAX waits for them in silence, and ends the process itself if one stays away. ValueError for an address that makes
+    no sense, and after `patience` seconds.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}; allowed: HOST:PORT of process 0, as node0:1234")
+    host = host.strip("[]")  # of IPv6
+    if count == 1:
+        return
+    _known(host, min(patience, NAMING))
+    waiting = _Waiting(index, count, patience)
+    if index == 0:
+        _hear(int(port), count, waiting)
+    else:
+        _report((host, int(port)), index, waiting)
+
+
+def _known(host: str, patience: float) -> None:
+    """ValueError unless the name of a host is known; where all hosts start at once, it may take a while."""
+    start, is_said = time.monotonic(), False
+    while True:
+        try:
+            socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            return
+        except OSError as error:
+            text = f"the host {host!r} of JAX_COORDINATOR_ADDRESS is not known ({error.strerror})"
+            if time.monotonic() - start > patience:
+                raise ValueError(text) from error
+            if not is_said:
+                say(f"{text}; waiting for {patience:.0f} seconds")
+            is_said = True
+            time.sleep(1)
+
+
+class _Waiting:
+    """Says after some seconds, then each minute, who is missed; ValueError when patience ends."""
+
+    def __init__(self, index: int, count: int, patience: float):
+        self.who, self.patience = f"process {index} of {count}", patience
+        self.start, self.next = time.monotonic(), GRACE
+
+    def tell(self, missed: str) -> None:
+        passed = time.monotonic() - self.start
+        if passed > self.patience:
+            raise ValueError(f"{self.who} waited {self.patience:.0f} seconds for {missed}; start all processes again")
+        if passed >= self.next:
+            say(f"{self.who} waits for {missed}")
+            self.next = passed + 60
+
+
+def _hear(port: int, count: int, waiting: _Waiting) -> None:
+    try:
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
+    except OSError as error:
+        raise ValueError(f"port {port} of JAX_COORDINATOR_ADDRESS cannot be used: {error.strerror}") from error
+    there: dict[int, socket.socket] = {}
+    with server, contextlib.ExitStack() as stack:
+        server.settimeout(0.2)
+        while len(there) < count - 1:
+            missed = [str(i) for i in range(1, count) if i not in there]
+            waiting.tell(f"process {', '.join(missed)} (JAX_PROCESS_ID) to start")
+            with contextlib.suppress(OSError, ValueError):  # nobody came, or somebody else
+                connection, _ = server.accept()
+                stack.enter_context(connection)
+                connection.settimeout(2)
+                greeting, index, total = connection.recv(100).decode().split()
+                if greeting == GREETING and int(total) == count and 0 < int(index) < count:
+                    there[int(index)] = connection
+        for connection in there.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(b"all")
+
+
+def _report(address: tuple[str, int], index: int, waiting: _Waiting) -> None:
+    host, port = address
+    while True:
+        waiting.tell(f"process 0 at {host}:{port} (JAX_COORDINATOR_ADDRESS), or for those that it waits for")
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=2) as connection:
+            connection.settimeout(1)
+            connection.sendall(f"{GREETING} {index} {waiting.who.rpartition(' ')[2]}".encode())
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    if connection.recv(10) == b"all":
+                        return
+                    break  # process 0 is gone: its successor is looked for
+                waiting.tell(f"the processes that process 0 at {host}:{port} waits for")
+        time.sleep(0.3)

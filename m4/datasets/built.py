@@ -4,8 +4,10 @@ encode(indices) --spawned processes--> tfds, ArrayRecord --BuiltSplit--> raw exa
 """
 
 import functools
+import glob
 import io
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from m4 import workers
+from m4.files import locked, shown
 
 CHUNK = 64  # examples per task of the process pool
 
@@ -46,16 +49,26 @@ def encode_all(encode: Callable[[range], list[dict]], count: int) -> Iterator[di
 
 
 def build(folder: Path, make_builder: Callable[[], Any]) -> None:
-    """Builds all splits unless they are there. tfds builds beside the folder and renames: it is whole or absent."""
+    """Builds all splits unless they are there. tfds builds beside the folder and renames: it is whole or absent.
+
+    Another process that builds the same is waited for; what killed ones have left is removed.
+    """
     if folder.exists():
         return
     import tensorflow_datasets as tfds
 
-    try:
-        make_builder().download_and_prepare(download_config=tfds.download.DownloadConfig(compute_stats="skip"))
-    except OSError:
-        if not folder.exists():  # else another process has built the same data meanwhile
-            raise
+    lock = folder.parent.with_name(f".{folder.parent.name}.lock")
+    with locked(lock, f"building {shown(folder)}", wait=True) as is_mine:
+        if folder.exists():
+            return
+        for left in folder.parent.glob(f"{glob.escape(folder.name)}.incomplete*") if is_mine else ():
+            shutil.rmtree(left)
+        try:
+            make_builder().download_and_prepare(download_config=tfds.download.DownloadConfig(compute_stats="skip"))
+        except OSError:
+            if not folder.exists():  # else another process has built the same data meanwhile
+                raise
+        lock.unlink(missing_ok=True)  # whoever gets it after this finds the folder
 
 
 @dataclass(frozen=True, kw_only=True)

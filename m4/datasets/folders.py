@@ -3,20 +3,26 @@
 root/rgb/a/0001.png   root/depth/a/0001.npy   root/caption/a/0001.txt   ->  {"rgb": ..., "depth": ..., "caption": ...}
 """
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import os
+import stat
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from m4.components import closest
-from m4.datasets.files import decode, extent, is_tokens
+from m4.datasets.files import EXTENSIONS, OTHER, decode, extension_of, extent, is_tokens
 from m4.datasets.rendering import check
+from m4.files import check_name, shown
 
 SPLITS = ("train", "validation", "test")
 JUNK = ("thumbs.db", "desktop.ini", "__macosx")  # left by file managers, as are names with a dot in front
+KNOWN = {*OTHER, *(extension for extensions in EXTENSIONS.values() for extension in extensions)}  # of files
 RESERVED = ("id", "file")  # what an example tells about itself
 
 
@@ -30,8 +36,13 @@ class Stored(NamedTuple):
     size: int = 0
 
     @property
-    def file(self) -> str:
+    def path(self) -> str:
         return f"{self.container}/{self.name}"
+
+    @property
+    def file(self) -> str:
+        """The path as it is told to people."""
+        return shown(self.path)
 
     @property
     def id(self) -> str:
@@ -47,7 +58,16 @@ def status_of(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ValueError(f"{shown(path)}: cannot be read ({error.strerror})") from error
+
+
+def check_regular(path: str | Path) -> None:
+    """ValueError unless a path leads to an ordinary file: a FIFO would be waited for, /dev/zero never ends."""
+    mode = status_of(Path(path)).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+        kind = stat.S_IFMT(mode)
+        raise ValueError(f"{shown(path)}: {kinds[kind] if kind in kinds else 'a device'}; allowed: files")
 
 
 def subfolders(folder: Path) -> dict[str, Path]:
@@ -116,6 +136,7 @@ class Aligned:
                 raise ValueError(f"{root} has no signal {name!r}; {closest(name, known)}")
             if name in RESERVED:
                 raise ValueError(f"{root}: a signal must not be named {name!r}, which every example has")
+            check_name(name, f"a signal in {shown(root)}")
         for split, folders in splits.items():
             lacking = [name for name in names if name not in folders]
             if lacking and not self.allow_missing:
@@ -142,8 +163,10 @@ class Aligned:
         for split, folders in sorted(self.layout(data_dir).items()):
             for signal, folder in sorted(folders.items()):
                 for name in sorted(self.files(folder)):
-                    status = status_of(folder / name)
-                    line = f"{split}/{signal}/{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+                    line = f"{split}/{signal}/{name}\0"
+                    with contextlib.suppress(OSError):  # a link to nothing: an error of its example, when it is read
+                        status = (folder / name).stat()
+                        line += f"{status.st_size}\0{status.st_mtime_ns}\n"
                     digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()[:12]
 
@@ -165,14 +188,36 @@ class AlignedSplit:
         return {"source": self.source, "name": self.name, "data_dir": self.data_dir}
 
     @functools.cached_property
-    def _examples(self) -> list[tuple[str, list[Stored]]]:
+    def _listed(self) -> tuple[list[tuple[str, list[Stored]]], dict[str, tuple[Stored, Stored]]]:
+        """Ids with the files of each, in order; and what `_find_halves` finds."""
         layout = self.source.layout(self.data_dir)
         is_hashed = "" in layout
         grouped: dict[str, list[Stored]] = {}
         for signal, folder in layout["" if is_hashed else self.name].items():
             for stored in self.source.stored(signal, folder, self.data_dir):
                 grouped.setdefault(stored.id, []).append(stored)
-        return sorted(item for item in grouped.items() if not is_hashed or self.source.split_of(item[0]) == self.name)
+        items = (item for item in grouped.items() if not is_hashed or self.source.split_of(item[0]) == self.name)
+        return sorted(items), self._find_halves(grouped)
+
+    @property
+    def _examples(self) -> list[tuple[str, list[Stored]]]:
+        return self._listed[0]
+
+    def _find_halves(self, grouped: dict[str, list[Stored]]) -> dict[str, tuple[Stored, Stored]]:
+        """Examples that lack signals which another example has, whose name differs in Unicode's normal form or in case
+        alone: by id, a file of each. Mac OS writes names in another form than others do; both look the same."""
+        signals = set(self._signals)
+        similar: dict[str, list[str]] = {}
+        for id, files in grouped.items():
+            if not signals <= {stored.signal for stored in files}:
+                key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", id).casefold())
+                similar.setdefault(key, []).append(id)
+        halves = {}
+        for ids in similar.values():
+            for one, other in itertools.permutations(ids, 2) if len(ids) > 1 else ():
+                if not {f.signal for f in grouped[one]} & {f.signal for f in grouped[other]}:
+                    halves.setdefault(one, (grouped[one][0], grouped[other][0]))
+        return halves
 
     @functools.cached_property
     def _signals(self) -> tuple[str, ...]:
@@ -192,24 +237,33 @@ class AlignedSplit:
         for stored in files:
             if stored.signal in by_signal:
                 other = by_signal[stored.signal].file
-                raise ValueError(f"{stored.file}: the {stored.signal} of {id!r} is there twice, also as {other}")
+                raise ValueError(f"{stored.file}: the {stored.signal} of {shown(id)!r} is there twice, also as {other}")
             by_signal[stored.signal] = stored
+        if id in self._listed[1]:
+            one, other = self._listed[1][id]
+            raise ValueError(
+                f"{one.file}: the {one.signal} of {ascii(id)} and {other.file}, the {other.signal} of "
+                f"{ascii(other.id)}, have names that differ in {_difference(id, other.id)} alone; rename one"
+            )
         missing = [signal for signal in self._signals if signal not in by_signal]
         if missing and not self.source.allow_missing:
-            raise ValueError(f"{files[0].file}: {id!r} has no {', '.join(missing)}; add it or set allow_missing=True")
+            raise ValueError(
+                f"{files[0].file}: {shown(id)!r} has no {', '.join(missing)}; add it or set allow_missing=True"
+            )
         values = {signal: self._value(stored, crop) for signal, stored in by_signal.items()}
         extents = {signal: extent(signal, by_signal[signal].file, value) for signal, value in values.items()}
         extents = {signal: size for signal, size in extents.items() if size is not None}
         if len(set(extents.values())) > 1:
             sizes = ", ".join(f"{signal} {height} x {width}" for signal, (height, width) in extents.items())
-            raise ValueError(f"{files[0].file}: pictures of {id!r} have unequal sizes (height x width): {sizes}")
-        return {**values, "file": files[0].file, "id": id}
+            raise ValueError(f"{files[0].file}: pictures of {shown(id)!r} have unequal sizes (height x width): {sizes}")
+        return {**values, "file": files[0].file, "id": shown(id)}
 
     def _value(self, stored: Stored, crop: int) -> Any:
         try:
             data = self.source.read(stored)
-        except OSError as error:
-            raise ValueError(f"{stored.file}: cannot be read ({error})") from error
+        except (OSError, MemoryError) as error:
+            reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it does not fit into memory"
+            raise ValueError(f"{stored.file}: cannot be read ({reason})") from error
         value = decode(stored.signal, stored.file, data)
         num_crops = self.source.num_crops
         if num_crops == 1 or isinstance(value, str):
@@ -238,9 +292,10 @@ class Folders(Aligned):
             within[:] = [name for name in within if not is_junk(name)]
             for path in (os.path.join(top, name) for name in within):
                 if os.path.islink(path) and Path(top).resolve().is_relative_to(Path(path).resolve()):
-                    raise ValueError(f"{path} is a link to a folder that it is in")
+                    raise ValueError(f"{shown(path)} is a link to a folder that it is in")
             below = Path(top).relative_to(folder).as_posix()
-            for name in names:
+            empty = (n for n in within if extension_of(n) in KNOWN and not os.listdir(os.path.join(top, n)))
+            for name in (*names, *empty):  # a folder in a file's place is an error when its example is read
                 if not is_junk(name):
                     yield name if below == "." else f"{below}/{name}"
 
@@ -256,9 +311,15 @@ class Folders(Aligned):
         return (Stored(signal, container, name) for name in self.files(folder))
 
     def read(self, stored: Stored) -> bytes:
-        return Path(stored.file).read_bytes()
+        check_regular(stored.path)
+        return Path(stored.path).read_bytes()
+
+
+def _difference(id: str, other: str) -> str:
+    is_form = unicodedata.normalize("NFC", id) == unicodedata.normalize("NFC", other)
+    return "Unicode's normal form" if is_form else "upper and lower case"
 
 
 def _refuse(error: OSError) -> None:
     """What os.walk would leave out without a word."""
-    raise ValueError(f"{error.filename} cannot be listed ({error.strerror})")
+    raise ValueError(f"{shown(error.filename)} cannot be listed ({error.strerror})")

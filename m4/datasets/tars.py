@@ -4,8 +4,8 @@ root/rgb/shard-00000.tar    (a/0001.png, a/0002.png, ...)
 root/depth/shard-00000.tar  (a/0001.npy, a/0002.npy, ...)    ->  {"rgb": ..., "depth": ...}, ...
 """
 
+import contextlib
 import itertools
-import json
 import os
 import re
 import sys
@@ -17,9 +17,11 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from m4.components import closest
-from m4.datasets.folders import Aligned, Stored, is_junk, status_of
-from m4.files import fingerprint, write_atomically
+from m4.datasets.folders import Aligned, Stored, check_regular, is_junk, status_of
+from m4.files import fingerprint, read_json, shown, write_json
 
+VERSION = 2  # of the index: raise it whenever the same tar gives another, or is refused
+CHUNK = 2**20  # bytes read at once
 BLOCK = tarfile.BLOCKSIZE  # bytes; headers and contents of members start at multiples
 
 
@@ -41,29 +43,56 @@ def expand(pattern: str) -> list[str]:
 
 
 def members(tar: Path) -> list[tuple[str, int, int]]:
-    """Name, offset and size in bytes of each file in a tar; ValueError names the tar and what is wrong with it."""
+    """Name, offset and size in bytes of each file in a tar; ValueError names the tar and what is wrong with it.
+
+        header | content | header | content | zeros: 512 bytes at least, and nothing else up to the end of the file
+
+    What follows the zeros would be lost without a word: members of a second archive that was joined to the first, or
+    those behind a header that a disk has lost.
+    """
+    check_regular(tar)
+    named = shown(tar)
     try:
         with tarfile.open(tar, "r:") as opened:
             infos = opened.getmembers()
         end = max((info.offset_data + -(-info.size // BLOCK) * BLOCK for info in infos), default=0)
-        with open(tar, "rb") as file:
-            file.seek(end)
-            rest = file.read(BLOCK)
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{tar}: cannot be read as an uncompressed tar, is it truncated? ({error})") from error
+        num_zeros, other = _zeros_from(tar, end)
+    except Exception as error:  # damaged headers give errors of many kinds
+        given = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{named}: cannot be read as an uncompressed tar, is it truncated? ({given})") from error
     found = []
     for info in infos:
         path = PurePosixPath(info.name)  # without "./" in front
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{tar}: member {info.name!r} points outside of the tar; allowed: relative names")
+            raise ValueError(f"{named}: member {info.name!r} points outside of the tar; allowed: relative names")
         if not (info.isdir() or info.isreg()) or info.issparse():
             kind = "a link" if info.islnk() or info.issym() else "a sparse file" if info.issparse() else "a device"
-            raise ValueError(f"{tar}: member {info.name!r} is {kind}; allowed: files")
+            raise ValueError(f"{named}: member {info.name!r} is {kind}; allowed: files")
+        if info.size < 0:
+            raise ValueError(f"{named}: member {info.name!r} has the size {info.size}")
         if info.isreg() and not is_junk(path.as_posix()):
             found.append((path.as_posix(), info.offset_data, info.size))
-    if rest != bytes(BLOCK):  # tarfile stops without a word at a header that is damaged or cut off
-        raise ValueError(f"{tar}: truncated or damaged at byte {end}, where zeros should mark its end")
+    if num_zeros < BLOCK:  # tarfile stops without a word at a header that is damaged or cut off
+        raise ValueError(f"{named}: truncated or damaged at byte {end}, where zeros should mark its end")
+    if other is not None:
+        raise ValueError(
+            f"{named}: its end is marked at byte {end}, but more follows at byte {other}: a lost header, or archives "
+            "that were joined (then join them with tar --concatenate, or give each its own file)"
+        )
     return found
+
+
+def _zeros_from(file: Path, start: int) -> tuple[int, int | None]:
+    """How many zeros follow in a file, and where the first other byte is, if there is one."""
+    with open(file, "rb") as opened:
+        opened.seek(start)
+        place = start
+        while data := opened.read(CHUNK):
+            if rest := data.lstrip(b"\0"):
+                other = place + len(data) - len(rest)
+                return other - start, other
+            place += len(data)
+    return place - start, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +149,7 @@ class Tars(Aligned):
                     raise ValueError(f"{other} has no {lacking[0]}, which {one} has; add it or set allow_missing=True")
         tars = [folder / name for folder, names in shards.items() for name in sorted(names)]
         new = [tar for tar in tars if not self._index(tar, data_dir).exists()]
-        for tar in tqdm(new, desc="indexing", unit="tar", file=sys.stdout, mininterval=1, disable=not new):
+        for tar in tqdm(new, desc="indexing", unit="tar", file=sys.stdout, mininterval=1, disable=not new, ascii=True):
             self._members(tar, data_dir)
 
     def stored(self, signal: str, folder: Path, data_dir: str | os.PathLike) -> Iterator[Stored]:
@@ -139,12 +168,15 @@ class Tars(Aligned):
 
     def _index(self, tar: Path, data_dir: str | os.PathLike) -> Path:
         status = status_of(tar)
-        key = fingerprint([os.path.abspath(tar), status.st_size, status.st_mtime_ns])
-        return Path(data_dir) / "tar_indexes" / f"{tar.stem}-{key}.json"
+        key = fingerprint([VERSION, os.path.abspath(tar), status.st_size, status.st_mtime_ns])
+        return Path(data_dir) / "tar_indexes" / f"{tar.stem[:40]}-{key}.json"
 
     def _members(self, tar: Path, data_dir: str | os.PathLike) -> list[tuple[str, int, int]]:
-        """`members`, from the index if there is one."""
+        """`members`, from the index if there is one that is whole."""
         index = self._index(tar, data_dir)
-        if not index.exists():
-            write_atomically(index, json.dumps(members(tar)).encode())
-        return [(name, offset, size) for name, offset, size in json.loads(index.read_bytes())]
+        if index.exists():
+            with contextlib.suppress(ValueError):  # damaged: it is made again
+                return [(name, offset, size) for name, offset, size in read_json(index)["members"]]
+        found = members(tar)
+        write_json(index, {"members": found})
+        return found

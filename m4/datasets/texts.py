@@ -5,6 +5,7 @@
 An example needs its own line alone in memory; a split needs 8 bytes a document.
 """
 
+import contextlib
 import difflib
 import functools
 import glob
@@ -15,19 +16,23 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from m4.components import closest
 from m4.datasets.rendering import check
-from m4.files import fingerprint, replacing
+from m4.files import digest, fingerprint, read_json, replacing, shown, write_json
 
-VERSION = 1  # of the index: raise it whenever the same files give another
+VERSION = 2  # of the index: raise it whenever the same files give another
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".jsonl")
 FILE, LINE, START, LENGTH, DRAW = range(5)  # columns: number of the file, of the line (from 1), bytes, hash of the text
 DRAWS = 2**62
 BOM = b"\xef\xbb\xbf"
+OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+HEAD = 4096  # bytes of a file, in which a NUL betrays another encoding
+CHUNK = 2**20  # bytes read at once
 
 
 def parse(data: bytes, where: str, field: str | None) -> str:
@@ -39,9 +44,17 @@ def parse(data: bytes, where: str, field: str | None) -> str:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 at byte {error.start + 1} of the line ({error.reason})") from error
+    if "\0" in text:
+        raise ValueError(f"{where}: not a text: character {text.index(chr(0)) + 1} of the line is NUL")
     if field is not None:
+
+        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            if [key for key, _ in pairs].count(field) > 1:
+                raise ValueError(f"the key {field!r} is there twice in one object")
+            return dict(pairs)
+
         try:
-            record = json.loads(text)
+            record = json.loads(text, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(record, dict):
@@ -57,6 +70,46 @@ def parse(data: bytes, where: str, field: str | None) -> str:
     if not text:
         raise ValueError(f"{where}: the text is empty")
     return text
+
+
+def lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Where each line of a file begins, in bytes, and the line. Lines end in LF, CR LF or, as on old Macs, in CR alone.
+
+    ValueError names a file that is UTF-16 or UTF-32, by its mark or by NULs in its head, and one whose lines end now
+    in CR, now in LF.
+    """
+    num_cr, num_lf, is_cr = 0, 0, False  # a CR before an LF is none of its own
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+        for mark, encoding in OTHER_MARKS.items():
+            if head.startswith(mark):
+                raise ValueError(f"{shown(path)} is {encoding}, by its first bytes; save it as UTF-8")
+        if b"\0" in head:
+            raise ValueError(f"{shown(path)} is not UTF-8: byte {head.index(0)} is NUL. Is it UTF-16? Save it as UTF-8")
+        file.seek(0)
+        while data := file.read(CHUNK):
+            num_cr += data.count(b"\r") - data.count(b"\r\n") - (is_cr and data.startswith(b"\n"))
+            num_lf += data.count(b"\n")
+            is_cr = data.endswith(b"\r")
+        file.seek(0)
+        if num_cr > num_lf > 0:
+            raise ValueError(
+                f"{shown(path)} has {num_cr} lines that end in CR, as on old Macs, and {num_lf} that end in LF; "
+                "give all the same end"
+            )
+        start = 0
+        for line in _until_cr(file) if num_cr and not num_lf else file:
+            yield start, line
+            start += len(line)
+
+
+def _until_cr(file: BinaryIO) -> Iterator[bytes]:
+    rest = b""
+    while data := file.read(CHUNK):
+        *whole, rest = (rest + data).split(b"\r")
+        yield from (line + b"\r" for line in whole)
+    if rest:
+        yield rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +155,13 @@ class Texts:
             found |= dict.fromkeys(matches)
         for path in found:
             if not os.path.isfile(path):
-                raise ValueError(f"{path} is not a file")
+                raise ValueError(f"{shown(path)} is not a file")
             if Path(path).suffix not in SUFFIXES:
-                raise ValueError(f"{path} has the ending {Path(path).suffix!r}; {closest(Path(path).suffix, SUFFIXES)}")
+                raise ValueError(
+                    f"{shown(path)} has the ending {Path(path).suffix!r}; {closest(Path(path).suffix, SUFFIXES)}"
+                )
             if not os.path.getsize(path):
-                raise ValueError(f"{path}:1: the file is empty")
+                raise ValueError(f"{shown(path)}:1: the file is empty")
         return list(found)
 
     def signature(self, data_dir: str | os.PathLike) -> str:
@@ -120,36 +175,50 @@ class Texts:
         return Path(data_dir) / "texts" / f"{key}.int64"
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
-        """Writes the index unless it is there: beside its place, then renamed, so that it is whole or absent."""
+        """Writes the index unless it is there, whole: beside its place, then renamed."""
         index = self.index(data_dir)
-        if index.exists():
+        with contextlib.suppress(ValueError):  # not there, or damaged
+            _check_index(index)
             return
-        with replacing(index) as temporary, open(temporary, "wb") as out:
-            for row in self._rows():
-                out.write(struct.pack("=5q", *row))
+        with replacing(index) as temporary:
+            with open(temporary, "wb") as out:
+                for row in self._rows():
+                    out.write(struct.pack("=5q", *row))
+            write_json(_digest_of(index), {"size": temporary.stat().st_size, "content": digest(temporary)})
 
     def _rows(self) -> Iterator[tuple[int, ...]]:
         for number, path in enumerate(self.paths()):
-            start, line, empty = 0, 0, True
-            with open(path, "rb") as file:
-                for line, data in enumerate(file, start=1):
-                    skipped = len(BOM) if line == 1 and data.startswith(BOM) else 0
-                    text = data[skipped:].strip()
-                    if text:
-                        empty = False
-                        try:
-                            hashed = parse(text, "", self.field if path.endswith(".jsonl") else None).encode()
-                        except ValueError:
-                            hashed = text
-                        draw = int.from_bytes(hashlib.sha256(hashed).digest()[:8]) % DRAWS
-                        yield number, line, start + skipped, len(data) - skipped, draw
-                    start += len(data)
+            line, empty = 0, True
+            for line, (start, data) in enumerate(lines(path), start=1):
+                skipped = len(BOM) if line == 1 and data.startswith(BOM) else 0
+                text = data[skipped:].strip()
+                if text:
+                    empty = False
+                    try:
+                        hashed = parse(text, "", self.field if path.endswith(".jsonl") else None).encode()
+                    except ValueError:
+                        hashed = text
+                    draw = int.from_bytes(hashlib.sha256(hashed).digest()[:8]) % DRAWS
+                    yield number, line, start + skipped, len(data) - skipped, draw
             if empty:
-                raise ValueError(f"{path}:{line}: the file has no line with text")
+                raise ValueError(f"{shown(path)}:{line}: the file has no line with text")
 
     def split(self, name: str, data_dir: str | os.PathLike) -> "TextSplit":
         check("split", name, SPLITS)
         return TextSplit(texts=self, name=name, paths=tuple(self.paths()), index=self.index(data_dir))
+
+
+def _digest_of(index: Path) -> Path:
+    return index.with_suffix(".json")
+
+
+def _check_index(index: Path) -> None:
+    """ValueError unless an index is there, with the content that was written."""
+    if not index.exists() or not _digest_of(index).exists():
+        raise ValueError(f"no index {shown(index)}; call Texts.prepare with the same fields and data_dir first")
+    expected = read_json(_digest_of(index))
+    if index.stat().st_size != expected["size"] or digest(index) != expected["content"]:
+        raise ValueError(f"{shown(index)} is damaged; call Texts.prepare again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +236,7 @@ class TextSplit:
     @functools.cached_property
     def _table(self) -> np.ndarray:
         """int64 [documents 5], not in memory."""
-        if not self.index.exists():
-            raise ValueError(f"no index {self.index}; call Texts.prepare with the same fields and data_dir first")
+        _check_index(self.index)
         return np.memmap(self.index, np.int64, "r").reshape(-1, 5)
 
     @functools.cached_property
@@ -193,6 +261,6 @@ class TextSplit:
         with open(path, "rb") as file:  # anew for each, since there may be more files than a process may hold open
             file.seek(row[START])
             data = file.read(row[LENGTH])
-        where = f"{path}:{row[LINE]}"
+        where = f"{shown(path)}:{row[LINE]}"
         text = parse(data.strip(), where, self.texts.field if path.endswith(".jsonl") else None)
         return {self.texts.signal: text[: self.texts.max_chars].rstrip(), "file": where}
