@@ -4,7 +4,6 @@ encode(indices) --spawned processes--> tfds, ArrayRecord --BuiltSplit--> raw exa
 """
 
 import functools
-import glob
 import io
 import os
 import shutil
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from m4 import workers
-from m4.files import locked, shown
+from m4.files import DIGESTS, check_digests, locked, read_json, shown, write_digests
 
 CHUNK = 64  # examples per task of the process pool
 
@@ -61,13 +60,14 @@ def build(folder: Path, make_builder: Callable[[], Any]) -> None:
     with locked(lock, f"building {shown(folder)}", wait=True) as is_mine:
         if folder.exists():
             return
-        for left in folder.parent.glob(f"{glob.escape(folder.name)}.incomplete*") if is_mine else ():
+        for left in folder.parent.glob(f"incomplete.*_{folder.name}") if is_mine else ():
             shutil.rmtree(left)
         try:
             make_builder().download_and_prepare(download_config=tfds.download.DownloadConfig(compute_stats="skip"))
         except OSError:
             if not folder.exists():  # else another process has built the same data meanwhile
                 raise
+        write_digests(folder, [path.name for path in folder.iterdir() if path.name != DIGESTS])
         lock.unlink(missing_ok=True)  # whoever gets it after this finds the folder
 
 
@@ -92,12 +92,34 @@ class BuiltSplit:
     def _records(self):
         import tensorflow_datasets as tfds
 
+        again = f"delete it and call {self.source}.prepare again"
         if not self.folder.exists():
             missing = f"no {self.source.lower()} in {self.folder}"
             raise ValueError(f"{missing}; call {self.source}.prepare with the same fields and data_dir first")
-        builder = tfds.builder_from_directory(self.folder)
+        self._check()
+        try:
+            builder = tfds.builder_from_directory(self.folder)
+        except Exception as error:
+            raise ValueError(
+                f"{shown(self.folder)} cannot be read ({type(error).__name__}: {error}); {again}"
+            ) from error
         skip = {name: tfds.decode.SkipDecoding() for name in self.images}  # PIL decodes them, without TensorFlow
         return builder.as_data_source(self.name, decoders=skip)
+
+    def _check(self) -> None:
+        """ValueError names a file that is not as it was built: descriptions by their SHA-256, records by their size (and,
+        as they are read, by hashes within)."""
+        if not (self.folder / DIGESTS).exists():
+            return  # built before version 0.2
+        files = read_json(self.folder / DIGESTS)["files"]
+        check_digests(self.folder, [name for name in files if name.endswith(".json")])
+        for name, expected in files.items():
+            path = self.folder / name
+            if path.exists() and path.stat().st_size != expected["size"]:
+                raise ValueError(
+                    f"{shown(path)} is damaged: {path.stat().st_size} bytes, {expected['size']} were written; "
+                    f"delete {shown(self.folder)} and call {self.source}.prepare again"
+                )
 
     def _shard(self, index: int) -> str:
         """The file that holds an example."""

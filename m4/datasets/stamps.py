@@ -95,7 +95,7 @@ def cutout(file: Path, side: int) -> Image.Image:
     Only such colours may be averaged: others would mix in what transparent pixels hold, which shows as halos.
     """
     try:
-        picture = Image.open(file).convert("RGBA")
+        picture = Image.open(file, formats=["PNG"]).convert("RGBA")
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     box = picture.getchannel("A").getbbox()

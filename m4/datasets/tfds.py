@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from m4.datasets.files import to_rgb
+from m4.datasets.files import MAX_PIXELS, to_rgb
 from m4.datasets.rendering import check
 from m4.files import fingerprint
 
 PIXELS = ("picture", "numbers")
 WORDS = ("text", "class")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # that pictures of a data set may have
 # The kinds of features that a signal may be read from; other signals take any of `PIXELS` and `WORDS`.
 KINDS = {"rgb": PIXELS, "depth": PIXELS, "semseg": PIXELS, "instance": PIXELS, "caption": WORDS, "boxes": ("boxes",)}
 
@@ -323,7 +324,10 @@ def _boxes(box: _Feature, label: _Feature, record: dict, turn: int, names: dict[
 def _pixels(feature: _Feature, stored: Any, is_rgb: bool) -> np.ndarray:
     """Pictures are bytes, and tensors of unknown shape are dicts; tfds's mock data are arrays already."""
     if feature.kind == "picture" and isinstance(stored, bytes) and feature.type.np_dtype != np.float32:
-        picture = Image.open(io.BytesIO(stored))
+        picture = Image.open(io.BytesIO(stored), formats=FORMATS)
+        if picture.width * picture.height > MAX_PIXELS:
+            given = f"a picture of {picture.height} x {picture.width} pixels"
+            raise ValueError(f"{given} was given; allowed: at most {MAX_PIXELS:,} pixels")
         picture.getexif().clear()  # boxes and maps of tfds belong to the pixels as stored
         return to_rgb(picture) if is_rgb else np.array(picture)
     array = np.asarray(feature.type.decode_example_np(stored) if isinstance(stored, bytes | dict) else stored)
