@@ -6,6 +6,8 @@ Axes: C crops, T tokens.
 import io
 import os
 import pickle
+import shutil
+import subprocess
 import tarfile
 import threading
 
@@ -252,3 +254,153 @@ def test_each_crop_takes_its_row_of_tokens(tmp_path):
         wrong[0]
     with pytest.raises(ValueError, match="num_crops is 0, but must be at least 1"):
         Tars(root=tmp_path, num_crops=0)
+
+
+# ---- Whole or refused -----------------------------------------------------------------------------------------------
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+TEXTS = {"a/" + "x" * 90 + ".txt": b"hello", "b.txt": b"b" * 512, "empty.txt": b"", "c.txt": b"c" * 1000}
+
+
+def archive(format: int, texts: dict[str, bytes], **options) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format, **options) as tar:
+        for info, data in (member(name, data) for name, data in texts.items()):
+            tar.addfile(info, data)
+    return buffer.getvalue()
+
+
+def read(path) -> dict[str, bytes]:
+    data = path.read_bytes()
+    return {name: data[offset : offset + size] for name, offset, size in tars.members(path)}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_tar_cut_or_flipped_anywhere_gives_all_members_or_an_error(tmp_path, name):
+    """No member is lost, or shifted; of flips within contents, which long names are too, tars know nothing."""
+    path = tmp_path / "t.tar"
+    texts = TEXTS | ({} if name == "ustar" else {"ü" * 120 + ".txt": b"long name"})
+    whole = archive(FORMATS[name], texts)
+    path.write_bytes(whole)
+    assert read(path) == texts
+    places, end = [place for _, *place in tars.members(path)], len(whole.rstrip(b"\0"))
+    for cut in range(0, len(whole), 31):
+        path.write_bytes(whole[:cut])
+        try:
+            assert read(path) == texts and cut >= end
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(250):
+        changed = bytearray(whole)
+        changed[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        try:
+            assert [place for _, *place in tars.members(path)] == places
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+    assert refused > 160
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_follows_the_end_of_a_tar_is_never_lost_without_a_word(tmp_path, name):
+    """Joined archives, lost headers, bytes behind the end, at any blocking factor; more zeros are no harm."""
+    path, one = tmp_path / "t.tar", archive(FORMATS[name], TEXTS)
+    two = archive(FORMATS[name], {"d.txt": b"d", "e.txt": b"e"})
+    bare = one.rstrip(b"\0")
+    bare += bytes(-len(bare) % 512)
+    for num_blocks in (1, 2, 3, 20, 21, 4096):
+        path.write_bytes(bare + bytes(512 * num_blocks))
+        assert read(path) == TEXTS
+        for rest in (two, b"\1", b"garbage", bytes(100) + b"x", bytes(2**20) + b"x"):
+            path.write_bytes(bare + bytes(512 * num_blocks) + rest)
+            with pytest.raises(ValueError, match=rf"^{path}: its end is marked at byte {len(bare)}, but more follows"):
+                tars.members(path)
+    path.write_bytes(one)
+    headers = [offset - 512 for _, offset, _ in tars.members(path)]
+    for header in headers[:-1]:
+        for num_lost in (1, 2):
+            changed = bytearray(one)
+            changed[header : header + 512 * num_lost] = bytes(512 * num_lost)
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=rf"^{path}: "):
+                tars.members(path)
+    path.write_bytes(bytes(512) + one)
+    with pytest.raises(ValueError, match=rf"^{path}: "):
+        tars.members(path)
+    shard = tmp_path / "root" / "caption" / "0.tar"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(one + two)
+    with pytest.raises(ValueError, match="0.tar: its end is marked at byte .* archives that were joined"):
+        Tars(root=tmp_path / "root").prepare(tmp_path / "data")
+
+
+@pytest.mark.skipif(not shutil.which("tar"), reason="needs tar")
+@pytest.mark.parametrize("format", ["v7", "oldgnu", "gnu", "ustar", "posix"])
+def test_what_tar_itself_writes_is_read_and_its_unusual_members_are_named(tmp_path, format):
+    for name, data in TEXTS.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+
+    def tar(*arguments):
+        subprocess.run(["tar", *arguments], cwd=tmp_path / "in", check=True, capture_output=True)
+
+    for blocking in ("1", "20", "77"):
+        path = tmp_path / f"{blocking}.tar"
+        tar("-c", f"--format={format}", "-b", blocking, "-f", path, *TEXTS)
+        assert read(path) == TEXTS
+    tar("-c", f"--format={format}", "-f", tmp_path / "joined.tar", "b.txt")
+    tar("-A", "-f", tmp_path / "joined.tar", tmp_path / "20.tar")  # joined as it should be: b.txt is there twice
+    assert [name for name, _, _ in tars.members(tmp_path / "joined.tar")] == ["b.txt", *TEXTS]
+    (tmp_path / "in" / "link.txt").symlink_to("b.txt")
+    os.mkfifo(tmp_path / "in" / "fifo.txt")
+    for odd, kind in (("link.txt", "a link"), *([("fifo.txt", "a device")] if format != "v7" else [])):
+        tar("-c", f"--format={format}", "-f", tmp_path / "odd.tar", odd)
+        with pytest.raises(ValueError, match=f"odd.tar: member '{odd}' is {kind}; allowed: files"):
+            tars.members(tmp_path / "odd.tar")
+    if format in ("gnu", "oldgnu", "posix"):
+        with open(tmp_path / "in" / "holes.txt", "wb") as file:
+            file.seek(2**20)
+            file.write(b"x")
+        tar("-c", "-S", f"--format={format}", "-f", tmp_path / "sparse.tar", "holes.txt", "b.txt")
+        with pytest.raises(ValueError, match="sparse.tar: member .* is a sparse file; allowed: files"):
+            tars.members(tmp_path / "sparse.tar")
+
+
+def test_what_only_looks_like_a_tar_is_named_and_never_waited_for(tmp_path):
+    folder = tmp_path / "caption"
+    folder.mkdir()
+    os.mkfifo(folder / "0.tar")
+    for kind in ("a FIFO", "a device", "a folder", "cannot be read"):
+        with pytest.raises(ValueError, match=f"caption/0.tar: {kind}"):
+            Tars(root=tmp_path).prepare(tmp_path / "data")
+        (folder / "0.tar").unlink()
+        if kind == "a FIFO":
+            (folder / "0.tar").symlink_to("/dev/zero")
+        elif kind == "a device":
+            (folder / "0.tar").symlink_to(tmp_path)
+        else:
+            (folder / "0.tar").symlink_to("nowhere")
+
+
+def test_a_damaged_or_stale_index_is_made_again(tmp_path, monkeypatch):
+    write_tars(tmp_path / "tars", samples(6, tokens=False), num_shards=1)
+    source, data = Tars(root=tmp_path / "tars"), tmp_path / "data"
+    source.prepare(data)
+    expected = everything(source, data)
+    rng = np.random.default_rng(0)
+    for index in [*(data / "tar_indexes").iterdir()] * 10:
+        whole = index.read_bytes()
+        changed = bytearray(whole)
+        changed[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        index.write_bytes(changed)
+        for one, other in zip(everything(source, data), expected, strict=True):
+            assert_same(one, other)
+    for text in (b"", b"[]", b"{}", b'[["a.txt", 0, 5]]', b'{"members": [["a.txt", 0, 5]], "m4": 2}'):
+        index.write_bytes(text)
+        assert len(everything(source, data)) == 6
+    known = sorted(path.name for path in (data / "tar_indexes").iterdir())
+    monkeypatch.setattr(tars, "VERSION", tars.VERSION + 1)  # another rule: nothing that an older one found is taken
+    source.prepare(data)
+    assert len(list((data / "tar_indexes").iterdir())) == 2 * len(known)

@@ -107,8 +107,8 @@ class BuiltSplit:
         return builder.as_data_source(self.name, decoders=skip)
 
     def _check(self) -> None:
-        """ValueError names a file that is not as it was built: descriptions by their SHA-256, records by their size (and,
-        as they are read, by hashes within)."""
+        """ValueError names a file that is not as it was built: descriptions by their SHA-256, records by their size.
+        Hashes within guard each record as it is read."""
         if not (self.folder / DIGESTS).exists():
             return  # built before version 0.2
         files = read_json(self.folder / DIGESTS)["files"]

@@ -175,7 +175,7 @@ class Tars(Aligned):
         """`members`, from the index if there is one that is whole."""
         index = self._index(tar, data_dir)
         if index.exists():
-            with contextlib.suppress(ValueError):  # damaged: it is made again
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: it is made again
                 return [(name, offset, size) for name, offset, size in read_json(index)["members"]]
         found = members(tar)
         write_json(index, {"members": found})
