@@ -8,7 +8,9 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import tracemalloc
+import unicodedata
 
 import numpy as np
 import pytest
@@ -414,3 +416,96 @@ def test_the_signature_follows_the_files(tmp_path):
     assert len({first, second, third, Folders(root=tmp_path, signals=("rgb",)).signature("unused")}) == 4
     write(tmp_path, {"rgb/.hidden": b""})
     assert source.signature("unused") == third
+
+
+# ---- Odd names and odd files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "one, other, what",
+    [
+        (unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café"), "Unicode's normal form"),
+        (unicodedata.normalize("NFC", "a/각하"), unicodedata.normalize("NFD", "a/각하"), "Unicode's normal form"),
+        ("\u212b", "\u00c5", "Unicode's normal form"),  # the sign of Angstrom, and the letter
+        ("IMG_1", "img_1", "upper and lower case"),
+        ("part/Ärger", "part/ärger", "upper and lower case"),
+        ("A/1", "a/1", "upper and lower case"),
+    ],
+)
+@pytest.mark.parametrize("allow_missing", [True, False])
+def test_halves_of_an_example_with_names_that_look_alike_are_named(tmp_path, one, other, what, allow_missing):
+    """Wherever their hashes would split them; a pair that is whole on its own stays two examples."""
+    pixels = picture(np.zeros((2, 2, 3), np.uint8))
+    write(tmp_path, {f"rgb/{one}.png": pixels, f"caption/{other}.txt": b"a word"})
+    write(tmp_path, {"rgb/fine.png": pixels, "caption/fine.txt": b"a word"})
+    source, errors = Folders(root=tmp_path, allow_missing=allow_missing, validation_share=0.3, test_share=0.3), []
+    for split in (source.split(name, "unused") for name in source.splits):
+        for i in range(len(split)):
+            try:
+                assert split[i]["id"] == "fine"
+            except ValueError as error:
+                errors.append(str(error))
+    assert len(errors) == 2
+    for error in errors:
+        assert f"rgb/{one}.png" in error and f"caption/{other}.txt" in error and f"differ in {what} alone" in error
+    write(tmp_path, {f"rgb/{other}.png": pixels, f"caption/{one}.txt": b"another"})
+    assert len(everything(source)) == 3
+    if allow_missing:
+        (tmp_path / f"caption/{one}.txt").unlink()  # the other one has a picture of its own
+        assert len(everything(source)) == 3
+
+
+NOT_UTF8 = os.fsdecode(b"caf\xe9")
+
+
+def test_names_that_are_not_utf8_can_be_printed(tmp_path):
+    write(tmp_path, {f"rgb/{NOT_UTF8}/a.png": picture(np.zeros((2, 2, 3), np.uint8)), f"rgb/{NOT_UTF8}.png": b"bad"})
+    split = Folders(root=tmp_path, validation_share=0, test_share=0).split("train", "unused")
+    example = next(split[i] for i in (0, 1) if "/" in split._examples[i][0])
+    assert example["id"] == r"caf\xe9/a" and example["file"] == rf"{tmp_path}/rgb/caf\xe9/a.png"
+    with pytest.raises(ValueError, match=r"rgb/caf\\xe9.png: damaged") as error:
+        list(split)
+    str(error.value).encode()
+
+
+def test_what_is_no_ordinary_file_is_named_and_never_waited_for(tmp_path):
+    """A FIFO, a socket, a device, folders in files' places, links to nothing and in circles."""
+    ids = ("circle", "device", "fifo", "fine", "folder", "link", "nowhere", "socket")
+    write(tmp_path, {f"caption/{id}.txt": b"a word" for id in ids})
+    write(tmp_path, {"rgb/fine.png": picture(np.zeros((2, 2, 3), np.uint8))})
+    rgb = tmp_path / "rgb"
+    os.mkfifo(rgb / "fifo.png")
+    (rgb / "device.png").symlink_to("/dev/zero")
+    (rgb / "folder.png").mkdir()
+    (rgb / "nowhere.png").symlink_to("absent")
+    (rgb / "circle.png").symlink_to("circle.png")
+    (rgb / "link.png").symlink_to("fine.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(rgb / "socket.png"))
+        source = Folders(root=tmp_path, validation_share=0, test_share=0)
+        source.prepare("unused")
+        assert len(source.signature("unused")) == 12
+        split = source.split("train", "unused")
+        kinds = {
+            "circle": r"cannot be read \(Too many levels of symbolic links\)",
+            "device": "a device; allowed: files",
+            "fifo": "a FIFO; allowed: files",
+            "folder": "a folder; allowed: files",
+            "nowhere": r"cannot be read \(No such file or directory\)",
+            "socket": "a socket; allowed: files",
+        }
+        assert len(split) == len(ids)
+        for i, id in enumerate(ids):
+            if id in kinds:
+                with pytest.raises(ValueError, match=f"/rgb/{id}.png: {kinds[id]}"):
+                    split[i]
+            else:
+                assert split[i]["id"] == id
+
+
+def test_names_of_signals_are_safe_in_paths(tmp_path):
+    for name in ("a\\b", "con", "x" * 201, "tab\t", NOT_UTF8):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match="a signal in .* which is not safe in a path"):
+            Folders(root=tmp_path).prepare("unused")
+        (tmp_path / name).rmdir()

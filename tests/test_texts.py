@@ -187,3 +187,113 @@ def test_an_interrupted_index_is_absent(tmp_path, monkeypatch):
     assert list((tmp_path / "texts").iterdir()) == []
     source.prepare(tmp_path)
     assert sum(len(source.split(name, tmp_path)) for name in SPLITS) == 3
+
+
+# ---- Encodings and line ends ----------------------------------------------------------------------------------------
+
+DOCUMENTS = ["ein Löwe", "two words", "獅子 και λιοντάρι", "the last"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_lines_end_as_on_any_system(tmp_path, monkeypatch, end, suffix, mark, is_closed):
+    """LF, CR LF, and the CR of old Macs, also where a chunk that is read ends between or within them."""
+    written = [json.dumps({"text": d}, ensure_ascii=False) if suffix == ".jsonl" else d for d in DOCUMENTS]
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(mark + (end.join(written) + end * is_closed).encode())
+    for chunk in (1, 2, 7, 2**20):
+        monkeypatch.setattr(texts, "CHUNK", chunk)
+        assert [line.strip().removeprefix(mark) for _, line in texts.lines(str(file))] == [d.encode() for d in written]
+    train = prepared(tmp_path, file, validation_share=0, test_share=0)["train"]
+    assert captions(train) == DOCUMENTS
+    assert [example["file"] for example in train] == [f"{file}:{i}" for i in range(1, 5)]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize(
+    "encoding, reason",
+    [
+        ("utf-16", "is UTF-16, by its first bytes"),
+        ("utf-32", "is UTF-32, by its first bytes"),
+        ("utf-16-le", "is not UTF-8: byte 1 is NUL"),
+        ("utf-16-be", "is not UTF-8: byte 0 is NUL"),
+        ("utf-32-le", "is not UTF-8: byte 1 is NUL"),
+        ("utf-32-be", "is not UTF-8: byte 0 is NUL"),
+    ],
+)
+def test_wide_encodings_are_refused_by_file(tmp_path, suffix, encoding, reason):
+    documents = ["a red cube", "a blue cube"]
+    written = [json.dumps({"text": d}) if suffix == ".jsonl" else d for d in documents]
+    file = tmp_path / f"a{suffix}"
+    for end in ("\n", "\r\n", "\r"):
+        file.write_bytes(end.join(written * 500).encode(encoding))
+        with pytest.raises(ValueError, match=f"^{file} {reason}.*[Ss]ave it as UTF-8"):
+            prepared(tmp_path, file)
+    assert not list((tmp_path / "data").rglob("*.int64"))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "mac-roman", "cp437"])
+def test_lines_of_other_encodings_are_errors_of_their_own(tmp_path, encoding):
+    """Those of ASCII alone are the same in UTF-8."""
+    file = tmp_path / "a.txt"
+    file.write_bytes("plain\ncafé à gogo\nalso plain\n".encode(encoding))
+    train = prepared(tmp_path, file, validation_share=0, test_share=0)["train"]
+    assert [train[i]["caption"] for i in (0, 2)] == ["plain", "also plain"]
+    with pytest.raises(ValueError, match=r"a\.txt:2: not UTF-8 at byte 4 of the line"):
+        train[1]
+
+
+def test_a_nul_far_into_a_file_is_an_error_of_its_line(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"word\n" * 1000 + b"w\0o\0\n" + b"word\n")
+    train = prepared(tmp_path, file, validation_share=0, test_share=0)["train"]
+    assert len(train) == 1002 and train[1001]["caption"] == "word"
+    with pytest.raises(ValueError, match=r"a\.txt:1001: not a text: character 2 of the line is NUL"):
+        train[1000]
+
+
+def test_mixed_line_ends_are_refused_if_cr_prevails(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"one\rtwo\rthree\n")
+    with pytest.raises(ValueError, match=rf"^{file} has 2 lines that end in CR, as on old Macs, and 1 that end in LF"):
+        prepared(tmp_path, file)
+    file.write_bytes(b"progress 1%\rprogress 2%\ntwo\nthree\n")  # a CR within a line is white space, as before
+    train = prepared(tmp_path, file, validation_share=0, test_share=0)["train"]
+    assert captions(train) == ["progress 1%\rprogress 2%", "two", "three"]
+
+
+def test_a_key_that_is_there_twice_is_an_error(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one", "text": "two"}\n{"text": "three", "n": 1, "n": 2, "score": NaN}\n')
+    train = prepared(tmp_path, file, validation_share=0, test_share=0)["train"]
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: not JSON: the key 'text' is there twice"):
+        train[0]
+    assert train[1]["caption"] == "three"  # what is not read may be as it likes
+
+
+def test_damage_to_the_index_is_noticed_and_mended(tmp_path):
+    """Every flip and cut, of the index or its digest: an error with its name, and `prepare` makes it again."""
+    (tmp_path / "a.txt").write_text("".join(f"document {i}\n" for i in range(50)))
+    source = Texts(files=(str(tmp_path / "a.txt"),), validation_share=0, test_share=0)
+    source.prepare(tmp_path)
+    expected, rng = captions(source.split("train", tmp_path)), np.random.default_rng(0)
+    index = source.index(tmp_path)
+    whole = {file: file.read_bytes() for file in (index, index.with_suffix(".json"))}
+    for number in range(60):
+        file = [*whole][number % 2]
+        changed = bytearray(whole[file])
+        if rng.random() < 0.2:
+            del changed[rng.integers(len(changed)) :]
+        else:
+            changed[rng.integers(len(changed))] ^= 1 << rng.integers(8)
+        file.write_bytes(changed)
+        try:
+            assert captions(source.split("train", tmp_path)) == expected
+            assert file.suffix == ".json"  # white space
+        except ValueError as error:
+            assert index.stem in str(error)
+            source.prepare(tmp_path)
+            assert {file: file.read_bytes() for file in whole} == whole
+        file.write_bytes(whole[file])
