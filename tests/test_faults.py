@@ -388,6 +388,19 @@ def test_a_data_set_of_one_example_is_prepared(tmp_path):
     assert len(shards) == 1 and shards[0].keys() == {"rgb_pixels", "caption", "color_palette"}
 
 
+def test_a_tokenizer_is_fitted_on_few_examples_or_says_what_it_needs(tmp_path):
+    """Fewer than five leave none to be held out; boxes may be empty everywhere."""
+    rng, recipe = np.random.default_rng(0), ImageRecipe(**TINY)
+    examples = [{"rgb": rng.integers(0, 255, (16, 16, 3)).astype(np.uint8)} for _ in range(4)]
+    for count in (2, 4):
+        card = recipe.fit(examples[:count], seed=0).card
+        assert (card["num_held_out"], card["num_examples"]) == (0, count) and np.isfinite(card["psnr"])
+    with pytest.raises(ValueError, match="8 codes need at least as many vectors, but 4 were given"):
+        recipe.fit(examples[:1], seed=0)
+    nothing = {"bbox": np.zeros((0, 4), np.float32), "label": []}
+    assert BoxRecipe().fit([{"boxes": nothing}], seed=0).card["longest"] == 1
+
+
 def test_a_build_removes_what_killed_ones_left_and_notices_damage(tmp_path):
     scenes = Scenes(num_train=8, num_validation=1, num_test=1, num_heldout=1, size=32)
     folder = scenes.folder(tmp_path)

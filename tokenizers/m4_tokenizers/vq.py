@@ -134,9 +134,10 @@ class VQRecipe:
         model = training.train(self, examples, seed=seed, folder=folder)
         tokenizer = self.tokenizer_class(recipe=self, model=model, card={})
         mean = self.mean_signal(examples.arrays[:4096])
-        held_out = [source[int(i)] for i in np.sort(order[:num_held_out])]
+        held_out = order[:num_held_out] if num_held_out else chosen  # of fewer than five examples all are trained on
         tokenizer.card = {
-            **tokenizer.evaluate(held_out, mean=mean),
+            **tokenizer.evaluate([source[int(i)] for i in np.sort(held_out)], mean=mean),
+            "num_held_out": num_held_out,
             "num_examples": len(chosen),
             "fit_seed": seed,
             "fit_seconds": round(time.perf_counter() - start, 1),
