@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 
 def leave_with_parent(*_) -> None:
@@ -18,7 +21,17 @@ def leave_with_parent(*_) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def pool(num_workers: int) -> ProcessPoolExecutor:
-    """Spawned, not forked: the caller may hold threads (jax, grain), which a fork would leave in an unknown state."""
+@contextlib.contextmanager
+def pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Spawned, not forked: the caller may hold threads (jax, grain), which a fork would leave in an unknown state.
+
+    ValueError if one of them is killed.
+    """
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=leave_with_parent)
+    try:
+        with ProcessPoolExecutor(num_workers, mp_context=context, initializer=leave_with_parent) as executor:
+            yield executor
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"one of {num_workers} worker processes died without a word; is there too little memory for so many?"
+        ) from error

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, environment
 from test_folders import NOT_UTF8, npy, picture, write
 
-from m4 import pretokenize, team
+from m4 import pretokenize, team, workers
 from m4.components import load_tokenizer
 from m4.data import Dataset, TokenShards
 from m4.datasets.folders import Folders
@@ -456,6 +456,11 @@ def test_a_process_that_dies_is_an_error_and_its_old_note_is_none(tmp_path, capf
         others.wait(lambda: process.exitcode is not None, "a file")
     said = capfd.readouterr().out
     assert "process 0 of 2 waits for a file\n" in said and "not started" not in said
+
+
+def test_a_worker_that_is_killed_is_a_sentence():
+    with pytest.raises(ValueError, match="one of 2 worker processes died without a word"), workers.pool(2) as pool:
+        pool.submit(os._exit, 9).result()
 
 
 def test_a_process_that_never_starts_is_missed_soon(tmp_path, capfd, monkeypatch):

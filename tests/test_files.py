@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -152,3 +153,22 @@ def test_json_round_trip_of_plain_values(tmp_path):
     value = {"component": "x", "list": [1, "a", {"b": False}]}
     files.write_json(tmp_path / "a.json", value)
     assert json.loads((tmp_path / "a.json").read_text())["list"] == value["list"]
+
+
+def test_a_lock_is_waited_for_until_its_holder_ends_however_it_does(tmp_path):
+    holds = "import sys, time\nfrom m4.files import locked\n"
+    holds += "with locked(sys.argv[1], 'x'): print('mine', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", holds, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "mine\n"
+        held = pytest.raises(ValueError, match=f"the folder is in use by process {holder.pid} on ")
+        with held, files.locked(tmp_path / ".lock", "the folder"):
+            pass
+        threading.Timer(0.5, holder.kill).start()
+        with files.locked(tmp_path / ".lock", "the folder", wait=True) as is_mine:
+            assert is_mine and holder.wait() == -9
+
+
+def test_anything_can_be_said(capsys):
+    files.say("fine: käse \udce9 \n end")
+    assert capsys.readouterr().out == "fine: käse \\xe9 \\n end\n"
