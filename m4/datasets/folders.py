@@ -210,8 +210,7 @@ class AlignedSplit:
         similar: dict[str, list[str]] = {}
         for id, files in grouped.items():
             if not signals <= {stored.signal for stored in files}:
-                key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", id).casefold())
-                similar.setdefault(key, []).append(id)
+                similar.setdefault(_normal(_normal(id).casefold()), []).append(id)
         halves = {}
         for ids in similar.values():
             for one, other in itertools.permutations(ids, 2) if len(ids) > 1 else ():
@@ -316,8 +315,12 @@ class Folders(Aligned):
 
 
 def _difference(id: str, other: str) -> str:
-    is_form = unicodedata.normalize("NFC", id) == unicodedata.normalize("NFC", other)
-    return "Unicode's normal form" if is_form else "upper and lower case"
+    return "Unicode's normal form" if _normal(id) == _normal(other) else "upper and lower case"
+
+
+def _normal(id: str) -> str:
+    """The one form of all ways to write the same characters, whatever the system thinks that names are encoded in."""
+    return unicodedata.normalize("NFC", id.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape"))
 
 
 def _refuse(error: OSError) -> None:
