@@ -32,7 +32,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from m4.nn import BATCH
-from m4.team import roll_call
+from m4.team import roll_call, saying
 
 AXES = ("data", "fsdp", "tensor")
 MIN_SIZE_TO_CUT = 2**14  # smaller arrays are not worth a collective
@@ -178,7 +178,8 @@ def join_processes() -> None:
             raise ValueError(f"{name} is set, but JAX_COORDINATOR_ADDRESS is not; set it to HOST:PORT of process 0")
     many_tasks = any(int(e.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
     if many_tasks or "," in e.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in e:
-        jax.distributed.initialize()
+        with saying("waiting for the other processes of the job (Slurm, Open MPI or a TPU slice) to start"):
+            jax.distributed.initialize()
 
 
 def stop_signal() -> Callable[[int], bool]:

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from m4.files import fingerprint, say, shown
@@ -160,6 +161,26 @@ def roll_call(address: str, count: int, index: int, *, patience: float = PATIENC
         _hear(int(port), count, waiting)
     else:
         _report((host, int(port)), index, waiting)
+
+
+@contextlib.contextmanager
+def saying(text: str) -> Iterator[None]:
+    """Says a line after some seconds, then each minute, as long as it takes."""
+    done = threading.Event()
+
+    def say_so():
+        pause = GRACE
+        while not done.wait(pause):
+            say(text)
+            pause = 60
+
+    thread = threading.Thread(target=say_so, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _known(host: str, patience: float) -> None:
