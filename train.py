@@ -1,26 +1,26 @@
 """One run, top to bottom: prepare, train (or resume), evaluate."""
 
-import collections
+import contextlib
 import functools
-import json
-import sys
 
 import jax
 
 from m4 import checkpoints, flops, sharding
+from m4.commands import ends_with_a_sentence, finishing
 from m4.components import to_json
-from m4.config import from_cli, save_or_check
+from m4.config import from_cli, save_or_check, use_workdir
 from m4.data import Stream
 from m4.distillation import load_teacher
-from m4.evals.suite import evaluate, sample_gallery
+from m4.evals.suite import check_evaluations, evaluate, sample_gallery
 from m4.files import write_atomically
+from m4.health import Health, check_save, saving
 from m4.metrics import Metrics
 from m4.pretokenize import prepare
 from m4.step import Trainer, TrainState
 from m4.team import Team
 
 
-def main(c) -> None:
+def main(c, end: contextlib.ExitStack) -> None:
     # Everything that can be wrong is found before compute is spent.
     c.check()
     sharding.join_processes()
@@ -30,6 +30,7 @@ def main(c) -> None:
     trainer = Trainer(c, mesh)
     teacher = load_teacher(trainer) if c.teacher else None
     num_trained = trainer.num_trained
+    end.enter_context(use_workdir(c))
     save_or_check(c)
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
@@ -41,6 +42,8 @@ def main(c) -> None:
         for source in sources:
             checkpoints.check_tokenizers(source, tokenizers)
     prepared = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, team=team)
+    if team.index == 0:
+        check_evaluations(c)
     for m in c.modalities if team.index == 0 else ():
         write_atomically(checkpoints.tokenizer_file(c.folder, m), prepared.tokenizer_files[m.name].read_bytes())
 
@@ -77,46 +80,48 @@ def main(c) -> None:
         flush=True,
     )
 
-    # Steps. SIGTERM (preemption) ends the run after the current step, with a checkpoint.
-    stop_asked = sharding.stop_signal()
+    # Steps. SIGTERM (preemption) or Ctrl-C ends the run after the current step, with a checkpoint.
     metrics = Metrics(
         c.folder, first_step=first_step, num_steps=c.num_steps, wandb=c.wandb,
         tokens_per_step=c.batch_size * (c.masking.num_inputs + c.masking.num_targets),
         flops_per_step=flops_per_step, peak_flops=peak * mesh.size,
     )  # fmt: skip
-    addresses, before = collections.deque(maxlen=c.max_skipped + 1), {"skipped_in_a_row": 0}
-    stop = False
-    for step in range(first_step + 1, c.num_steps + 1):
-        if step == c.profile[0]:
-            jax.profiler.start_trace(str(c.folder / "profile"))
-        addresses.append({"step": step, "first_example": stream.next_example, "num_examples": c.batch_size})
-        batch = metrics.wait_for(stream)
-        with jax.set_mesh(mesh):
-            state, scalars = trainer.step(state, batch, step, teacher)
-        if step == c.profile[1]:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-        stop = stop_asked(step)
-        if step % c.log_every == 0 or step == c.num_steps:
-            metrics.write(step, jax.device_get(scalars))
-        # Of the step before, for the devices never to wait for this process.
-        if int(before["skipped_in_a_row"]) >= c.max_skipped:
-            write_atomically(c.folder / "not_finite.json", json.dumps(list(addresses), indent=1).encode())
-            raise ValueError(
-                f"gradients were not finite in {c.max_skipped} steps in a row; {c.folder}/not_finite.json says which "
-                "examples of the stream they read; the last checkpoint is from before"
-            )
-        before = scalars
-        if step % c.save_every == 0 or step == c.num_steps or stop:
-            saved.save(step, state.parts(), stream.get_state(), to_json(c))
-        if c.gallery_every and step % c.gallery_every == 0 and jax.process_count() == 1:
-            metrics.picture(step, "samples", sample_gallery(c, trainer.trained(state), prepared.tokenizers, step))
-        if stop:
-            print(f"stopped by SIGTERM; the same command goes on from step {step}", flush=True)
-            break
-    stream.close()
-    saved.close()
-    metrics.close()
+    in_words = saving(c.folder / "checkpoints")
+    save, close, check_saved = map(in_words, (saved.save, saved.close, lambda: check_save(saved.manager)))
+    health = Health(c.folder, max_skipped=c.max_skipped, finish_saves=in_words(saved.manager.wait_until_finished))
+    before, stop, due = None, "", False
+    with sharding.stop_signal() as stop_asked, finishing(stream.close, close, metrics.close, kept=health.kept):
+        for step in range(first_step + 1, c.num_steps + 1):
+            if step == c.profile[0]:
+                jax.profiler.start_trace(str(c.folder / "profile"))
+            health.reads(step, stream.next_example, c.batch_size)
+            batch = metrics.wait_for(stream)
+            with jax.set_mesh(mesh):
+                state, scalars = trainer.step(state, batch, step, teacher)
+            if step == c.profile[1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            stop = stop_asked(step)
+            if step % c.log_every == 0 or step == c.num_steps:
+                metrics.write(step, jax.device_get(scalars))
+            # Of the step before, for the devices never to wait for this process.
+            if before is not None:
+                health.check(step - 1, before)
+            before = scalars
+            is_last = stop or step == c.num_steps
+            due = due or is_last or step % c.save_every == 0
+            check_saved()
+            if due and health.may_save(step, scalars, is_last=is_last):
+                save(step, state.parts(), stream.get_state(), to_json(c))
+                due = False
+            if c.gallery_every and step % c.gallery_every == 0 and jax.process_count() == 1:
+                metrics.picture(step, "samples", sample_gallery(c, trainer.trained(state), prepared.tokenizers, step))
+            if stop:
+                break
+        if before is not None and not stop:
+            health.check_end(step, before)
+    if stop:
+        print(f"stopped by {stop}; the same command goes on from step {saved.latest}", flush=True)
 
     # Scores and pictures.
     if not stop and c.evaluations and team.count == 1:
@@ -126,7 +131,5 @@ def main(c) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(from_cli(__doc__))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    with ends_with_a_sentence(), contextlib.ExitStack() as end:
+        main(from_cli(__doc__), end)

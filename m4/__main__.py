@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from m4.commands import ends_with_a_sentence
 from m4.components import closest
 
 
@@ -234,7 +235,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ends_with_a_sentence():
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.machinery
 import importlib.util
 import json
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 
+from m4.checks import check_numbers
 from m4.components import closest, from_json, packaged, to_json
 from m4.contrastive import Contrast
 from m4.data import Dataset
+from m4.files import locked
 from m4.losses import Weighting
 from m4.masking import Masking
 from m4.modality import Modalities, Sequence
 from m4.model import ModelConfig
 from m4.optim import OptimizerConfig
+from m4.prompts import check_plan
 from m4.sharding import MeshConfig
 
 
@@ -86,13 +94,11 @@ class Config:
 
     def check(self) -> None:
         """All that can be known to be wrong before compute is spent."""
-        for field in (
-            "batch_size", "micro_batches", "num_steps", "log_every", "save_every", "keep_last", "max_skipped",
-            "num_eval_samples",
-        ):  # fmt: skip
+        check_numbers(self)
+        for field in ("micro_batches", "num_steps", "keep_last", "max_skipped", "num_eval_samples"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        for field in ("num_workers", "seed", "z_loss", "keep_every", "gallery_every"):
+        for field in ("num_workers", "z_loss", "keep_every", "gallery_every"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0")
         if not 0 <= self.average_decay < 1:
@@ -132,6 +138,10 @@ class Config:
         if len(set(names)) < len(names):
             raise ValueError(f"evaluations must have different names, and have {names}")
         for direction in self.evaluations:
+            try:
+                check_plan(direction.stages, direction.inputs, self.modalities)
+            except ValueError as error:
+                raise ValueError(f"evaluation {direction.name}: {error}") from error
             if direction.dataset and direction.dataset not in labels:
                 near = closest(direction.dataset, labels)
                 raise ValueError(f"evaluation {direction.name}: no data set {direction.dataset!r}; {near}")
@@ -172,12 +182,31 @@ def load_config(path: str, attribute: str = "config") -> Any:
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path("configs")
         raise ValueError(f"no config file {path!r}; {closest(path, sorted(str(p) for p in folder.glob('*.py')))}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # A loader of its own, for any extension to be read as Python.
+    loader = importlib.machinery.SourceFileLoader(file.stem, str(file))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(file.stem, loader))
+    try:
+        loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a file does, SystemExit included
+        words = error.msg if isinstance(error, SyntaxError) else str(error)
+        words = words if isinstance(error, ValueError) else words.strip().partition("\n")[0]
+        what = words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}".rstrip(": ")
+        raise ValueError(f"{path}{_line_in(file, error)}: {what}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"{path} defines no `{attribute}`; it has {', '.join(n for n in vars(module) if n[0] != '_')}")
     return getattr(module, attribute)
+
+
+def _line_in(file: Path, error: BaseException) -> str:
+    """ ", line N" of a file, where an error came from it."""
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}" if error.filename == str(file) and error.lineno else ""
+    lines = [
+        number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(file)
+    ]
+    return f", line {lines[-1]}" if lines else ""
 
 
 def from_cli(description: str, argv: list[str] | None = None) -> Any:
@@ -189,9 +218,28 @@ def from_cli(description: str, argv: list[str] | None = None) -> Any:
         print(usage, file=sys.stdout if asked else sys.stderr)
         raise SystemExit(0 if asked else 2)
     config = load_config(argv[0])
+    if not isinstance(config, Config):
+        raise ValueError(f"{argv[0]}: config must be an m4.config.Config, not {type(config).__name__}")
     return tyro.cli(
         type(config), default=config, args=argv[1:], description=description, config=(tyro.conf.AvoidSubcommands,)
     )
+
+
+@contextlib.contextmanager
+def use_workdir(config: Config) -> Iterator[None]:
+    """The run's folder for this job alone (its process 0 holds the lock). ValueError if another has it, or if nothing
+    can be written there."""
+    if jax.process_index():
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(config.folder / ".lock", f"workdir {config.folder}"))
+        except OSError as error:
+            raise ValueError(
+                f"cannot write into workdir {config.folder}: {error.strerror}; give another --workdir"
+            ) from error
+        yield
 
 
 def save_or_check(config: Config) -> None:

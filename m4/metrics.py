@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import statistics
+import struct
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import tensorboardX
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
-from m4.files import write_atomically
+from m4.files import naming, write_atomically
 
 NUM_RECENT = 50  # logged losses that a spike is told from
 SPIKE = 8.0  # times their median absolute deviation above their median
@@ -48,8 +55,8 @@ class Metrics:
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step]
             write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
+        self.events = EventFile(workdir / "tensorboard", first_step)
         self.file = self.path.open("a")
-        self.tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self.wandb = _wandb(wandb, workdir) if wandb else None
 
     def wait_for(self, stream: Any) -> Any:
@@ -74,10 +81,10 @@ class Metrics:
         notes = self._notes(scalars)
         if not self.writes:
             return
-        self.file.write(json.dumps({"step": step, **scalars, **({"notes": notes} if notes else {})}) + "\n")
-        self.file.flush()
-        for name, value in scalars.items():
-            self.tensorboard.add_scalar(name, value, step)
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step, **scalars, **({"notes": notes} if notes else {})}) + "\n")
+            self.file.flush()
+        self.events.scalars(step, scalars)
         if self.wandb:
             self.wandb.log(scalars, step=step)
         average = (now - self.first[1]) / max(step - self.first[0], 1)
@@ -104,14 +111,59 @@ class Metrics:
     def picture(self, step: int, name: str, image: Any) -> None:
         """A gallery, uint8 [H W 3], for TensorBoard."""
         if self.writes:
-            self.tensorboard.add_image(name, image, step, dataformats="HWC")
+            self.events.picture(step, name, image)
 
     def close(self) -> None:
-        if self.writes:
+        if not self.writes:
+            return
+        with naming(self.path):
             self.file.close()
-            self.tensorboard.close()
-            if self.wandb:
-                self.wandb.finish()
+        if not self.path.stat().st_size:
+            self.path.unlink()
+        self.events.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+class EventFile:
+    """TensorBoard's events of a run from `first_step` on, written by the caller itself: a full disk is its OSError.
+
+    tensorboardX's own writer is a thread. When a full disk ends it, its queue fills up, and a run waits there for ever.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self.file = self.path.open("ab")
+        try:
+            self._write(Event(file_version="brain.Event:2"))
+            # TensorBoard drops what a killed run wrote of later steps.
+            self._write(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        except OSError:
+            self.path.unlink()
+            raise
+
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._write(*(Event(step=step, summary=summary.scalar(k, v)) for k, v in scalars.items()))
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """uint8 [H W 3]"""
+        self._write(Event(step=step, summary=summary.image(name, image, dataformats="HWC")))
+
+    def close(self) -> None:
+        with naming(self.path):
+            self.file.close()
+
+    def _write(self, *events: Event) -> None:
+        """As records: length, its checksum, content, its checksum."""
+        with naming(self.path):
+            for event in events:
+                event.wall_time = time.time()
+                data = event.SerializeToString()
+                length = struct.pack("<Q", len(data))
+                for part in (length, data):
+                    self.file.write(part + struct.pack("<I", masked_crc32c(part)))
+            self.file.flush()
 
 
 def memory_bytes() -> int:
@@ -136,5 +188,5 @@ def _wandb(project: str, workdir: Path) -> Any:
 def _step(line: str) -> int:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the half line of a killed run
+    except (ValueError, KeyError, TypeError):  # the half line of a killed run
         return sys.maxsize

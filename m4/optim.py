@@ -39,7 +39,8 @@ class OptimizerConfig:
                 raise ValueError(f"{field}={patterns!r} must be a tuple of patterns: ({patterns!r},)")
 
     def schedule(self, num_steps: int) -> optax.Schedule:
-        warmup = min(self.warmup_steps, max(1, num_steps // 2))
+        """A run of a single step has no warm-up, for its step to train."""
+        warmup = min(self.warmup_steps, max(1, num_steps // 2)) if num_steps > 1 else 0
         return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, num_steps)
 
     def make(self, num_steps: int, is_trained: Any, keep: Any = False) -> optax.GradientTransformation:

@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from m4.checkpoints import load_run
+from m4.checks import check_seed
 from m4.components import closest
 from m4.guidance import Guidance
 from m4.modality import Features, Modality, Sequence, Tokenizer
@@ -209,8 +210,7 @@ class Sampler:
         for stage in stages:
             if stage.ensemble > 1 and not hasattr(tokenizer := self.tokenizer(stage.target), "average"):
                 raise ValueError(f"ensemble={stage.ensemble}: {type(tokenizer).__name__} cannot average {stage.target}")
-        if seed < 0:
-            raise ValueError(f"seed={seed} must be at least 0")
+        check_seed(seed)
         numbers = np.arange(count) if indices is None else np.asarray(indices)
         if len(numbers) != count:
             raise ValueError(f"{len(numbers)} indices were given for {count} samples")

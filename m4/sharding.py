@@ -18,12 +18,13 @@ The same code runs on one CPU and on many hosts. Enter the mesh (`jax.set_mesh`)
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -182,12 +183,27 @@ def join_processes() -> None:
             jax.distributed.initialize()
 
 
-def stop_signal() -> Callable[[int], bool]:
-    """Whether the job is to end after this step: SIGTERM came, to any process of it."""
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[int], str]]:
+    """What says that the job is to end after this step: "SIGTERM", "Ctrl-C", or "". A second Ctrl-C ends it at once.
+
+    Of several processes any may get SIGTERM; Ctrl-C ends them at once.
+    """
     if jax.process_count() > 1:  # JAX has its own handler, and the processes agree on the step
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point
+        yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
+        return
     asked = []
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    return lambda step: bool(asked)
+
+    def ask(number, frame):
+        asked.append("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda step: asked[0] if asked else ""
+    finally:  # what comes next, such as the evaluation, has no steps to end after
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -51,6 +51,13 @@ class TrainState(NamedTuple):
         return cls(**{"average": None, **{k: v for k, v in parts.items() if k != "counters"}, **parts["counters"]})
 
 
+def random_key(seed: int) -> jax.Array:
+    """Another key for each seed from 0 to 2**64 - 1, where `jax.random.key` takes the last 32 bits of it alone."""
+    high, low = divmod(seed, 2**32)
+    key = jax.random.key(low)
+    return jax.random.fold_in(key, np.uint32(high)) if high else key
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """The step of a config on a mesh. `c` is an m4.config.Config."""
@@ -102,7 +109,7 @@ class Trainer:
         return state._replace(params=params, average=average)
 
     def _model(self) -> Model:
-        return Model(self.c.model, self.c.modalities, rngs=nnx.Rngs(self.c.seed))
+        return Model(self.c.model, self.c.modalities, rngs=nnx.Rngs(random_key(self.c.seed)))
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -156,7 +163,7 @@ class Trainer:
         self, state: TrainState, batch: MaskedBatch, number: jax.Array, teacher: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
         c, graph = self.c, self._split[0]
-        key = jax.random.fold_in(jax.random.key(c.seed), number)
+        key = jax.random.fold_in(random_key(c.seed), number)
         counts = losses.token_counts(batch.targets, len(c.modalities))
         words = c.model.match_words
         num_captioned = jnp.maximum(matching.captioned(batch, c.modalities, words).sum(), 1) if words else None

@@ -16,6 +16,7 @@ from m4.evals.maps import MapAccuracy
 from m4.evals.suite import Direction, examples_of, stacked
 from m4.sampling import MaskGIT
 from m4_tokenizers.classes import ClassRecipe
+from m4_tokenizers.maps import MapRecipe
 
 
 def test_labels_there_and_back(tmp_path):
@@ -61,8 +62,11 @@ def test_each_direction_has_its_data_set(tmp_path):
     depth = Direction(name="depth", inputs=("rgb",), target="depth", scheme=scheme, measure=DepthAccuracy())
     thermal = MapAccuracy(signal="thermal", tolerance=2)
     heat = Direction(name="heat", inputs=("rgb",), target="thermal", scheme=scheme, measure=thermal)
+    tiny = load_config("tests/tiny_config.py")
+    recipe = MapRecipe(signal="thermal", name="thermal_tokens", lowest=0, highest=80)
     config = dataclasses.replace(
-        load_config("tests/tiny_config.py"),
+        tiny,
+        tokenizers=(*tiny.tokenizers, recipe),
         datasets=(Dataset(source=Scenes(**few)), Dataset(source=ThermalScenes(seed=1, **few), name="camera")),
         evaluations=(depth, heat, dataclasses.replace(depth, name="there", dataset="camera")),
         eval_splits=("test",),

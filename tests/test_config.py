@@ -80,7 +80,7 @@ def test_every_config_holds_together(path, monkeypatch, tmp_path):
 
 LAYERS = [
     ["files"],
-    ["components", "modality", "tokens", "workers"],
+    ["checks", "commands", "components", "modality", "tokens", "workers"],
     ["masking", "packing", "nn", "kernels"],
     ["shots", "matching"],
     ["model"],
@@ -90,7 +90,7 @@ LAYERS = [
     ["data", "optim", "sharding", "flops", "records", "team", "adapters"],
     ["step", "shards"],
     ["pretokenize"],
-    ["checkpoints", "distillation", "metrics", "pictures"],
+    ["checkpoints", "distillation", "health", "metrics", "pictures"],
     ["drawing", "guidance"],
     ["sampling"],
     ["prompts"],

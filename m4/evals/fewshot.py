@@ -36,7 +36,7 @@ from m4.embeddings import embed
 from m4.evals.episodes.counting import Counting
 from m4.evals.episodes.fast_binding import FastBinding
 from m4.evals.episodes.operators import OperatorInduction
-from m4.files import write_atomically
+from m4.files import replacing, write_atomically
 from m4.in_context import ShotsDropped, answer, score
 from m4.pictures import contact_sheet, labelled, write_png
 from m4.sampler import Sampler
@@ -288,7 +288,7 @@ def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
     with tqdm(total=total, desc="few-shot", unit="score", file=sys.stdout, mininterval=1) as bar:
         for task in c.tasks:
             results[task.name] = evaluate_task(sampler, task, c, run.config.data_dir, bar)
-            write_atomically(out / "fewshot.json", json.dumps(results, indent=1).encode())
+    write_atomically(out / "fewshot.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "fewshot.md", table(results, c).encode())
     curves(results, c, out / "fewshot.png")
     draw_prompts(sampler, c, run.config.data_dir, out / "fewshot_prompts.png")
@@ -331,6 +331,5 @@ def curves(results: Mapping[str, Any], c: FewShot, file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy")
     axes[0][-1].legend(fontsize=7, loc="lower right")
-    temporary = file.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

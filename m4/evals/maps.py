@@ -14,7 +14,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapAccuracy:
-    """`value` is the share of pixels whose error is at most `tolerance`; on objects alone where instances are known."""
+    """`value` is the share of pixels whose error is at most `tolerance`; on objects alone where instances are known
+    (`object_pixels`)."""
 
     signal: str
     tolerance: float
@@ -24,15 +25,16 @@ class MapAccuracy:
         return f"share of {self.signal} within {self.tolerance:g}"
 
     def score(self, predictions: Sequence[np.ndarray], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+        where = object_pixels(examples)
         error = np.concatenate(
-            [np.abs(p - e[self.signal])[_where(e)].ravel() for p, e in zip(predictions, examples, strict=True)]
+            [np.abs(p - e[self.signal])[w].ravel() for p, e, w in zip(predictions, examples, where, strict=True)]
         )
         return {"value": float((error <= self.tolerance).mean()), "mean_error": float(error.mean())}
 
     def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The better of two maps for every example: the mean of training, and the constant that is best there."""
         maps = [e[self.signal] for e in train]
-        seen = np.sort(np.concatenate([m[_where(e)].ravel() for m, e in zip(maps, train, strict=True)]))
+        seen = np.sort(np.concatenate([m[w].ravel() for m, w in zip(maps, object_pixels(train), strict=True)]))
         # Of all intervals as long as two tolerances that begin at a value, the one with most values.
         ends = np.searchsorted(seen, seen + 2 * self.tolerance, side="right")
         best = seen[np.argmax(ends - np.arange(len(seen)))] + self.tolerance
@@ -41,5 +43,8 @@ class MapAccuracy:
         return self.score([constant] * len(examples), examples)
 
 
-def _where(example: dict[str, Any]) -> Any:
-    return example["instance"] > 0 if "instance" in example else ...
+def object_pixels(examples: Sequence[dict[str, Any]]) -> list[Any]:
+    """Of each example, pixels that are an object's (bool [H W]), or True for all of them: of an example without
+    "instance", and of every one where no example has an instance above 0, since then none is known."""
+    masks = [e["instance"] > 0 if "instance" in e else True for e in examples]
+    return masks if any(np.any(m) for m in masks) else [True] * len(examples)

@@ -35,6 +35,7 @@ from m4.evals.episodes.bank import KINDS, bank
 from m4.files import write_atomically
 from m4.model import Model
 from m4.sampler import Sampler
+from m4.step import random_key
 
 LABELS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "shape": lambda e: e["objects"][0]["shape"],
@@ -44,6 +45,16 @@ LABELS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "category": lambda e: e["boxes"]["label"][0],
 }
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the linear probe's weight decay, chosen on a fifth of the training pictures
+
+
+def labels_of(label: str, examples: Seq[Mapping[str, Any]], what: str) -> list[Any]:
+    """What LABELS reads from raw examples of `what`. ValueError if some example has no such label."""
+    try:
+        return [LABELS[label](e) for e in examples]
+    except KeyError as error:
+        raise ValueError(f"examples of {what} have no {error} to read {label!r} from") from error
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"an example of {what} has nothing to read {label!r} from: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,15 +84,20 @@ class Probe:
         """Pictures [B H W 3] for training and for tests, which do not overlap; labels of the first, of the second; of
         what the test pictures are."""
         self.source.prepare(data_dir)
-        parts = {split: bank(self.source, split, data_dir) for split in (self.train, self.test)}
+        try:
+            parts = {split: bank(self.source, split, data_dir) for split in (self.train, self.test)}
+        except KeyError as error:
+            raise ValueError(f"{self.name} needs {error} in every raw example") from error
         first = self.num_train if self.train == self.test else 0
         ranges = (self.train, slice(0, self.num_train)), (self.test, slice(first, first + self.num_test))
-        label = LABELS[self.label]
-        pictures, labels = zip(
-            *((parts[s].rgb[r], [label(e) for e in parts[s].annotations[r]]) for s, r in ranges), strict=True
-        )
-        annotations = parts[self.test].annotations[ranges[1][1]]
-        return pictures, *labels, [e[self.same] if self.same else i for i, e in enumerate(annotations)]
+        of = [parts[s].annotations[r] for s, r in ranges]
+        if not all(map(len, of)):
+            raise ValueError(f"{self.name}: {[*map(len, of)]} examples for training and tests; some of each are needed")
+        labels = [labels_of(self.label, part, type(self.source).__name__) for part in of]
+        if self.same and not all(self.same in e for e in of[1]):
+            raise ValueError(f"{self.name}: same={self.same!r} is not in every example; it has {', '.join(of[1][0])}")
+        pictures = tuple(parts[s].rgb[r] for s, r in ranges)
+        return pictures, *labels, [e[self.same] if self.same else i for i, e in enumerate(of[1])]
 
 
 def whitened(
@@ -157,7 +173,7 @@ def evaluate(workdir: str | Path, out: str | Path = "", probes: Seq[Probe] | Non
     """Probes a trained model (see `load_run`): probes.json and probes.md into `out` (default: `workdir`)."""
     started, out = time.monotonic(), Path(out or workdir)
     run = load_run(workdir)
-    random = Model(run.config.model, run.model.modalities, rngs=nnx.Rngs(run.config.seed + 1))
+    random = Model(run.config.model, run.model.modalities, rngs=nnx.Rngs(random_key(run.config.seed + 1)))
     encoders = {
         "embeddings": Sampler(run.model, run.tokenizers),
         "random encoder": Sampler(random, run.tokenizers),

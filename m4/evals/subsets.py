@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from m4.checkpoints import load_run
+from m4.checks import check_seed
 from m4.datasets.rendering import check
 from m4.embeddings import embed
-from m4.evals.probes import LABELS, linear
-from m4.files import write_atomically
+from m4.evals.probes import LABELS, labels_of, linear
+from m4.files import replacing, write_atomically
 from m4.packing import pack
 from m4.sampler import Sampler
 
@@ -117,6 +118,7 @@ def evaluate(
     no training shows, for the probes to be fitted on, and of its test split. ValueError if it has no such label.
     """
     check("label", label, LABELS)
+    check_seed(seed)
     started, out = time.monotonic(), Path(out or workdir)
     run = load_run(workdir)
     sampler, source = Sampler(run.model, run.tokenizers), run.config.datasets[0].source
@@ -127,17 +129,20 @@ def evaluate(
     for split, count in (("validation", num_train), ("test", num_test)):
         examples = source.split(split, run.config.data_dir)
         parts.append([examples[i] for i in range(min(count, len(examples)))])
-    signals = list(dict.fromkeys(m.signal for m in sampler.modalities if m.is_input and m.signal in parts[0][0]))
+    if not all(parts):
+        raise ValueError(f"{[*map(len, parts)]} examples for training and tests; some of each are needed")
+    has = set.intersection(*({n for n, x in e.items() if x is not None} for part in parts for e in part))
+    signals = list(dict.fromkeys(m.signal for m in sampler.modalities if m.is_input and m.signal in has))
+    if not signals:
+        raise ValueError(f"no input signal of the model is in every example; they have {', '.join(sorted(has))}")
     if len(signals) > MOST_SIGNALS:
         print(f"left out, for {MOST_SIGNALS} signals have {2**MOST_SIGNALS - 1} subsets: {signals[MOST_SIGNALS:]}")
         signals = signals[:MOST_SIGNALS]
-    label_of: Callable[[Mapping[str, Any]], Any] = LABELS[label]
-    try:
-        said = [[label_of(e) for e in part] for part in parts]
-    except KeyError as error:
-        raise ValueError(f"examples of {type(source).__name__} have no {error} to read {label!r} from") from error
+    said = [labels_of(label, part, type(source).__name__) for part in parts]
     classes = sorted(set(said[0]))
     known = [i for i, x in enumerate(said[1]) if x in classes]
+    if not known:
+        raise ValueError(f"no test example has a value of {label!r} that a training example has")
     labels, truth = (np.array([classes.index(x) for x in xs]) for xs in (said[0], [said[1][i] for i in known]))
     subsets = subsets_of(signals)
     train, test = (embeddings(sampler, part, subsets) for part in (parts[0], [parts[1][i] for i in known]))
@@ -186,6 +191,5 @@ def picture(results: Mapping[str, Any], file: Path) -> None:
     axis.set_xticks(range(values.shape[1]), list(next(iter(rows.values()))), rotation=90)
     axis.set_yticks(range(len(values)), list(rows))
     figure.colorbar(shown)
-    temporary = file.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

@@ -74,11 +74,10 @@ def main(argv: Seq[str]) -> None:
         usage = f"{wrong}usage: python -m m4_tokenizers VERB ...\n\n" + "\n".join(lines)
         print(usage, file=sys.stdout if asked else sys.stderr)
         raise SystemExit(0 if asked else 2)
-    try:
+    from m4.commands import ends_with_a_sentence
+
+    with ends_with_a_sentence():
         VERBS[argv[0]](list(argv[1:]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

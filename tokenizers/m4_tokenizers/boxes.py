@@ -191,8 +191,25 @@ class BoxTokenizer:
                 raise ValueError(
                     f"{len(signal['label'])} boxes need {len(ids)} tokens, but {self.modality.name} has at most "
                     f"{self.modality.max_length} ({self.recipe.max_objects} boxes of one-token labels)"
+                    + self._long_labels(signal["label"])
                 )
         return encoded
+
+    def _long_labels(self, labels: Seq[str]) -> str:
+        """Why labels have more than one token, if some do: the end of a sentence."""
+        different = list(dict.fromkeys(labels))
+        counts = {k: len(ids) - 1 for k, ids in zip(different, self.text.encode_unbounded(different), strict=True)}
+        longest = max(counts, key=counts.__getitem__)
+        if counts[longest] < 2 or self.recipe.wordpiece:
+            return ""
+        first = self.layout.first_text + len(ALPHABET)  # ids that no label can have
+        room, known = self.recipe.vocab_size - first, self.card["num_labels"] if "num_labels" in self.card else 0
+        if known <= room:
+            return f". Label {longest!r} has {counts[longest]} tokens, since the tokenizer was not fitted on it"
+        return (
+            f". Label {longest!r} has {counts[longest]} tokens, since vocab_size={self.recipe.vocab_size} has room for "
+            f"{room} labels and {known} are there; with vocab_size={first + known} each of them is one token"
+        )
 
     def decode(self, ids: Seq[np.ndarray]) -> list[Boxes]:
         """Whatever boxes can be read up to the first [EOS]: pieces that are no box are skipped."""

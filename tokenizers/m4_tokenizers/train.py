@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from PIL import Image
 
+from m4.checks import check_numbers
 from m4.components import closest, load_tokenizer, save_tokenizer, to_json
 from m4.config import load_config
-from m4.files import write_atomically
+from m4.files import locked, read_json, write_atomically, write_json
 from m4.modality import Features
+from m4.pictures import write_png
 from m4_tokenizers.training import sheet
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
@@ -52,34 +53,46 @@ def train(config: Any, *, signals: Seq[str], out: Path) -> None:
     for signal in signals:
         if signal not in allowed:
             raise ValueError(f"the config has no tokenizer of signal {signal!r}; {closest(signal, allowed)}")
-    config.source.prepare(config.data_dir)
-    examples = config.source.split("train", config.data_dir)
-    held_out = config.source.split("validation", config.data_dir)
+    check_numbers(config)
+    source = source_of(config)
+    source.prepare(config.data_dir)
+    examples = source.split("train", config.data_dir)
+    held_out = source.split("validation", config.data_dir)
     for recipe in config.tokenizers:
         if signals and recipe.modality.signal not in signals:
             continue
         name = recipe.modality.name
         if isinstance(recipe, VQRecipe):
-            save_or_check(
-                out / name, {"recipe": to_json(recipe), "source": to_json(config.source), "seed": config.seed}
-            )
-            tokenizer = recipe.fit(examples, seed=config.seed, folder=out / name)
+            with locked(out / name / ".lock", f"folder {out / name}"):
+                content = {"recipe": to_json(recipe), "source": to_json(source), "seed": config.seed}
+                save_or_check(out / name, content)
+                tokenizer = recipe.fit(examples, seed=config.seed, folder=out / name)
         else:
             tokenizer = recipe.fit(examples, seed=config.seed)
         save_tokenizer(tokenizer, out / f"{name}.safetensors")
         write_atomically(out / f"{name}.json", json.dumps(tokenizer.card, indent=1).encode())
         if not isinstance(recipe.modality, Features):
             shown = [held_out[i] for i in range(min(8, len(held_out)))]
-            Image.fromarray(sheet([tokenizer], shown)).save(out / f"{name}.png")
+            write_png(out / f"{name}.png", sheet([tokenizer], shown))
         print(name, json.dumps(tokenizer.card), flush=True)
+
+
+def source_of(config: Any) -> Any:
+    """The raw data of a tokenizer's config, or of a run's first data set. ValueError if there are none."""
+    if hasattr(config, "source"):
+        return config.source
+    sources = [d.source for d in config.datasets if d.source is not None] if hasattr(config, "datasets") else []
+    if not sources:
+        raise ValueError(f"a {type(config).__name__} without raw data cannot train tokenizers; allowed: a `source`")
+    return sources[0]
 
 
 def save_or_check(folder: Path, content: dict[str, Any]) -> None:
     """Writes config.json, or says that a training of another config is there."""
     file = folder / "config.json"
-    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(content)):
+    if file.exists() and read_json(file) != json.loads(json.dumps(content)):
         raise ValueError(f"{folder} holds the training of another config; give another --out, or delete it")
-    write_atomically(file, json.dumps(content, indent=1).encode())
+    write_json(file, content)
 
 
 def evaluate(argv: Seq[str], *, description: str) -> None:
@@ -95,8 +108,11 @@ def evaluate(argv: Seq[str], *, description: str) -> None:
     tokenizer, config = load_tokenizer(args.file), load_config(args.config)
     if not isinstance(tokenizer, VQTokenizer):
         raise ValueError(f"{args.file} is a {type(tokenizer).__name__}, which learns nothing that could be measured")
-    config.source.prepare(config.data_dir)
-    split, training = (config.source.split(name, config.data_dir) for name in (args.split, "train"))
+    source = source_of(config)
+    source.prepare(config.data_dir)
+    split, training = (source.split(name, config.data_dir) for name in (args.split, "train"))
+    if args.num_samples < 1 or not len(split):
+        raise ValueError(f"--num-samples {args.num_samples} of {len(split)} {args.split} examples: one is needed")
     recipe = tokenizer.recipe
     examples = [split[i] for i in range(min(args.num_samples, len(split)))]
     known = [recipe.signal_of(training[i]) for i in range(min(1024, len(training)))]
@@ -106,7 +122,7 @@ def evaluate(argv: Seq[str], *, description: str) -> None:
     }
     out, name = args.out or args.file.parent, recipe.name
     write_atomically(out / f"{name}.json", json.dumps(tokenizer.card, indent=1).encode())
-    Image.fromarray(sheet([*map(load_tokenizer, args.beside), tokenizer], examples[:8])).save(out / f"{name}.png")
+    write_png(out / f"{name}.png", sheet([*map(load_tokenizer, args.beside), tokenizer], examples[:8]))
     if args.write:
         save_tokenizer(tokenizer, args.file)
     print(json.dumps(tokenizer.card))

@@ -8,6 +8,7 @@ events with reconstructions.
 
 import functools
 import json
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tensorboardX
 from flax import nnx
 from jaxtyping import Array
 from PIL import Image
@@ -25,8 +25,13 @@ from tqdm import tqdm
 
 from m4 import sharding
 from m4.checkpoints import Checkpoints
+from m4.commands import finishing
 from m4.components import load_tokenizer
+from m4.files import naming, write_atomically
+from m4.health import saved_steps, saving
+from m4.metrics import EventFile
 from m4.modality import Tokenizer
+from m4.step import random_key
 from m4_tokenizers.networks import VQ, check_finite
 from m4_tokenizers.quantizers import use_of_counts
 
@@ -159,7 +164,7 @@ def is_learned(recipe: "VQRecipe", path: tuple, leaf: Any) -> bool:
 
 def start(recipe: "VQRecipe", examples: Examples, *, seed: int) -> VQ:
     """The model before its first step."""
-    model = VQ(recipe, rngs=nnx.Rngs(seed))
+    model = VQ(recipe, rngs=nnx.Rngs(random_key(seed)))
     if recipe.start_from:
         given = load_tokenizer(Path(recipe.start_from))
         for part in ("encoder", "quantizer"):
@@ -186,7 +191,7 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
     graph, learned, others = nnx.split(model, functools.partial(is_learned, recipe), ...)
     critic_graph, critic = None, {}
     if recipe.adversarial:
-        judge = recipe.adversarial.make(num_channels=recipe.num_channels, rngs=nnx.Rngs(seed + 1))
+        judge = recipe.adversarial.make(num_channels=recipe.num_channels, rngs=nnx.Rngs(random_key(seed + 1)))
         critic_graph, critic = nnx.split(judge)
     step_fn, optimizer, critic_optimizer = make_step(recipe, graph, critic_graph)
     if critic:
@@ -202,11 +207,14 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
     log = Log(folder, first) if folder else None
     shown = [examples.source[int(i)] for i in examples.chosen[:NUM_SHOWN]]
 
-    key, sizes = jax.random.key(seed), recipe.sizes or (recipe.image_size,)
+    key, sizes = random_key(seed), recipe.sizes or (recipe.image_size,)
     networks = tuple(loss.network() for loss in recipe.losses)
     cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.BATCH))
     counts = jnp.zeros(recipe.quantizer.num_codes, jnp.int32)
+    save, close = map(saving(saved.folder), (saved.save, saved.close)) if saved else (None, None)
+    closers = (close, log.close) if saved else ()
     with (
+        finishing(*closers, kept=lambda: _kept(recipe, saved)),
         ThreadPoolExecutor(1) as reader,
         tqdm(total=recipe.num_steps, initial=first, desc=recipe.name, unit="step", mininterval=1.0) as progress,
     ):
@@ -220,21 +228,28 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
             progress.update()
             if (i + 1) % recipe.log_every == 0 or i + 1 == recipe.num_steps:
                 scalars = {**{k: float(v) for k, v in scalars.items()}, **use_of_counts(np.asarray(counts))}
-                if not np.isfinite(scalars["loss"]):
-                    raise ValueError(f"{recipe.name}: the loss is {scalars['loss']} at step {i + 1}")
+                check_loss(recipe, scalars, i + 1)
                 progress.set_postfix(loss=f"{scalars['loss']:.4f}", codes=f"{scalars['codes_used']:.0%}")
                 counts = jnp.zeros_like(counts)
                 if log:
                     log.write(i + 1, scalars)
             if saved and ((i + 1) % recipe.save_every == 0 or i + 1 == recipe.num_steps):
-                saved.save(i + 1, {"state": state}, {}, {})
+                check_loss(recipe, scalars, i + 1)  # what is not finite is not saved
+                save(i + 1, {"state": state}, {}, {})
                 model = nnx.merge(graph, state["learned"], state["others"])
                 log.picture(i + 1, sheet([recipe.tokenizer_class(recipe=recipe, model=model, card={})], shown))
         ahead.cancel()
-    if saved:
-        saved.close()
-        log.close()
     return nnx.merge(graph, state["learned"], state["others"])
+
+
+def _kept(recipe: "VQRecipe", saved: Checkpoints | None) -> str:
+    steps = ", ".join(map(str, saved_steps(saved.folder) if saved else ())) or "none"
+    return f"tokenizer {recipe.name} is not finished; complete checkpoints: {steps}"
+
+
+def check_loss(recipe: "VQRecipe", scalars: Mapping[str, Any], step: int) -> None:
+    if not np.isfinite(loss := float(scalars["loss"])):
+        raise ValueError(f"{recipe.name}: the loss is {loss} at step {step}")
 
 
 class Log:
@@ -244,20 +259,19 @@ class Log:
         self.path = folder / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
-        self.tensorboard = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
+        self.events = EventFile(folder / "tensorboard", first)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
-        for name, value in scalars.items():
-            self.tensorboard.add_scalar(name, value, step)
+        self.events.scalars(step, scalars)
 
     def picture(self, step: int, picture: np.ndarray) -> None:
-        self.tensorboard.add_image("reconstructions", picture, step, dataformats="HWC")
+        self.events.picture(step, "reconstructions", picture)
 
     def close(self) -> None:
-        self.tensorboard.close()
+        self.events.close()
 
 
 def sheet(tokenizers: Seq[Tokenizer], examples: Seq[dict[str, Any]]) -> np.ndarray:

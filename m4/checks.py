@@ -1,0 +1,55 @@
+"""Numbers in configs that make no sense, named with their place before compute is spent."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+MAX_SEED = 2**63 - 1
+# What fields of these names must hold, in whatever dataclass of a config; others must be finite.
+BOUNDS = {
+    "learning_rate": (lambda x: x > 0, "above 0"),
+    "b1": (lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+    "b2": (lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+    "weight_decay": (lambda x: x >= 0, "at least 0"),
+    "warmup_steps": (lambda x: x >= 0, "at least 0"),
+    "clip_norm": (lambda x: x >= 0, "above 0, or 0 for no clipping"),
+    "position_base": (lambda x: x > 0, "above 0"),
+    **{name: (lambda x: x >= 1, "at least 1") for name in ("batch_size", "log_every", "save_every")},
+    **{name: (lambda x: x >= 0, "at least 0") for name in ("num_steps", "num_examples", "num_held_out")},
+    "seed": (lambda x: 0 <= x <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
+}  # fmt: skip
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    """ValueError unless 0 <= seed < 2**63: what every generator of random numbers here takes."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"{name}={seed} must be {BOUNDS['seed'][1]}")
+
+
+def check_numbers(value: Any, where: str = "") -> None:
+    """ValueError for a number within a dataclass, tuple or mapping that is not finite, beyond 64 bits, out of the
+    BOUNDS of its field, or not whole where its field is an `int`. `where`: how messages begin, "optimizer"."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            item, place = getattr(value, field.name), f"{where}.{field.name}" if where else field.name
+            if field.type in (int, "int") and isinstance(item, float):
+                raise ValueError(f"{place}={item} must be a whole number")
+            check_numbers(item, place)
+            # A number alone: a field of this name may hold something else in a user's own class.
+            if field.name in BOUNDS and isinstance(item, int | float):
+                is_allowed, allowed = BOUNDS[field.name]
+                if not is_allowed(item):
+                    raise ValueError(f"{place}={item} must be {allowed}")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_numbers(item, f"{where}[{key!r}]")
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            check_numbers(item, f"{where}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}={value} must be a finite number")
+    elif isinstance(value, int) and where.rpartition(".")[2] != "seed" and abs(value) >= 2**63:
+        raise ValueError(f"{where}={value} is beyond what 64 bits hold")
