@@ -79,7 +79,8 @@ def test_every_config_holds_together(path, monkeypatch, tmp_path):
 
 
 LAYERS = [
-    ["files"],
+    ["errors", "files"],
+    ["tensor_file"],
     ["components", "modality", "tokens", "workers"],
     ["masking", "packing", "nn", "kernels"],
     ["shots", "matching"],
