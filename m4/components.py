@@ -116,8 +116,11 @@ def config_in(folder: Path) -> Any:
     """What config.json of a run or an exported model says. ValueError names the file."""
     value = read_json(folder / "config.json")
     try:
-        return from_json(value)
-    except ValueError as error:
+        config = from_json(value)
+        if not dataclasses.is_dataclass(config) or not all(hasattr(r, "modality") for r in config.tokenizers):
+            raise ValueError("it is not the config of a run")
+        return config
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{shown(folder / 'config.json')} cannot be used: {error}") from error
 
 

@@ -109,8 +109,8 @@ class TensorFile:
             if path.suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
                 raise ValueError(
                     f"{shown(path)} is a pickle: loading it would run whatever code it holds, so m4 does not. Way out: "
-                    "where you trust the file, `torch.load(path, weights_only=True)`, then "
-                    "`safetensors.torch.save_file(tensors, out, metadata={key: str(value) for key, value in config.items()})`"
+                    "where you trust the file, `torch.load(path, weights_only=True)`, then `safetensors.torch."
+                    "save_file(tensors, out, metadata={key: str(value) for key, value in config.items()})`"
                 )
             length = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
@@ -121,7 +121,7 @@ class TensorFile:
             if not is_checked:
                 check_seal(path, f, start + text)
         try:
-            metadata, entries = _parsed(text)
+            metadata, entries = parse_header(text)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{shown(path)} has a corrupt safetensors header: {error}") from error
         check_entries(path, size - 8 - length, entries, dtypes)
@@ -155,7 +155,8 @@ def is_finite(array: np.ndarray) -> bool:
     return all(np.isfinite(flat[i : i + (1 << 22)].astype(np.float32)).all() for i in range(0, flat.size, 1 << 22))
 
 
-def _parsed(text: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
+def parse_header(text: bytes | str) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Metadata and tensors. ValueError or TypeError says what is wrong, without the file."""
     header = parse_json(text)
     if not isinstance(header, dict):
         raise TypeError(f"a JSON object is expected, not {type(header).__name__}")

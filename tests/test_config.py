@@ -91,7 +91,7 @@ LAYERS = [
     ["data", "optim", "sharding", "flops", "records", "team", "adapters"],
     ["step", "shards"],
     ["pretokenize"],
-    ["checkpoints", "distillation", "metrics", "pictures"],
+    ["numbered", "checkpoints", "distillation", "metrics", "pictures"],
     ["drawing", "guidance"],
     ["sampling"],
     ["prompts"],
