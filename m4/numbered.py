@@ -153,7 +153,8 @@ def _silence_tasks() -> None:
 
     def hook(unraisable) -> None:
         code = getattr(unraisable.object, "cr_code", None)
-        if code is None or "orbax" not in code.co_filename:
+        is_task = code is not None and "orbax" in code.co_filename
+        if not is_task and str(unraisable.exc_value) != "Event loop is closed":  # TensorStore's answer to such a task
             before(unraisable)
 
     sys.unraisablehook = hook
