@@ -105,8 +105,9 @@ class TensorFile:
             raise ValueError(f"no file {shown(path)!r}; {closest(str(path), near)}")
         size = path.stat().st_size
         with path.open("rb") as f:
-            start = f.read(8)
-            if path.suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+            start, brace = f.read(8), f.read(1)
+            # A header of 640 or 1,152 bytes begins as pickles do, too.
+            if path.suffix in PICKLES or (start[:2] in (b"PK", b"\x80\x02", b"\x80\x04") and brace != b"{"):
                 raise ValueError(
                     f"{shown(path)} is a pickle: loading it would run whatever code it holds, so m4 does not. Way out: "
                     "where you trust the file, `torch.load(path, weights_only=True)`, then `safetensors.torch."
@@ -117,7 +118,7 @@ class TensorFile:
                 raise ValueError(
                     f"{shown(path)} is no safetensors file: {size} bytes, and a header of {length} is announced"
                 )
-            text = f.read(length)
+            text = brace + f.read(length - 1)
             if not is_checked:
                 check_seal(path, f, start + text)
         try:

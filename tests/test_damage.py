@@ -335,6 +335,16 @@ def test_files_of_version_01_have_no_digest_and_are_read(tmp_path):
     assert b"m4_sha256" in (tmp_path / "new").read_bytes()
 
 
+@pytest.mark.parametrize("length", [640, 1152, 0x4B50])
+def test_a_header_whose_length_begins_as_a_pickle_is_none(length, tmp_path):
+    text = json.dumps(HEADER).encode().ljust(length)
+    (tmp_path / "a").write_bytes(length.to_bytes(8, "little") + text + bytes(8))
+    assert [*TensorFile.read(tmp_path / "a").entries] == ["a"]
+    (tmp_path / "a").write_bytes(length.to_bytes(8, "little") + b"csomething" + bytes(length))
+    with pytest.raises(ValueError, match="is a pickle"):
+        TensorFile.read(tmp_path / "a")
+
+
 HEADER = {"__metadata__": {"dim": "8"}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 
 
