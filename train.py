@@ -7,7 +7,7 @@ import jax
 
 from m4 import checkpoints, flops, sharding
 from m4.commands import ends_with_a_sentence, finishing
-from m4.components import to_json
+from m4.components import to_json, tokenizer_hash
 from m4.config import from_cli, save_or_check, use_workdir
 from m4.data import Stream
 from m4.distillation import load_teacher
@@ -35,7 +35,7 @@ def main(c, end: contextlib.ExitStack) -> None:
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
     team = Team(index=jax.process_index(), count=jax.process_count())
-    saved = checkpoints.Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every)
+    saved = checkpoints.Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every, c.skip_damaged)
     sources = [source for source in (c.init_from, c.teacher) if source and not saved.latest]
     if sources:
         tokenizers = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, splits=(), team=team).tokenizers
@@ -55,18 +55,20 @@ def main(c, end: contextlib.ExitStack) -> None:
         process_index=part, process_count=num_parts, num_workers=c.num_workers,
         place=functools.partial(sharding.shard_batch, mesh=mesh),
     )  # fmt: skip
-    first_step = saved.latest
-    if first_step:
-        parts, position = saved.restore(trainer.abstract_state.parts())
+    hashes = {name: tokenizer_hash(tokenizer) for name, tokenizer in prepared.tokenizers.items()}
+    if saved.latest:
+        parts, position = saved.restore(trainer.abstract_state.parts(), hashes)
         state = TrainState.of(parts)
         stream.set_state(position)
-        print(f"resumed from step {first_step}", flush=True)
+        print(f"resumed from step {saved.latest}", flush=True)
     else:
         state = trainer.init()
         if c.init_from:
             params, report = checkpoints.load_weights(state.params, trainer.model, c.init_from)
             state = trainer.with_params(state, params)
             print(f"weights of {c.init_from}:\n{report}", flush=True)
+
+    first_step = saved.latest
 
     # What a step costs, counted, and what the devices can do.
     flops_per_step = c.batch_size * flops.model_flops(
@@ -112,7 +114,7 @@ def main(c, end: contextlib.ExitStack) -> None:
             due = due or is_last or step % c.save_every == 0
             check_saved()
             if due and health.may_save(step, scalars, is_last=is_last):
-                save(step, state.parts(), stream.get_state(), to_json(c))
+                save(step, state.parts(), {**stream.get_state(), "tokenizers": hashes}, to_json(c))
                 due = False
             if c.gallery_every and step % c.gallery_every == 0 and jax.process_count() == 1:
                 metrics.picture(step, "samples", sample_gallery(c, trainer.trained(state), prepared.tokenizers, step))

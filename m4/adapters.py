@@ -31,6 +31,7 @@ from m4.model_file import (
     write,
 )
 from m4.optim import fits
+from m4.tensor_file import SEAL
 
 SMALL = ("*.lora.*", "*.adapter.*", "registers")
 
@@ -65,7 +66,7 @@ def save_small(model: Model, path: str | Path, patterns: tuple[str, ...] = ()) -
     every = set().union(*chosen.values())
     arrays = {n: np.asarray(jax.device_get(x)) for n, x in arrays.items() if n in every}
     shapes = {name: (DTYPE_NAMES[x.dtype], x.shape) for name, x in arrays.items()}
-    about = {"m4_part": json.dumps(list(chosen)), "m4_lora": json.dumps(to_json(model.config.lora))}
+    about = {**SEAL, "m4_part": json.dumps(list(chosen)), "m4_lora": json.dumps(to_json(model.config.lora))}
     write(Path(path), make_header(shapes, about), ([x] for x in arrays.values()))
 
 
@@ -74,7 +75,9 @@ def load_small(model: Model, path: str | Path) -> Model:
     shape, or for another LoRA."""
     file, own = TensorFile.read(path), by_modality(model)
     check_names(file, {name: own[name].shape for name in file.entries if name in own}, [])
+    if not {"m4_part", "m4_lora"} <= {*file.metadata}:
+        raise ValueError(f"{path} was not written by save_small: its metadata lacks m4_part and m4_lora")
     own_lora = json.dumps(to_json(model.config.lora))
     if any(".lora." in name for name in file.entries) and file.metadata["m4_lora"] != own_lora:
         raise ValueError(f"{path} was trained with lora={file.metadata['m4_lora']}; the model has {own_lora}")
-    return with_pieces(model, {name: file.tensor(name) for name in file.entries})
+    return with_pieces(model, {name: file.check_finite(name, file.tensor(name)) for name in file.entries})

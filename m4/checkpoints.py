@@ -1,20 +1,20 @@
-"""Orbax checkpoints of a run, from which it resumes exactly; loading a trained model for use, and exporting it.
+"""Loading a trained model for use, and exporting it.
 
-WORKDIR/checkpoints/STEP/{params, optimizer, average, counters}   arrays; average: if the run keeps one
-WORKDIR/checkpoints/STEP/{data, config}                           JSON: position of the example stream, the run's config
-WORKDIR/config.json                                               all that is needed to build the model again
+WORKDIR/checkpoints/STEP        see m4.numbered
+WORKDIR/config.json             all that is needed to build the model again
 WORKDIR/tokenizers/*.safetensors
 
-Arrays are restored on any mesh and any number of hosts. An exported model, and each model of the package (m4/models/),
-is a folder with the same config.json and tokenizers/, and the parameters in one model.safetensors.
+An exported model, and each model of the package (m4/models/), is a folder with the same config.json and tokenizers/,
+the parameters in one model.safetensors, and digests.json. What is read is checked first: by digests, and the tokenizers
+against the config and against those that the model was trained with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +24,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from m4.components import closest, from_json, load_tokenizer, packaged, save_tokenizer, to_json, tokenizer_hash
-from m4.files import write_atomically
+from m4.components import closest, config_in, load_tokenizer, packaged, save_tokenizer, to_json, tokenizer_hash
+from m4.files import check_digests, remove_leftovers, replacing_together, shown, write_json
 from m4.modality import Features, Modalities, Modality, Tokenizer
 from m4.model import Model
-from m4.model_file import STACKS, TensorFile, abstract, load_model, parameters, save_model
+from m4.model_file import STACKS, TensorFile, abstract, load_model, model_in, parameters, save_model
+from m4.numbered import Checkpoints, check_step, explain, read_step, steps_in
+from m4.tensor_file import is_finite
 
-
-@dataclasses.dataclass
-class Checkpoints:
-    """Numbered checkpoints in a folder, written in the background, complete or not at all.
-
-    Kept: the last `keep_last`, and those of every `keep_every` steps (0: no further ones). `close` when done.
-    """
-
-    folder: Path
-    keep_last: int = 2
-    keep_every: int = 0
-
-    def __post_init__(self):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep_last, keep_period=self.keep_every or None, cleanup_tmp_directories=True
-        )
-        self.manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
-
-    @property
-    def latest(self) -> int:
-        """The last complete step, 0 without any."""
-        return self.manager.latest_step() or 0
-
-    def save(self, step: int, parts: Mapping[str, Any], data: dict[str, Any], config: dict[str, Any]) -> None:
-        """Copies the arrays of each part's tree, then writes them while training goes on."""
-        if step == self.latest:
-            return
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
-        texts = {"data": ocp.args.JsonSave(data), "config": ocp.args.JsonSave(config)}
-        self.manager.save(step, args=ocp.args.Composite(**arrays, **texts))
-
-    def restore(self, parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The last step's arrays with the given shapes and places, and the position of the example stream."""
-        like = {name: ocp.args.StandardRestore(tree) for name, tree in parts.items()}
-        restored = self.manager.restore(self.latest, args=ocp.args.Composite(**like, data=ocp.args.JsonRestore()))
-        return {name: restored[name] for name in parts}, restored["data"]
-
-    def close(self) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
+__all__ = ["Checkpoints"]  # of m4.numbered
 
 
 def tokenizer_file(folder: Path, modality: Modality) -> Path:
@@ -105,53 +68,109 @@ def load_run(path: str | Path) -> TrainedModel:
                 f"{workdir} is not a run (no config.json), nor a packaged model; {closest(str(path), known)}"
             )
         workdir = packaged()[str(path)]
-    config = from_json(json.loads((workdir / "config.json").read_text()))
+    is_checked = (workdir / "model.safetensors").exists() and check_digests(workdir, ["config.json"])
+    config = config_in(workdir)
     modalities = Modalities([r.modality for r in config.tokenizers])
-    if (file := workdir / "model.safetensors").exists():
-        model, step = load_model(file), int(TensorFile.read(file).metadata["step"])
+    files = {m.name: tokenizer_file(workdir, m) for m in modalities}
+    model_file, hashes = workdir / "model.safetensors", {}
+    if model_file.exists():
+        if is_checked:
+            check_digests(workdir, [p.relative_to(workdir).as_posix() for p in (model_file, *files.values())])
+        file = TensorFile.read(model_file, is_checked=is_checked)
+        model, step = model_in(file), _step_of(file)
     else:
-        model, step = _restore(workdir, config, modalities, wanted)
-    tokenizers = {m.name: load_tokenizer(tokenizer_file(workdir, m)) for m in modalities}
+        model, step, hashes = _restore(workdir, config, modalities, wanted)
+    tokenizers = {m.name: load_tokenizer(files[m.name], is_checked=is_checked) for m in modalities}
+    for m in modalities:
+        _check_own(files[m.name], tokenizers[m.name], m, hashes)
     return TrainedModel(model, tokenizers, config, step)
 
 
-def _restore(workdir: Path, config: Any, modalities: Modalities, wanted: int | None) -> tuple[Model, int]:
-    """The model of a run's checkpoint (default: the last), and its step."""
+def _step_of(file: TensorFile) -> int:
+    if not (step := file.metadata["step"] if "step" in file.metadata else "").isdecimal():
+        raise ValueError(f"{shown(file.path)} does not say the step of its model: it was not written by `export`")
+    return int(step)
+
+
+def _check_own(file: Path, tokenizer: Tokenizer, modality: Modality, hashes: Mapping[str, str]) -> None:
+    """ValueError unless a tokenizer is that of a modality, and the one of the training (`hashes`, if known)."""
+
+    def identity(m: Modality) -> list[Any]:
+        # Without fields that are younger than some configs.
+        return [type(m).__name__, m.name, m.signal, m.vocab_size, m.max_tokens]
+
+    if identity(tokenizer.modality) != identity(modality):
+        raise ValueError(
+            f"{shown(file)} holds the tokenizer of another modality: {tokenizer.modality}; its place is for {modality}"
+        )
+    name = modality.name
+    if name in hashes and (found := tokenizer_hash(tokenizer)) != hashes[name]:
+        raise ValueError(
+            f"{shown(file)} holds another tokenizer of {name} ({found}) than the model was trained with "
+            f"({hashes[name]}); put back the one of the training's data folder"
+        )
+
+
+def _restore(
+    workdir: Path, config: Any, modalities: Modalities, wanted: int | None
+) -> tuple[Model, int, dict[str, str]]:
+    """The model of a run's checkpoint (default: the last), its step, and the hashes of its tokenizers if known."""
     folder = workdir / "checkpoints"
-    if not folder.exists() or not (manager := ocp.CheckpointManager(folder.absolute())).latest_step():
+    if not (steps := steps_in(folder)):
         raise ValueError(f"{workdir} has no checkpoint yet; train first: python train.py ... --workdir {workdir}")
+    step = wanted or steps[-1]
+    if step not in steps:
+        raise ValueError(f"{workdir} has no checkpoint of step {step}; it has: {', '.join(map(str, steps))}")
+    item = "average" if config.average_decay else "params"
+    try:
+        check_step(folder / str(step), (item, "data"))
+    except ValueError as error:
+        raise explain(folder, step, error, (item, "data")) from error
     graph, params = nnx.split(abstract(config.model, modalities), nnx.Param)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
-    step = wanted or manager.latest_step()
-    if step not in manager.all_steps():
-        raise ValueError(
-            f"{workdir} has no checkpoint of step {step}; it has: {', '.join(map(str, manager.all_steps()))}"
-        )
-    item = "average" if config.average_decay else "params"
-    restored = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
-    manager.close()
-    return nnx.merge(graph, restored[item]), step
+    args = {item: ocp.args.StandardRestore(like), "data": ocp.args.JsonRestore()}
+    restored = read_step(folder, step, args)
+    for path, variable in nnx.to_flat_state(restored[item]):
+        if not is_finite(np.asarray(variable[...])):
+            name = ".".join(map(str, path))
+            raise ValueError(f"{shown(folder / str(step))}: not all numbers of {name} are finite; take an older step")
+    data = restored["data"]
+    return nnx.merge(graph, restored[item]), step, data["tokenizers"] if "tokenizers" in data else {}
 
 
 def export(path: str | Path, out: str | Path, *, dtype: str = "BF16") -> None:
     """Writes a trained model (see `load_run`) into a folder that `load_run` reads, with its scores if there are any.
 
-    The parameters are rounded to `dtype`, a name of m4.model_file.DTYPES; what is computed with them is not.
+    The parameters are rounded to `dtype`, a name of m4.model_file.DTYPES; what is computed with them is not. A model
+    that is in the folder is replaced as a whole.
     """
-    write_run(load_run(path), out, dtype=dtype)
-    if (scores := Path(path) / "metrics.json").exists():
-        write_atomically(Path(out) / "metrics.json", scores.read_bytes())
+    run, scores = load_run(path), Path(path) / "metrics.json"
+    with replacing_run(run, out, dtype=dtype) as folder:
+        if scores.exists():
+            (folder / "metrics.json").write_bytes(scores.read_bytes())
 
 
 def write_run(run: TrainedModel, out: str | Path, *, dtype: str = "BF16") -> None:
     """A folder that `load_run` reads; see `export`."""
-    out = Path(out)
-    config = dataclasses.replace(run.config, workdir="", data_dir=type(run.config).data_dir, init_from="", teacher="")
-    for m in run.model.modalities:
-        save_tokenizer(run.tokenizers[m.name], tokenizer_file(out, m))
-    save_model(run.model, out / "model.safetensors", dtype=dtype, metadata={"step": str(run.step)})
-    write_atomically(out / "config.json", json.dumps(to_json(config), indent=1).encode())
+    with replacing_run(run, out, dtype=dtype):
+        pass
+
+
+@contextlib.contextmanager
+def replacing_run(run: TrainedModel, out: str | Path, *, dtype: str) -> Iterator[Path]:
+    """A temporary folder with a model (see `export`), whose files replace those of `out` together, with what else is
+    written there."""
+    out, given = Path(out), type(run.config)
+    config = dataclasses.replace(run.config, workdir="", data_dir=given.data_dir, init_from="", teacher="")
+    remove_leftovers(out)
+    with replacing_together(out) as folder:
+        for m in run.model.modalities:
+            save_tokenizer(run.tokenizers[m.name], tokenizer_file(folder, m))
+        save_model(run.model, folder / "model.safetensors", dtype=dtype, metadata={"step": str(run.step)})
+        write_json(folder / "config.json", to_json(config))
+        yield folder
+        (out / "metrics.json").unlink(missing_ok=True)  # scores of the model before
 
 
 def check_tokenizers(source: str | Path, own: Mapping[str, Tokenizer]) -> None:

@@ -7,30 +7,26 @@ dataclass within m4 or m4_tokenizers. No code is ever read from a run's folder.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib
 import importlib.metadata
 import json
+import types
+import typing
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from m4.files import write_atomically
+from m4.errors import closest
+from m4.files import check_name, parse_json, read_json, shown, write_atomically
+from m4.tensor_file import DTYPES, OTHERS, SEAL, TensorFile, sealed
 
 if TYPE_CHECKING:
     from m4.modality import Tokenizer
-
-
-def closest(name: str, allowed: Seq[str]) -> str:
-    """The tail of an error: what is allowed, and what was probably meant."""
-    match = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
-    return f"allowed: {', '.join(allowed) or '(none)'}" + (f". Did you mean {match[0]!r}?" if match else "")
 
 
 def check_choice(value: Any, field: str, allowed: Seq[str]) -> None:
@@ -50,16 +46,22 @@ def components() -> dict[str, importlib.metadata.EntryPoint]:
     return {e.name: e for e in importlib.metadata.entry_points(group="m4.components")}
 
 
-def component_class(name: str) -> type:
+def component_class(name: Any) -> type:
     """The class behind a name written by `to_json` or `save_tokenizer`."""
-    if name in components():
-        return components()[name].load()
-    module, _, attribute = name.partition(":")
+    if isinstance(name, str) and name in components():
+        try:
+            return components()[name].load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"component {name!r} cannot be loaded: {error}") from error
+    module, _, attribute = str(name).partition(":")
     if module.split(".")[0] in ("m4", "m4_tokenizers") and attribute:
-        cls = getattr(importlib.import_module(module), attribute, None)
+        try:
+            cls = getattr(importlib.import_module(module), attribute, None)
+        except ImportError:
+            cls = None
         if dataclasses.is_dataclass(cls):
             return cls
-    raise ValueError(f"unknown component {name!r}; {closest(name, sorted(components()))}")
+    raise ValueError(f"unknown component {str(name)[:80]!r}; {closest(str(name)[:80], sorted(components()))}")
 
 
 def _name_of(cls: type) -> str:
@@ -81,19 +83,83 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The inverse of `to_json`; lists become tuples again. Unknown fields are named."""
+    """The inverse of `to_json`; lists become tuples again. ValueError names unknown fields, those that are missing, and
+    values of another type than the field's."""
     if isinstance(value, list):
         return tuple(from_json(v) for v in value)
     if not isinstance(value, dict):
         return value
     if "component" not in value:
         return {k: from_json(v) for k, v in value.items()}
-    cls = component_class(value["component"])
-    allowed = [f.name for f in dataclasses.fields(cls) if f.init]
-    for key in value:
-        if key != "component" and key not in allowed:
-            raise ValueError(f"{value['component']} has no field {key!r}; {closest(key, allowed)}")
-    return cls(**{k: from_json(v) for k, v in value.items() if k != "component"})
+    name, cls = value["component"], component_class(value["component"])
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
+    given = {k: from_json(v) for k, v in value.items() if k != "component"}
+    hints = _hints(cls)
+    for key, item in given.items():
+        if key not in fields:
+            raise ValueError(f"{name} has no field {key!r}; {closest(key, list(fields))}")
+        if key in hints and not _fits(item, hints[key]):
+            raise ValueError(
+                f"{name}.{key} is {str(item)[:80]!r}; a value of type {_type_name(hints[key])} is expected"
+            )
+    missing = dataclasses.MISSING
+    for key, field in fields.items():
+        if key not in given and field.default is missing and field.default_factory is missing:
+            raise ValueError(f"{name} lacks its field {key!r}")
+    try:
+        return cls(**given)
+    except (TypeError, ArithmeticError, AttributeError, LookupError) as error:
+        raise ValueError(f"{name} cannot be made of these values: {error}") from error
+
+
+def config_in(folder: Path) -> Any:
+    """What config.json of a run or an exported model says. ValueError names the file."""
+    value = read_json(folder / "config.json")
+    try:
+        config = from_json(value)
+        if not dataclasses.is_dataclass(config) or not all(hasattr(r, "modality") for r in config.tokenizers):
+            raise ValueError("it is not the config of a run")
+        return config
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{shown(folder / 'config.json')} cannot be used: {error}") from error
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls)
+    except (NameError, TypeError):  # of names that are there for a type checker alone
+        return {}
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type, as far as numbers, texts, tuples, mappings and choices go."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is typing.Literal:
+        return value in args
+    if hint in (None, types.NoneType):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if origin is tuple and isinstance(value, tuple):
+        if len(args) == 2 and args[1] is ...:
+            return all(_fits(v, args[0]) for v in value)
+        return len(value) == len(args) and all(map(_fits, value, args))
+    if origin is tuple or hint is tuple:
+        return isinstance(value, tuple)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)
+    return True
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
@@ -104,8 +170,9 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
             f"{name} is not registered under the entry-point group m4.components; install the package first"
         )
     config, arrays = tokenizer.state()
-    metadata = {"m4": json.dumps({"component": name, "config": config, "card": tokenizer.card}, sort_keys=True)}
-    write_atomically(path, safetensors.numpy.save(arrays, metadata))
+    about = {**SEAL, "component": name, "config": config, "card": tokenizer.card}
+    data = safetensors.numpy.save(arrays, {"m4": json.dumps(about, sort_keys=True)})
+    write_atomically(path, sealed(data))
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
@@ -116,12 +183,24 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()[:12]
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a file written by `save_tokenizer`."""
+def load_tokenizer(path: Path, *, is_checked: bool = False) -> Tokenizer:
+    """The tokenizer in a file written by `save_tokenizer`. ValueError names a file that is damaged or is none.
+
+    `is_checked`: the file's digest is known to be right.
+    """
+    file = TensorFile.read(path, dtypes={**DTYPES, **OTHERS}, is_checked=is_checked)
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            header = json.loads(file.metadata()["m4"])
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a tokenizer file: {error}") from error
-    return component_class(header["component"]).from_state(header["config"], arrays, header["card"])
+        about = parse_json(file.metadata["m4"]) if "m4" in file.metadata else None
+        if not isinstance(about, dict) or not {"component", "config", "card"} <= {*about}:
+            raise ValueError("its metadata names no component with config and card")
+        cls = component_class(about["component"])
+        if not hasattr(cls, "from_state"):
+            raise ValueError(f"{about['component']} is no tokenizer")
+        arrays = {name: file.tensor(name) for name in file.entries}
+        tokenizer = cls.from_state(about["config"], arrays, about["card"])
+        check_name(tokenizer.modality.name, "its modality")
+        check_name(tokenizer.modality.signal, "its modality's signal")
+        return tokenizer
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        what = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{shown(path)} is not a tokenizer file that can be used: {what}") from error

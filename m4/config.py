@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib.machinery
 import importlib.util
-import json
 import sys
 import traceback
 from collections.abc import Iterator
@@ -17,10 +16,10 @@ import jax
 import tyro
 
 from m4.checks import check_numbers
-from m4.components import closest, from_json, packaged, to_json
+from m4.components import closest, config_in, packaged, to_json
 from m4.contrastive import Contrast
 from m4.data import Dataset
-from m4.files import locked
+from m4.files import locked, write_json
 from m4.losses import Weighting
 from m4.masking import Masking
 from m4.modality import Modalities, Sequence
@@ -44,7 +43,8 @@ class Config:
     average_decay: of an exponential moving average of the parameters, which is then what is evaluated (0: none).
     init_from: a run's folder, a model file or a model of the package, whose weights are loaded before the first step;
     teacher: one whose distributions are learned, as the share `distill` of the loss (m4.distillation; "": the data).
-    keep_last, keep_every: which checkpoints stay. max_skipped: the run stops when so many steps in a row had gradients
+    keep_last, keep_every: which checkpoints stay. skip_damaged: goes on from the newest checkpoint that is whole, where
+    a newer one is damaged. max_skipped: the run stops when so many steps in a row had gradients
     that are not finite. gallery_every: steps between pictures of samples (0: at the end alone); profile: first and last
     step of a profile for TensorBoard or Perfetto (0 0: none); wandb: a project of Weights & Biases.
     """
@@ -81,6 +81,7 @@ class Config:
     gallery_every: int = 0
     profile: tuple[int, int] = (0, 0)
     wandb: str = ""
+    skip_damaged: bool = False
     workdir: str = ""  # "" = runs/<name>
     data_dir: str = "data"
 
@@ -155,6 +156,8 @@ class Config:
 
 # What may differ between a run's config.json and the config that it is resumed with.
 FREE_TO_CHANGE = (
+    "batch_size",
+    "skip_damaged",
     "log_every",
     "save_every",
     "workdir",
@@ -174,6 +177,11 @@ FREE_TO_CHANGE = (
     "profile",
     "wandb",
 )
+# What is said of those that change what is learned; num_steps may only grow.
+CHANGES = {
+    "batch_size": "the run goes on at the same example of the stream, with batches of the new size",
+    "num_steps": "the learning rate of each further step is that of a run of the new length",
+}
 
 
 def load_config(path: str, attribute: str = "config") -> Any:
@@ -244,21 +252,24 @@ def use_workdir(config: Config) -> Iterator[None]:
 
 def save_or_check(config: Config) -> None:
     """Writes config.json into the run's folder, or checks that the run there is the same one."""
-    from m4.files import write_atomically
-
     file = config.folder / "config.json"
     new = to_json(config)
     if file.exists():
-        old = to_json(from_json(json.loads(file.read_text())))  # a field that is newer than the run has its default
+        old = to_json(config_in(config.folder))  # a field that is newer than the run has its default
         for field in new:
-            if field not in FREE_TO_CHANGE and old[field] != new[field]:
+            longer = field == "num_steps" and new[field] > old[field]
+            if field not in FREE_TO_CHANGE and not longer and old[field] != new[field]:
                 where, before, after = _first_difference(field, old[field], new[field])
                 raise ValueError(
-                    f"{config.folder} holds a run with {where}={before!r}, now {after!r}. "
-                    f"Go on with the old value, or start another run with --workdir {config.folder}_2"
+                    f"{config.folder} holds a run with {where}={before!r}, now {after!r}. Go on with the old value, or "
+                    f"start another run with --workdir {config.folder}_2 (with these weights: --init-from "
+                    f"{config.folder})"
                 )
+        for field, says in CHANGES.items():
+            if old[field] != new[field]:
+                print(f"{field} was {old[field]} and is {new[field]}: {says}", flush=True)
     try:
-        write_atomically(file, json.dumps(new, indent=1).encode())
+        write_json(file, new)
     except OSError as error:
         raise ValueError(
             f"cannot write into workdir {config.folder}: {error.strerror}; give another --workdir"

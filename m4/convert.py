@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from m4 import fourm
 from m4.components import closest
+from m4.files import remove_leftovers
 from m4.modality import Features, Grid, Modalities, Modality, Sequence
 from m4.model import ModelConfig, positions_of, sine_cosine
 from m4.model_file import (
@@ -35,12 +35,14 @@ from m4.model_file import (
     TensorFile,
     abstract,
     check_names,
+    check_sizes,
     describe,
     described,
     make_header,
     parameter_shapes,
     write,
 )
+from m4.tensor_file import parse_header
 
 KEPT = "original:"
 # The original's config and what it means when a key is absent.
@@ -69,6 +71,10 @@ def parse_config(file: TensorFile) -> dict[str, Any]:
             value = text if isinstance(like, str) else ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
             raise ValueError(f"{file.path}: config {key}={text[:80]!r} is no Python literal") from error
+        if isinstance(like, list) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            raise ValueError(f"{file.path}: config {key}={text[:80]!r} is no list of names")
+        if isinstance(like, int | float) and isinstance(value, int | float) and not 0 <= value < 1e9:
+            raise ValueError(f"{file.path}: config {key}={text[:80]!r} must be at least 0 and less than 1e9")
         allowed = (int, float) if isinstance(like, float) else type(like)
         if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(like, bool):
             raise ValueError(f"{file.path}: config {key}={text[:80]!r} is no {type(like).__name__}")
@@ -119,6 +125,13 @@ def model_config(config: dict[str, Any], *, tied: bool, path: Path) -> ModelConf
         raise ValueError(f"{path}: act_layer={mlp[0]!r} with gated_mlp={mlp[1]}; allowed: SiLU gated, GELU not gated")
     if config["shared_drop_path"]:
         raise ValueError(f"{path}: shared_drop_path=True is not supported; allowed: False")
+    try:
+        return _model_config(config, kinds[mlp], tied)
+    except ValueError as error:
+        raise ValueError(f"{path}: its config cannot be used: {error}") from error
+
+
+def _model_config(config: dict[str, Any], mlp: str, tied: bool) -> ModelConfig:
     hidden = int(config["dim"] * config["mlp_ratio"])
     return ModelConfig(
         width=config["dim"],
@@ -126,7 +139,7 @@ def model_config(config: dict[str, Any], *, tied: bool, path: Path) -> ModelConf
         encoder_depth=config["encoder_depth"],
         decoder_depth=config["decoder_depth"],
         hidden=2 * hidden // 3 if config["gated_mlp"] else hidden,
-        mlp=kinds[mlp],
+        mlp=mlp,
         embeddings="encoder_decoder" if tied else "separate",
         num_registers=config["num_register_tokens"],
         decoder_causal=config["decoder_causal_mask"],
@@ -279,6 +292,7 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
     pairs = [(token.format(m.name), logits.format(m.name)) for m in modalities if m.is_target]
     tied = all(a not in file.entries or b not in file.entries or _same(file, a, b) for a, b in pairs)
     c = model_config(config, tied=tied, path=file.path)
+    check_sizes(c, modalities, file)
     pieces = layout(c, modalities)
     ours = parameter_shapes(c, modalities)
 
@@ -316,7 +330,7 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
             yield np.zeros(shapes[name][1], np.float32)  # the embeddings of in-context examples, which 4M has not
         dtype, columns = DTYPES[shapes[name][0]], []
         for source, rows, transposed in (sources[name][k] for k in sorted(sources[name], key=lambda r: r or (0, 0))):
-            part = _matrix(file.tensor(source))[slice(*rows)].astype(dtype)
+            part = file.check_finite(source, _matrix(file.tensor(source))[slice(*rows)]).astype(dtype)
             if transposed:
                 columns.append(part.T)
             else:
@@ -352,28 +366,32 @@ def to_original(file: TensorFile, out: Path) -> str:
     c, modalities = described(file)
     if "original_header" not in file.metadata:
         raise ValueError(f"{file.path} was not made from an original checkpoint, so there is no header to restore")
-    header = json.loads(file.metadata["original_header"])
-    header.pop("__metadata__", None)
+    try:
+        _, header = parse_header(file.metadata["original_header"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.path}: the original's header in it is corrupt: {error}") from error
     pieces = layout(c, modalities)
+    if lost := [name for name in header if KEPT + name not in file.entries and name not in pieces]:
+        raise ValueError(f"{file.path}: the original's header in it names unknown tensors: {', '.join(lost[:5])}")
 
     def pieces_of(name: str) -> Iterator[np.ndarray]:
         if KEPT + name in file.entries:
             yield file.tensor(KEPT + name)
             return
         for p in pieces[name]:
-            yield original_rows(p, file.tensor(p.parameter, None if p.transposed else p.rows)).astype(
-                DTYPES[header[name]["dtype"]]
-            )
+            rows = original_rows(p, file.tensor(p.parameter, None if p.transposed else p.rows))
+            yield file.check_finite(p.parameter, rows).astype(DTYPES[header[name].dtype])
 
-    order = sorted(header, key=lambda name: header[name]["data_offsets"][0])
+    order = sorted(header, key=lambda name: header[name].begin)
     progress = tqdm(order, desc=f"writing {out.name}", unit="tensor", mininterval=1, disable=None)
     write(out, file.metadata["original_header"], (pieces_of(name) for name in progress))
     return f"{out}: {len(order)} tensors in the original's format"
 
 
 def convert(source: Path, out: Path, declared: Seq[Modality] = ()) -> str:
-    """Either direction, by what `source` is."""
+    """Either direction, by what `source` is. ValueError for damage, and for numbers that are not finite."""
     file = TensorFile.read(source)
     if out.exists() and out.resolve() == file.path.resolve():
         raise ValueError(f"{out} is the input itself; give another name")
+    remove_leftovers(out.parent)
     return to_original(file, out) if "m4_model" in file.metadata else to_m4(file, out, declared)

@@ -79,9 +79,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with naming(path):
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
         os.close(lock)
@@ -143,7 +143,7 @@ def _temporary(path: Path, *, is_folder: bool = False) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Content of a file, or the names in a folder, from memory to disk."""
     file = os.open(path, os.O_RDONLY)
     try:
@@ -211,11 +211,11 @@ def replacing_together(folder: str | os.PathLike) -> Iterator[Path]:
         names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
         write_digests(temporary, names)
         for name in names:
-            _sync(temporary / name)
+            sync(temporary / name)
         for name in (DIGESTS, *names):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / name, folder / name)
-            _sync((folder / name).parent)
+            sync((folder / name).parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)

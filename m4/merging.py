@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from m4.adapters import merged
-from m4.checkpoints import check_tokenizers, load_run, write_run
+from m4.checkpoints import check_tokenizers, load_run, replacing_run
 from m4.evals.suite import examples_of, score_all
-from m4.files import write_atomically
 from m4.model import Model
 from m4.model_file import by_modality, with_pieces
 from m4.sampler import Sampler
@@ -76,10 +75,10 @@ def sweep(
         results["test"][f"{alpha:g}"] = score(alpha, "test")
     chosen = interpolate(a.model, b.model, best)
     config = dataclasses.replace(b.config, model=chosen.config)
-    write_run(dataclasses.replace(b, model=chosen, config=config), out, dtype="F32")
-    write_atomically(out / "merge.json", json.dumps(results, indent=1).encode())
-    write_atomically(out / "merge.md", table(results).encode())
-    curves(results["validation"], out / "merge.png")
+    with replacing_run(dataclasses.replace(b, model=chosen, config=config), out, dtype="F32") as folder:
+        (folder / "merge.json").write_text(json.dumps(results, indent=1))
+        (folder / "merge.md").write_text(table(results))
+        curves(results["validation"], folder / "merge.png")
     took = time.monotonic() - started
     print(f"{table(results)}\nalpha {best:g} in {out}, with merge.json, .md, .png, in {took:.0f} s", flush=True)
     return results
@@ -107,6 +106,4 @@ def curves(results: Mapping[str, Mapping[str, float]], file: Path) -> None:
     axis.set(xlabel="alpha", ylabel="normalised score")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
-    temporary = file.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(file)
+    figure.savefig(file, dpi=120)

@@ -18,7 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from m4.components import closest
+from m4.errors import closest
+from m4.files import check_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,9 +114,17 @@ Modality = Grid | Sequence | Features
 
 
 class Modalities(Seq[Modality]):
-    """The ordered modalities of a model: index, slice of the one embedding table, look-up by name or signal."""
+    """The ordered modalities of a model: index, slice of the one embedding table, look-up by name or signal.
+
+    ValueError for names that are given twice, or are not safe as part of a path.
+    """
 
     def __init__(self, items: Seq[Modality]):
+        for m in items:
+            if not isinstance(m, Modality):
+                raise ValueError(f"{str(m)[:80]!r} is no modality; allowed: Grid, Sequence, Features")
+            check_name(m.name, "a modality")  # they become paths, and may come from a file
+            check_name(m.signal, f"the signal of modality {m.name}")
         names = [m.name for m in items]
         repeated = sorted({n for n in names if names.count(n) > 1})
         if repeated:

@@ -1,132 +1,31 @@
 """Model files: one safetensors with all parameters, and the model's config and modalities in its metadata.
 
-    8 bytes       header length
-    JSON header   {"__metadata__": {"m4_model": ...}, name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
-    data          tensors without gaps; m4's names are the parameters' paths: encoder.0.attention.query.kernel, ...
-
-Reading and writing go tensor by tensor, so that a file may be larger than memory. Nothing is ever unpickled.
+metadata   {"m4_format", "m4_sha256" (of the file), "m4_model": config and modalities as JSON, ...}
+tensors    by the parameters' paths: encoder.0.attention.query.kernel, ...
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m4.components import closest, from_json, to_json
-from m4.files import replacing
-from m4.modality import Modalities
-from m4.model import STACKS, Model
+from m4.components import from_json, to_json
+from m4.files import parse_json, shown
+from m4.modality import Features, Grid, Modalities
+from m4.model import STACKS, Model, ModelConfig
+from m4.tensor_file import DTYPE_NAMES, DTYPES, SEAL, Entry, TensorFile, make_header, write
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+__all__ = ["DTYPES", "DTYPE_NAMES", "Entry", "TensorFile", "make_header", "write"]  # of m4.tensor_file
 
-
-class Entry(NamedTuple):
-    """One tensor of a file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorFile:
-    """An open-by-name safetensors file: `TensorFile.read(path)`; `file.tensor(name)` reads one tensor from disk."""
-
-    path: Path
-    header: str
-    metadata: dict[str, str]
-    entries: dict[str, Entry]
-
-    @classmethod
-    def read(cls, path: str | Path) -> TensorFile:
-        """Reads and checks the header. ValueError: a pickle, a corrupt or cut-off file, another dtype."""
-        path = Path(path)
-        path = path / "model.safetensors" if path.is_dir() else path
-        if not path.is_file():
-            near = [str(p) for p in path.parent.glob("*.safetensors")] if path.parent.is_dir() else []
-            raise ValueError(f"no file {str(path)!r}; {closest(str(path), near)}")
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            start = f.read(8)
-            if path.suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
-                raise ValueError(
-                    f"{path} is a pickle: loading it would run whatever code it holds, so m4 does not. Way out: where "
-                    "you trust the file, `torch.load(path, weights_only=True)`, then `safetensors.torch.save_file("
-                    "tensors, out, metadata={key: str(value) for key, value in config.items()})`"
-                )
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= min(size - 8, 100_000_000):
-                raise ValueError(f"{path} is no safetensors file: {size} bytes, and a header of {length} is announced")
-            text = f.read(length)
-        try:
-            header = json.loads(text.decode())
-            metadata = header.pop("__metadata__", {})
-            entries = {k: Entry(v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for k, v in header.items()}
-            if not all(isinstance(v, str) for v in metadata.values()):
-                raise TypeError("metadata must be strings")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} has a corrupt safetensors header: {error}") from error
-        expected = 0
-        for name, e in sorted(entries.items(), key=lambda item: item[1].begin):
-            if e.dtype not in DTYPES:
-                raise ValueError(f"{path}: tensor {name!r} is {e.dtype}; {closest(e.dtype, list(DTYPES))}")
-            if e.begin != expected or e.end - e.begin != math.prod(e.shape) * DTYPES[e.dtype].itemsize:
-                raise ValueError(
-                    f"{path} has a corrupt safetensors header: {name!r}, {e.dtype} {list(e.shape)}, "
-                    f"lies at {e.begin} to {e.end}, after {expected}"
-                )
-            expected = e.end
-        if size != 8 + length + expected:
-            raise ValueError(f"{path} has {size:,} bytes, but its header describes {8 + length + expected:,}")
-        return cls(path, text.decode(), metadata, entries)
-
-    def tensor(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
-        """One tensor, or some rows of its first axis."""
-        e = self.entries[name]
-        first, last = rows or (0, e.shape[0] if e.shape else 1)
-        dtype, row = DTYPES[e.dtype], math.prod(e.shape[1:])
-        with self.path.open("rb") as f:
-            f.seek(e.begin - self.data_size + first * row * dtype.itemsize, os.SEEK_END)
-            raw = np.fromfile(f, np.uint8, (last - first) * row * dtype.itemsize)
-        return raw.view(dtype).reshape(last - first, *e.shape[1:]) if e.shape else raw.view(dtype).reshape(())
-
-    @property
-    def data_size(self) -> int:
-        return max((e.end for e in self.entries.values()), default=0)
-
-
-def make_header(shapes: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> str:
-    """{name: (dtype name, shape)} -> the JSON of a header whose tensors follow each other in this order."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, (dtype, shape) in shapes.items():
-        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"))
-    return text + " " * (-len(text.encode()) % 8)
-
-
-def write(path: Path, header: str, tensors: Iterable[Iterable[np.ndarray]]) -> None:
-    """Header and data (each tensor in the header's order, in any number of pieces), under the name only when whole."""
-    with replacing(path) as temporary, temporary.open("wb") as f:
-        f.write(len(header.encode()).to_bytes(8, "little") + header.encode())
-        for pieces in tensors:
-            for piece in pieces:
-                # As bytes: numpy's buffer protocol does not know bfloat16.
-                f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+MAX_POSITIONS = 1 << 22  # of a modality: what a fixed table of positions may have in rows
 
 
 def parameters(state: Any) -> dict[str, Any]:
@@ -187,15 +86,52 @@ def parameter_shapes(model_config: Any, modalities: Modalities) -> dict[str, tup
 
 
 def describe(model_config: Any, modalities: Modalities) -> dict[str, str]:
-    return {"m4_model": json.dumps({"model": to_json(model_config), "modalities": to_json(list(modalities))})}
+    """The metadata of a model file, for its digest too."""
+    return {**SEAL, "m4_model": json.dumps({"model": to_json(model_config), "modalities": to_json(list(modalities))})}
 
 
-def described(file: TensorFile) -> tuple[Any, Modalities]:
-    """Model config and modalities of a model file."""
+def described(file: TensorFile) -> tuple[ModelConfig, Modalities]:
+    """Model config and modalities of a model file. ValueError for any that no file of its size can have."""
     if "m4_model" not in file.metadata:
-        raise ValueError(f"{file.path} is no m4 model file; `python -m m4 convert` makes one of an original checkpoint")
-    config = from_json(json.loads(file.metadata["m4_model"]))
-    return config["model"], Modalities(config["modalities"])
+        raise ValueError(
+            f"{shown(file.path)} is no m4 model file; `python -m m4 convert` makes one of an original checkpoint"
+        )
+    try:
+        about = from_json(parse_json(file.metadata["m4_model"]))
+        if not isinstance(about, dict) or not {"model", "modalities"} <= {*about}:
+            raise ValueError("it needs model and modalities")
+        config, items = about["model"], about["modalities"]
+        if not isinstance(config, ModelConfig) or not isinstance(items, tuple):
+            raise ValueError("model must be a ModelConfig, modalities a list")
+        modalities = Modalities(items)
+    except ValueError as error:
+        raise ValueError(f"{shown(file.path)}: its config (m4_model) cannot be used: {error}") from error
+    check_sizes(config, modalities, file)
+    return config, modalities
+
+
+def check_sizes(c: ModelConfig, modalities: Modalities, file: TensorFile) -> None:
+    """ValueError where a config claims more than its file can hold, before anything of that size is made."""
+    num_tensors, numbers = len(file.entries), sum(math.prod(e.shape) for e in file.entries.values())
+    blocks = {name: getattr(c, name) for name in ("encoder_depth", "decoder_depth", "shot_depth")}
+    sizes = {name: getattr(c, name) for name in ("width", "hidden", "num_registers", "match_size", "adapter_size")}
+    sizes["lora.rank"] = 0 if c.lora is None else c.lora.rank
+    positions = {}
+    for m in modalities:
+        rows = (
+            m.max_tokens if min(m.shape if isinstance(m, Grid | Features) else (m.max_length,), default=0) > 0 else -1
+        )
+        sizes[f"rows of {m.name}"] = (m.size if isinstance(m, Features) else m.vocab_size) * c.width
+        if m.learned_positions:
+            sizes[f"positions of {m.name}"] = rows * c.width
+        positions[f"positions of {m.name}"] = rows
+    for claims, most in ((blocks, num_tensors), (sizes, numbers), (positions, MAX_POSITIONS)):
+        for name, value in claims.items():
+            if not 0 <= value <= most:
+                raise ValueError(
+                    f"{shown(file.path)}: its config says {name} = {value:,}, which no file of {num_tensors:,} tensors "
+                    f"with {numbers:,} numbers can hold; allowed here: 0 to {most:,}"
+                )
 
 
 def abstract(model_config: Any, modalities: Modalities) -> Model:
@@ -214,13 +150,21 @@ def save_model(model: Model, path: str | Path, *, dtype: str = "", metadata: Map
     )
 
 
-def load_model(path: str | Path) -> Model:
-    """The model in a file written by `save_model` or `python -m m4 convert`, parameters in float32."""
-    file = TensorFile.read(path)
+def load_model(path: str | Path, *, is_checked: bool = False) -> Model:
+    """The model in a file written by `save_model` or `python -m m4 convert`, parameters in float32.
+
+    ValueError for a damaged file, and for numbers that are not finite. `is_checked`: its digest is known to be right.
+    """
+    return model_in(TensorFile.read(path, is_checked=is_checked))
+
+
+def model_in(file: TensorFile) -> Model:
+    """See `load_model`."""
     graph, state = nnx.split(abstract(*described(file)), nnx.Param)
     expected = parameters(state)
     check_names(file, {name: x.shape for name, x in expected.items()}, [n for n in file.entries if ":" in n])
-    return nnx.merge(graph, from_parameters(state, lambda name: file.tensor(name).astype(np.float32)))
+    array_of = lambda name: file.check_finite(name, file.tensor(name).astype(np.float32))  # noqa: E731
+    return nnx.merge(graph, from_parameters(state, array_of))
 
 
 def check_names(file: TensorFile, expected: dict[str, tuple[int, ...]], optional: Iterable[str]) -> None:
@@ -237,7 +181,7 @@ def check_names(file: TensorFile, expected: dict[str, tuple[int, ...]], optional
     }
     found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
     if found:
-        raise ValueError(f"{file.path} does not fit its config. " + ". ".join(found))
+        raise ValueError(f"{shown(file.path)} does not fit its config. " + ". ".join(found))
 
 
 def _some(names: list[str]) -> str:

@@ -82,7 +82,7 @@ class BlockConfig:
     adapter_size: int = 0
 
     def __post_init__(self):
-        if self.width % self.num_heads or self.width % 4:
+        if self.num_heads < 1 or self.width % self.num_heads or self.width % 4:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads} and of 4")
 
 

@@ -131,6 +131,8 @@ class Sampler:
     devices: Seq[Any] | None = None  # default: all of this process
 
     def __post_init__(self):
+        if jax.config.jax_enable_x64:
+            raise ValueError("generation is written for 32-bit numbers; leave JAX_ENABLE_X64 unset")
         self.num_rows = 0  # of the last batch that was compiled
         self.modalities = self.model.modalities
         devices = list(self.devices or jax.local_devices())

@@ -79,7 +79,8 @@ def test_every_config_holds_together(path, monkeypatch, tmp_path):
 
 
 LAYERS = [
-    ["files"],
+    ["errors", "files"],
+    ["tensor_file"],
     ["checks", "commands", "components", "modality", "tokens", "workers"],
     ["masking", "packing", "nn", "kernels"],
     ["shots", "matching"],
@@ -90,7 +91,7 @@ LAYERS = [
     ["data", "optim", "sharding", "flops", "records", "team", "adapters"],
     ["step", "shards"],
     ["pretokenize"],
-    ["checkpoints", "distillation", "health", "metrics", "pictures"],
+    ["numbered", "checkpoints", "distillation", "health", "metrics", "pictures"],
     ["drawing", "guidance"],
     ["sampling"],
     ["prompts"],

@@ -20,6 +20,7 @@ from m4.data import Dataset
 from m4.datasets.scenes import Scenes
 from m4.evals import retrieval
 from m4.evals.retrieval import Retrieval, by_chance, measure, shuffled_partners
+from m4.files import read_json, write_json
 from m4.masking import Masking, Strategy
 from m4.modality import Modalities
 from m4.model import Model, ModelConfig
@@ -242,8 +243,9 @@ def run(tmp_path_factory):
         retrieval=(Retrieval(b=("caption",), num_samples=12), Retrieval(b=("caption",), label="caption")),
     )
     write_run(TrainedModel(Model(sizes, modalities, rngs=nnx.Rngs(0)), tokenizers, config, 0), folder / "run")
-    kept = json.loads((folder / "run" / "config.json").read_text())
-    (folder / "run" / "config.json").write_text(json.dumps({**kept, "data_dir": str(data_dir)}))
+    kept = read_json(folder / "run" / "config.json")
+    write_json(folder / "run" / "config.json", {**kept, "data_dir": str(data_dir)})
+    (folder / "run" / "digests.json").unlink()
     return folder / "run"
 
 

@@ -442,3 +442,26 @@ def test_a_dead_worker_is_an_error_not_a_hang(make_stream):
     with pytest.raises(Exception, match="(?i)worker|process"):
         take(stream, 50)
     stream.close()
+
+
+def test_another_batch_size_goes_on_at_the_next_example(make_stream):
+    """Examples are those that come next in the stream, whatever the sizes of the batches before and after."""
+    sizes, position, rows = [(8, 3), (2, 5), (6, 2), (8, 1)], None, []
+    for batch_size, count in sizes:
+        stream = make_stream(batch_size=batch_size)
+        if position:
+            stream.set_state(position)
+        rows += [row for batch in take(stream, count) for row in by_row(batch)]
+        position = stream.get_state()
+        stream.close()
+    whole = make_stream(batch_size=1)
+    expected = [by_row(batch)[0] for batch in take(whole, len(rows))]
+    whole.close()
+    assert len(rows) == sum(size * count for size, count in sizes) == position["next_example"]
+    for a, b in zip(rows, expected, strict=True):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def by_row(batch):
+    return [*zip(*leaves([batch]), strict=True)]

@@ -12,6 +12,7 @@ from flax import nnx
 
 from m4.checkpoints import load_run
 from m4.evals import suite
+from m4.files import read_json, write_json
 from m4.merging import interpolate, sweep
 from m4.modality import Grid, Modalities
 from m4.model import Model
@@ -68,7 +69,7 @@ def test_a_sweep_scores_and_keeps_the_best(whole_run, tmp_path, monkeypatch):
     assert results["test"]["0"] == results["test"]["1"] == pytest.approx(scores)
     assert results["validation"]["0"] == results["validation"]["1"] != results["test"]["0"]
     assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == [
-        "config.json", "merge.json", "merge.md", "merge.png", "model.safetensors", "tokenizers",
+        "config.json", "digests.json", "merge.json", "merge.md", "merge.png", "model.safetensors", "tokenizers",
     ]  # fmt: skip
     own, kept = (arrays(load_run(run).model) for run in (whole_run, tmp_path / "merged"))
     for name, x in own.items():
@@ -81,9 +82,9 @@ def test_scores_from_before_a_fine_tuning(whole_run, tmp_path, capsys):
     run = tmp_path / "tuned"
     shutil.copytree(whole_run, run)
     (run / ".evaluated.json").unlink()
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     for began_from, said in ((str(whole_run), "before"), (str(tmp_path / "gone"), "no scores from before")):
-        (run / "config.json").write_text(json.dumps({**config, "init_from": began_from}))
+        write_json(run / "config.json", {**config, "init_from": began_from})
         results = suite.evaluate(run)
         assert said in capsys.readouterr().out
         for r in results.values():

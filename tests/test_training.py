@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,3 +241,20 @@ def test_eight_devices_equal_one(mesh, small_model, modalities, make_batch):
         together = loss_and_gradients(model, sharding.shard_batch(batch, mesh))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+def test_a_run_goes_on_with_another_batch_size_and_more_steps(whole_run, data_dir, tmp_path):
+    """At the very next example, and it says so; what would make another model is refused as before."""
+    workdir = tmp_path / "longer"
+    shutil.copytree(whole_run, workdir)
+    options = ["--workdir", str(workdir), "--data-dir", str(data_dir), "--num-steps", "103", "--batch-size", "8"]
+    done = run(*options, "--eval-splits", "test", "--num-eval-samples", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed from step 100" in done.stdout
+    assert "batch_size was 16 and is 8: the run goes on at the same example" in done.stdout
+    assert "num_steps was 100 and is 103: the learning rate" in done.stdout
+    position = json.loads((workdir / "checkpoints" / "103" / "data" / "metadata").read_text())
+    assert position["next_example"] == 100 * 16 + 3 * 8 and position["batches"] == [[100, 16], [3, 8]]
+    assert [line["step"] for line in logged(workdir)] == list(range(1, 104))
+    done = run("--workdir", str(workdir), "--data-dir", str(data_dir), "--num-steps", "90")
+    assert done.returncode != 0 and "num_steps=103, now 90" in done.stderr and "--init-from" in done.stderr

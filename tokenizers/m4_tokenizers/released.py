@@ -10,7 +10,6 @@ A converted file keeps the original's header and spare tensors, so that the way 
 """
 
 import ast
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from flax import nnx
 
 from m4.components import closest, load_tokenizer, save_tokenizer
 from m4.model_file import DTYPES, TensorFile, check_names, write
+from m4.tensor_file import parse_header
 from m4_tokenizers.depth import RelativeDepthRecipe
 from m4_tokenizers.diffusion import DiffusionDecoder, Schedule
 from m4_tokenizers.edges import EdgesRecipe
@@ -496,19 +496,22 @@ def _back(file: TensorFile, out: Path) -> str:
     if "original_header" not in tokenizer.kept:
         raise ValueError(f"{file.path} was not made from an original checkpoint, so there is no header to restore")
     header_text = tokenizer.kept["original_header"]
-    header = {k: v for k, v in json.loads(header_text).items() if k != "__metadata__"}
+    try:
+        _, header = parse_header(header_text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.path}: the original's header in it is corrupt: {error}") from error
     _, arrays = tokenizer.state()
     parts: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in header}
     for _, _, dotted, name in _names(tokenizer.recipe):
         name, part = name if name in parts else name.replace(".conv.", ".Conv2d_0."), _part(dotted)
-        parts[name].append((part.start if part else 0, to_original(dotted, arrays[dotted], header[name]["shape"])))
+        parts[name].append((part.start if part else 0, to_original(dotted, arrays[dotted], header[name].shape)))
 
     def tensor(name: str) -> np.ndarray:
         if not parts[name]:
             return tokenizer.kept[f"original:{name}"]
         pieces = [piece for _, piece in sorted(parts[name], key=lambda item: item[0])]
-        return np.concatenate([p.reshape(-1) for p in pieces]).astype(DTYPES[header[name]["dtype"]])
+        return np.concatenate([p.reshape(-1) for p in pieces]).astype(DTYPES[header[name].dtype])
 
-    order = sorted(header, key=lambda name: header[name]["data_offsets"][0])
+    order = sorted(header, key=lambda name: header[name].begin)
     write(out, header_text, ([tensor(name)] for name in order))
     return f"{out}: {len(order)} tensors in the original's format"

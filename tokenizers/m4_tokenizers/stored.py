@@ -6,7 +6,6 @@ IdsRecipe(modality=Grid(name="tok_clip@224", signal="clip", ...))      ids under
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -17,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from m4.checkpoints import tokenizer_file
-from m4.components import closest, from_json, load_tokenizer, packaged, to_json, tokenizer_hash
+from m4.components import closest, config_in, from_json, load_tokenizer, packaged, to_json, tokenizer_hash
 from m4.modality import Features, Grid, Modality, Tokenizer
 
 TILE = 128  # pixels
@@ -58,7 +57,7 @@ def tokenizers_of(run: str) -> tuple[TokenizerFile, ...]:
     if not (folder / "config.json").is_file():
         near = [str(p.parent) for p in folder.parent.glob("*/config.json")]
         raise ValueError(f"no trained model {run!r}; {closest(run, [*near, *packaged()])}")
-    recipes = from_json(json.loads((folder / "config.json").read_text())).tokenizers
+    recipes = config_in(folder).tokenizers
     return tuple(TokenizerFile(path=str(tokenizer_file(folder, r.modality))) for r in recipes)
 
 
