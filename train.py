@@ -13,7 +13,7 @@ from m4.data import Stream
 from m4.distillation import load_teacher
 from m4.evals.suite import check_evaluations, evaluate, sample_gallery
 from m4.files import write_atomically
-from m4.health import Health, check_save, saving
+from m4.health import Health
 from m4.metrics import Metrics
 from m4.pretokenize import prepare
 from m4.step import Trainer, TrainState
@@ -67,7 +67,6 @@ def main(c, end: contextlib.ExitStack) -> None:
             params, report = checkpoints.load_weights(state.params, trainer.model, c.init_from)
             state = trainer.with_params(state, params)
             print(f"weights of {c.init_from}:\n{report}", flush=True)
-
     first_step = saved.latest
 
     # What a step costs, counted, and what the devices can do.
@@ -88,11 +87,9 @@ def main(c, end: contextlib.ExitStack) -> None:
         tokens_per_step=c.batch_size * (c.masking.num_inputs + c.masking.num_targets),
         flops_per_step=flops_per_step, peak_flops=peak * mesh.size,
     )  # fmt: skip
-    in_words = saving(c.folder / "checkpoints")
-    save, close, check_saved = map(in_words, (saved.save, saved.close, lambda: check_save(saved.manager)))
-    health = Health(c.folder, max_skipped=c.max_skipped, finish_saves=in_words(saved.manager.wait_until_finished))
+    health = Health(c.folder, saved, max_skipped=c.max_skipped)
     before, stop, due = None, "", False
-    with sharding.stop_signal() as stop_asked, finishing(stream.close, close, metrics.close, kept=health.kept):
+    with sharding.stop_signal() as stop_asked, finishing(stream.close, saved.close, metrics.close, kept=saved.kept):
         for step in range(first_step + 1, c.num_steps + 1):
             if step == c.profile[0]:
                 jax.profiler.start_trace(str(c.folder / "profile"))
@@ -112,9 +109,9 @@ def main(c, end: contextlib.ExitStack) -> None:
             before = scalars
             is_last = stop or step == c.num_steps
             due = due or is_last or step % c.save_every == 0
-            check_saved()
+            saved.check()
             if due and health.may_save(step, scalars, is_last=is_last):
-                save(step, state.parts(), {**stream.get_state(), "tokenizers": hashes}, to_json(c))
+                saved.save(step, state.parts(), {**stream.get_state(), "tokenizers": hashes}, to_json(c))
                 due = False
             if c.gallery_every and step % c.gallery_every == 0 and jax.process_count() == 1:
                 metrics.picture(step, "samples", sample_gallery(c, trainer.trained(state), prepared.tokenizers, step))

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
-import logging
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m4.commands import system_error
 from m4.files import write_atomically
+from m4.numbered import Checkpoints, steps_in
 
 
 class Health:
     """Judges each step by its scalars, as m4.step.Trainer.step gives them.
 
-    folder: of the run, for not_finite.json. max_skipped: steps in a row whose gradients are not finite that end the
-    run. finish_saves: waits for the save in flight, if there is one.
+    folder: of the run, for not_finite.json. saved: its checkpoints. max_skipped: steps in a row whose gradients are not
+    finite that end the run.
     """
 
-    def __init__(self, folder: Path, *, max_skipped: int, finish_saves: Callable[[], None]):
-        self.folder, self.max_skipped, self.finish_saves = folder, max_skipped, finish_saves
+    def __init__(self, folder: Path, saved: Checkpoints, *, max_skipped: int):
+        self.folder, self.saved, self.max_skipped = folder, saved, max_skipped
         self.addresses = collections.deque(maxlen=max_skipped + 1)
 
     def reads(self, step: int, first_example: int, num_examples: int) -> None:
@@ -62,15 +59,10 @@ class Health:
                 + self._go_back(step)
             )
 
-    def kept(self) -> str:
-        """What there is to go on from, in words."""
-        steps = ", ".join(map(str, saved_steps(self.folder / "checkpoints"))) or "none"
-        return f"complete checkpoints in {self.folder}: {steps}"
-
     def _go_back(self, bad: int) -> str:
         """What there is from before, where the parameters after step `bad` are no good."""
-        self.finish_saves()
-        steps = saved_steps(self.folder / "checkpoints")
+        self.saved.finish()
+        steps = steps_in(self.folder / "checkpoints")
         good, late = [s for s in steps if s < bad], [s for s in steps if s >= bad]
         if not steps:
             return "there is no checkpoint"
@@ -79,43 +71,3 @@ class Health:
         folders = ", ".join(str(self.folder / "checkpoints" / str(s)) for s in late)
         rest = f"; delete them to go on from step {max(good)}, which is from before" if good else ", and none is older"
         return f"the parameters of {folders} are those at which this began{rest}"
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, in order."""
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
-
-
-@contextlib.contextmanager
-def saving(folder: Path) -> Iterator[None]:
-    """Around whatever may raise the error of a save, which Orbax writes in the background: OSError, if it was the
-    system's (a full disk), else ValueError, both with the folder of the checkpoints."""
-    _log_no_tracebacks()
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # whatever Orbax and TensorStore raise
-        if (cause := system_error(error, str(folder))) is not None:
-            raise cause from error
-        first = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"a checkpoint could not be written into {folder}: {type(error).__name__}: {first}") from error
-
-
-def check_save(manager: Any) -> None:
-    """Raises the error of the last save of an Orbax CheckpointManager, once it has failed. Does not wait for it."""
-    if not manager.is_saving_in_progress():
-        manager.wait_until_finished()
-
-
-def _log_no_tracebacks() -> None:
-    """Of what is raised anyway, and would hide the sentence that says what is wrong."""
-    for name in ("asyncio", "absl"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-    def hook(unraisable):
-        # TensorStore's threads, whose write failed, find nobody to tell.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            sys.__unraisablehook__(unraisable)
-
-    sys.unraisablehook = hook

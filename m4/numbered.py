@@ -11,6 +11,7 @@ older one taken unasked: `skip_damaged` asks for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -18,7 +19,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint._src.path import atomicity
 
+from m4.commands import system_error
 from m4.files import DIGESTS, check_digests, read_json, shown, sync, write_digests
 
 DAMAGED = ".damaged"  # behind the step's number: put aside until the step is saved again
@@ -146,9 +148,27 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Mapping[str, Any])
         return None, error if _is_ours(error) else RuntimeError(_what(error))
 
 
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Around whatever may raise the error of a save, which Orbax writes in the background: OSError, if it was the
+    system's (a full disk), else ValueError, both with the folder of the checkpoints."""
+    _silence_tasks()
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # whatever Orbax and TensorStore raise
+        if (cause := system_error(error, str(folder))) is not None:
+            raise cause from error
+        raise ValueError(f"a checkpoint could not be written into {shown(folder)}: {_what(error)}") from error
+
+
 @functools.cache
 def _silence_tasks() -> None:
-    """Errors of Orbax's tasks that nobody waits for any more are not printed."""
+    """Tracebacks of Orbax's tasks would hide the sentence that says what is wrong: those of tasks that nobody waits for
+    are not printed, nor are those that are raised anyway logged."""
+    for name in ("asyncio", "absl"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(unraisable) -> None:
@@ -158,7 +178,6 @@ def _silence_tasks() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
 
 
 @dataclasses.dataclass
@@ -224,7 +243,10 @@ class Checkpoints:
         return self.manager.latest_step() or 0
 
     def save(self, step: int, parts: Mapping[str, Any], data: dict[str, Any], config: dict[str, Any]) -> None:
-        """Copies the arrays of each part's tree, then writes them while training goes on."""
+        """Copies the arrays of each part's tree, then writes them while training goes on.
+
+        OSError or ValueError if this save or the one before fails, as far as that is known by now.
+        """
         if step == self.latest:
             return
         if "next_example" in data and "batch_size" in config:
@@ -235,8 +257,19 @@ class Checkpoints:
             data = {**data, "batches": [[*pair] for pair in self._batches]}
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
         texts = {"data": ocp.args.JsonSave(data), "config": ocp.args.JsonSave(config)}
-        self.manager.save(step, args=ocp.args.Composite(**arrays, **texts))
+        with _writing(self.folder):
+            self.manager.save(step, args=ocp.args.Composite(**arrays, **texts))
         self._forget_damaged()
+
+    def check(self) -> None:
+        """Raises the error of the last save, once it has failed. Does not wait for it."""
+        if not self.manager.is_saving_in_progress():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the save in flight, if there is one; raises its error."""
+        with _writing(self.folder):
+            self.manager.wait_until_finished()
 
     def _forget_damaged(self) -> None:
         """Deletes what was put aside, of steps that are whole again."""
@@ -278,8 +311,13 @@ class Checkpoints:
             )
         return {name: restored[name] for name in parts}, restored["data"]
 
+    def kept(self) -> str:
+        """What there is to go on from, in words."""
+        steps = ", ".join(map(str, steps_in(self.folder))) or "none"
+        return f"complete checkpoints in {shown(self.folder.parent)}: {steps}"
+
     def close(self) -> None:
-        self.manager.wait_until_finished()
+        self.finish()
         self.manager.close()
         self._forget_damaged()
 

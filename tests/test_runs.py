@@ -30,10 +30,11 @@ from m4.evals.boxes import BoxAccuracy
 from m4.evals.depth import DepthAccuracy
 from m4.evals.maps import MapAccuracy
 from m4.evals.suite import Direction, check_evaluations, examples_of, model_digest
-from m4.health import Health, saved_steps
+from m4.health import Health
 from m4.metrics import Metrics
 from m4.modality import Modalities
 from m4.model import Model
+from m4.numbered import Checkpoints, steps_in
 from m4.optim import OptimizerConfig
 from m4.sampler import Sampler
 from m4.sampling import MaskGIT
@@ -361,8 +362,8 @@ def test_a_run_that_does_not_learn_says_what_there_is_from_before(tmp_path):
         for step in steps:
             (folder / "checkpoints" / str(step)).mkdir(parents=True)
         (folder / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir(parents=True)
-        assert saved_steps(folder / "checkpoints") == list(steps)
-        made = Health(folder, max_skipped=3, finish_saves=lambda: None)
+        assert steps_in(folder / "checkpoints") == list(steps)
+        made = Health(folder, Checkpoints(folder / "checkpoints"), max_skipped=3)
         made.reads(8, 32, 4)
         return made
 
@@ -459,7 +460,7 @@ def test_one_job_a_workdir_and_ctrl_c_saves(whole_run, data_dir, tmp_path):
     (said,) = [line for line in output.splitlines() if line.startswith("stopped by Ctrl-C")]
     step = int(said.split()[-1])
     assert said == f"stopped by Ctrl-C; the same command goes on from step {step}"
-    assert saved_steps(workdir / "checkpoints")[-1] == step
+    assert steps_in(workdir / "checkpoints")[-1] == step
 
 
 def small_disk(folder: Path, size: str) -> None:
@@ -475,7 +476,7 @@ def check_ends_for_want_of_room(process: subprocess.Popen, words: str, workdir: 
     lines = error.strip().splitlines()
     assert lines[-1].startswith(f"error: {workdir}/") and words in lines[-1], error
     assert "Traceback" not in error and len(lines) < 6, error
-    kept = ", ".join(map(str, saved_steps(workdir / "checkpoints"))) or "none"
+    kept = ", ".join(map(str, steps_in(workdir / "checkpoints"))) or "none"
     assert f"complete checkpoints in {workdir}: {kept}" in lines
 
 
@@ -486,7 +487,7 @@ def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(whole_run, data_dir, 
         began = time.monotonic()
         check_ends_for_want_of_room(start(tmp_path, workdir, data_dir), "No space left on device", workdir)
         assert time.monotonic() - began < 150
-        steps = saved_steps(workdir / "checkpoints")
+        steps = steps_in(workdir / "checkpoints")
         assert steps and steps[-1] < 100
         subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path / "disk")], check=True)
         output, error = (again := start(tmp_path, workdir, data_dir)).communicate(timeout=300)

@@ -28,7 +28,6 @@ from m4.checkpoints import Checkpoints
 from m4.commands import finishing
 from m4.components import load_tokenizer
 from m4.files import naming, write_atomically
-from m4.health import saved_steps, saving
 from m4.metrics import EventFile
 from m4.modality import Tokenizer
 from m4.step import random_key
@@ -211,8 +210,7 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
     networks = tuple(loss.network() for loss in recipe.losses)
     cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.BATCH))
     counts = jnp.zeros(recipe.quantizer.num_codes, jnp.int32)
-    save, close = map(saving(saved.folder), (saved.save, saved.close)) if saved else (None, None)
-    closers = (close, log.close) if saved else ()
+    closers = (saved.close, log.close) if saved else ()
     with (
         finishing(*closers, kept=lambda: _kept(recipe, saved)),
         ThreadPoolExecutor(1) as reader,
@@ -235,7 +233,7 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
                     log.write(i + 1, scalars)
             if saved and ((i + 1) % recipe.save_every == 0 or i + 1 == recipe.num_steps):
                 check_loss(recipe, scalars, i + 1)  # what is not finite is not saved
-                save(i + 1, {"state": state}, {}, {})
+                saved.save(i + 1, {"state": state}, {}, {})
                 model = nnx.merge(graph, state["learned"], state["others"])
                 log.picture(i + 1, sheet([recipe.tokenizer_class(recipe=recipe, model=model, card={})], shown))
         ahead.cancel()
@@ -243,8 +241,7 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
 
 
 def _kept(recipe: "VQRecipe", saved: Checkpoints | None) -> str:
-    steps = ", ".join(map(str, saved_steps(saved.folder) if saved else ())) or "none"
-    return f"tokenizer {recipe.name} is not finished; complete checkpoints: {steps}"
+    return f"tokenizer {recipe.name} is not finished" + (f"; {saved.kept()}" if saved else "")
 
 
 def check_loss(recipe: "VQRecipe", scalars: Mapping[str, Any], step: int) -> None:
