@@ -37,6 +37,7 @@ from m4.guidance import Guidance
 from m4.modality import Features, Modality, Sequence, Tokenizer
 from m4.model import Model
 from m4.prompts import MASK, Context, check_plan, fill_spans, make_prompt, show_spans, token_mask, trim
+from m4.samples import read_sample
 from m4.sampling import ROAR, Autoregressive, Generated, MaskGIT, Prompt, Replay, Scheme, Stage
 from m4.sharding import MeshConfig
 
@@ -194,7 +195,7 @@ class Sampler:
             raise ValueError(f"inputs must be non-empty lists of one length; got {lengths}")
         count = max(lengths.values(), default=1)
         numbers = self.check(stages, count, seed, indices)
-        read = {n: [self.read(n, s) for s in v] for n, v in texts.items()}
+        read = self.read_all(texts)
         kept = {name: self._keep(name, value, count) for name, value in {**dict.fromkeys(masked), **keep}.items()}
         partial = self._partial(read, kept, seed, numbers)
         records = self.encode({n: v for n, v in read.items() if n not in kept}, count)
@@ -220,9 +221,23 @@ class Sampler:
 
     def read(self, name: str, signal: Any) -> Any:
         """A signal from its file, or as it is."""
-        if not isinstance(signal, str | Path):
-            return signal
-        return self.input_tokenizer(name).read(str(signal))
+        return self.read_sample({name: signal})[name]
+
+    def read_sample(
+        self, values: Mapping[str, Any], *, pad: bool = False, folder: Path | None = None
+    ) -> dict[str, Any]:
+        """One sample's signals by name: see `m4.samples.read_sample`."""
+        tokenizers = {name: self.input_tokenizer(name) for name in values}
+        return read_sample(values, tokenizers, pad=pad, folder=folder)
+
+    def read_all(self, inputs: Mapping[str, Seq[Any]]) -> dict[str, list[Any]]:
+        """Lists of one length, each sample read with one geometry (None: it lacks the signal)."""
+        read: dict[str, list[Any]] = {name: [None] * len(signals) for name, signals in inputs.items()}
+        for i in range(max(map(len, inputs.values()), default=0)):
+            there = {name: signals[i] for name, signals in inputs.items() if signals[i] is not None}
+            for name, signal in self.read_sample(there).items():
+                read[name][i] = signal
+        return read
 
     def encode(self, inputs: Mapping[str, Seq[Any]], count: int = 0) -> list[dict[str, np.ndarray]]:
         """Raw signals -> stored arrays by modality, one dict a sample, without what is None."""
