@@ -172,7 +172,8 @@ class Sampler:
     ) -> Results:
         """Raw signals in (a list by name, of one length; or single ones), raw signals out.
 
-        A signal is what its tokenizer takes, or the path of a file (None: this sample lacks it). Names may be of
+        A signal is what its tokenizer takes, or a file (None: this sample lacks it); of texts and labels only a
+        pathlib.Path is a file. Names may be of
         signals or modalities; "caption#not" is another caption, for guidance. Stages run in the given order, and each
         sees what those before made. `seed`: the same gives the same, whatever the batches and devices.
 
@@ -224,18 +225,18 @@ class Sampler:
         return self.read_sample({name: signal})[name]
 
     def read_sample(
-        self, values: Mapping[str, Any], *, pad: bool = False, folder: Path | None = None
+        self, values: Mapping[str, Any], *, pad: bool = False, folder: Path | None = None, words_name_files: bool = True
     ) -> dict[str, Any]:
         """One sample's signals by name: see `m4.samples.read_sample`."""
         tokenizers = {name: self.input_tokenizer(name) for name in values}
-        return read_sample(values, tokenizers, pad=pad, folder=folder)
+        return read_sample(values, tokenizers, pad=pad, folder=folder, words_name_files=words_name_files)
 
     def read_all(self, inputs: Mapping[str, Seq[Any]]) -> dict[str, list[Any]]:
         """Lists of one length, each sample read with one geometry (None: it lacks the signal)."""
         read: dict[str, list[Any]] = {name: [None] * len(signals) for name, signals in inputs.items()}
         for i in range(max(map(len, inputs.values()), default=0)):
             there = {name: signals[i] for name, signals in inputs.items() if signals[i] is not None}
-            for name, signal in self.read_sample(there).items():
+            for name, signal in self.read_sample(there, words_name_files=False).items():
                 read[name][i] = signal
         return read
 

@@ -36,20 +36,22 @@ def kind_of(tokenizer: Tokenizer) -> str:
     return getattr(tokenizer, "kind", "")
 
 
-def file_of(value: str | Path, kind: str, folder: Path | None = None) -> Path | None:
+def file_of(value: str | Path, kind: str, folder: Path | None = None, *, words_name_files: bool = True) -> Path | None:
     """The file that a value names, beside `folder` if that is given; None if the value is the signal itself.
 
     Signals that cannot be written out (images, depth, ...) are always files. Of the others (texts, labels, boxes, ...)
-    a Path is one, and so is a str that ends in an extension of such files (.txt, .json, ...) and is there.
+    a Path is one, and so is a str that ends in an extension of such files (.txt, .json, ...) and is there; of words
+    (texts and labels) only if `words_name_files`.
     """
     path = Path(value) if folder is None else folder / value
     if isinstance(value, Path) or kind not in LITERAL:
         return path
-    if "\n" in value or extension_of(value) not in EXTENSIONS[kind]:
+    is_word = kind in ("text", "class")
+    if "\n" in value or extension_of(value) not in EXTENSIONS[kind] or (is_word and not words_name_files):
         return None
     if os.path.isfile(path):
         return path
-    if kind in ("text", "class") and " " not in value:
+    if is_word and " " not in value:
         warnings.warn(f"{shown(value)} is taken as a text itself: there is no such file", stacklevel=3)
     return None
 
@@ -74,14 +76,14 @@ class _Value(NamedTuple):
     is_read: bool = True  # from a file or text: else it came as training gives it
 
 
-def _read(name: str, value: Any, tokenizer: Tokenizer, folder: Path | None) -> _Value:
+def _read(name: str, value: Any, tokenizer: Tokenizer, folder: Path | None, words_name_files: bool) -> _Value:
     kind, signal = kind_of(tokenizer), tokenizer.modality.signal
     if not isinstance(value, str | Path):
         is_array = isinstance(value, np.ndarray) and value.ndim >= 2
         return _Value(value, kind, name, value.shape[:2] if is_array and _is_map(kind, tokenizer) else None, False)
     if not kind:
         return _Value(tokenizer.read(str(value)), kind, name, None, False)
-    file = file_of(value, kind, folder)
+    file = file_of(value, kind, folder, words_name_files=words_name_files)
     if file is None:
         return _Value(tokenizer.from_text(str(value)), kind, name)
     path = shown(file)
@@ -222,16 +224,17 @@ def check_aspect(one: tuple[int, ...], other: tuple[int, ...], names: tuple[str,
 
 
 def read_sample(
-    values: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer], *, pad: bool = False, folder: Path | None = None
-) -> dict[str, Any]:
+    values: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer], *, pad: bool = False, folder: Path | None = None,
+    words_name_files: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """The signals of one sample by name ("rgb", "caption#not"), as `tokenizers` of the same names take them.
 
-    A value is a file or written out (see `file_of`), or anything else: then it is the signal already. Signals that show
-    the same picture (images, depth, normals, maps, masks, boxes, points) share one geometry: they are resized on the
-    short side and cropped to the middle, or padded with bars (`pad`). Names with different tags are different pictures.
+    A value is a file or written out (`file_of` tells which), or it is the signal already. Signals that show the same
+    picture (images, depth, normals, maps, masks, boxes, points) share one geometry: they are resized on the short side
+    and cropped to the middle, or padded with bars (`pad`). Names with different tags are different pictures.
     ValueError names the file; notices (warnings) say what was changed.
     """
-    read = {name: _read(name, value, tokenizers[name], folder) for name, value in values.items()}
+    read = {n: _read(n, value, tokenizers[n], folder, words_name_files) for n, value in values.items()}
     signals = {}
     for tag in dict.fromkeys(name.partition("#")[2] for name in values):
         group = {name: value for name, value in read.items() if name.partition("#")[2] == tag}

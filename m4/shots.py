@@ -37,9 +37,9 @@ from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, pad
 class Shot:
     """One example: signals by name.
 
-    A list is several images of one signal; an image may be the path of its file. Text is a str, or a tuple of str and
-    int: i says "image i of this example" (from 1), in reading order. A signal may be both input (a question) and output
-    (its answer).
+    A list is several images of one signal; an image may be the path of its file, a text a pathlib.Path. Text is a str,
+    or a tuple of str and int: i says "image i of this example" (from 1), in reading order. A signal may be both input
+    (a question) and output (its answer).
     """
 
     inputs: Mapping[str, Any]
@@ -116,7 +116,7 @@ def encode(shot: Shot, tokenizers: Mapping[str, Tokenizer], modalities: Modaliti
     records = []
     for example in raw_examples(shot):
         record, own = {}, {name: tokenizers[names[name].name] for name in example}
-        for name, value in read_sample(example, own).items():
+        for name, value in read_sample(example, own, words_name_files=False).items():
             (record[names[name].name],) = own[name].encode([value])
         records.append(record)
     return records

@@ -63,6 +63,7 @@ EXTENSIONS = {
     "audio": (*SOUNDS, "npy"),
     "": ("npy", "png", "json", "txt"),  # of a signal of which nothing is known
 }
+OTHER = EXTENSIONS[""]
 LITERAL = ("text", "class", "boxes", "palette", "metadata", "answer")  # kinds that can be written out
 # Kinds of arrays [H W ...] that lie on the same pixels as the other signals of their example.
 ALIGNED = ("image", "mask", "edges", "depth", "relative_depth", "normals", "classes", "instances", "map")
@@ -166,6 +167,11 @@ def kinds_of(tokenizers: Iterable[Any]) -> dict[str, str]:
             raise ValueError(f"the signal {name!r} is read as {kinds[name]} by one tokenizer, as {kind} by another")
         kinds[name] = kind
     return kinds
+
+
+def read_for(examples: Any, tokenizers: Iterable[Any]) -> Any:
+    """A split whose files are read as these tokenizers (or recipes) take their signals, whatever the names of these."""
+    return examples.reading(kinds_of(tokenizers)) if hasattr(examples, "reading") else examples
 
 
 def is_tokens(signal: str, file: str, value: Any, kind: str = "") -> bool:

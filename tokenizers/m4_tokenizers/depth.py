@@ -22,6 +22,7 @@ from m4_tokenizers.quantizers import LearnedVectorQuantizer
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
 Depth = Float[np.ndarray, "H W"]
+FINEST, FARTHEST = 0.1, 65.534  # metres that a picture of 16 bits tells well
 VALIDITY = 0.5  # of a known pixel: validity is a sign, and needs less precision than depth
 # From near (light) to far (dark): lightness falls evenly, so that nearer reads as nearer without colours, too.
 COLOURS = np.array(
@@ -143,8 +144,11 @@ class DepthTokenizer(VQTokenizer):
     component = "depth"
 
     def write(self, signal: Depth, folder: Path, *, image: np.ndarray | None) -> None:
-        name = self.modality.signal
-        millimetres = np.round(signal * 1000).clip(0, np.iinfo(np.uint16).max).astype(np.uint16)
+        """<signal>.png of millimetres and <signal>_color.png; where these are too coarse or too few, <signal>.npy."""
+        name, known = self.modality.signal, signal[signal > 0]
+        if known.size and not (known.min() >= FINEST and known.max() <= FARTHEST):
+            write_array(signal, folder, f"{name}.npy")
+        millimetres = np.round(signal * 1000).clip(0, round(FARTHEST * 1000)).astype(np.uint16)
         write_image(millimetres, folder, f"{name}.png")
         write_image(self.draw(signal, image=image), folder, f"{name}_color.png")
 

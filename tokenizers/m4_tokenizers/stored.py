@@ -42,6 +42,11 @@ class TokenizerFile:
             object.__setattr__(self, "modality", tokenizer.modality)
             object.__setattr__(self, "digest", tokenizer_hash(tokenizer))
 
+    @property
+    def kind(self) -> str:
+        """Of what the tokenizer reads; unknown without the file."""
+        return getattr(load_tokenizer(Path(self.path)), "kind", "") if Path(self.path).is_file() else ""
+
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         """Anything: nothing is fitted."""
         return example
