@@ -89,7 +89,8 @@ def _read(name: str, value: Any, tokenizer: Tokenizer, folder: Path | None, word
     path = shown(file)
     decoded = decode(signal, path, content(file), kind)
     if _is_map(kind, tokenizer):
-        return _Value(decoded, kind, path, extent(signal, path, decoded, kind) or decoded.shape[:2])
+        is_grid = kind == "features" and decoded.ndim > 1
+        return _Value(decoded, kind, path, decoded.shape[:2] if is_grid else extent(signal, path, decoded, kind))
     if kind == "palette" and extension_of(path) in PICTURES:
         return _Value(decoded, "image", path, decoded.shape[:2])
     return _Value(decoded, kind, path)
@@ -134,8 +135,10 @@ class Geometry:
             picture = Image.fromarray(pixels)
             if self.pad:
                 bars = (GREY,) * 3 if kind == "image" else 0
-                return np.array(ImageOps.pad(picture, (size, size), Image.Resampling.LANCZOS, color=bars))
-            fitted = np.array(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
+                picture = ImageOps.pad(picture, (size, size), Image.Resampling.LANCZOS, color=bars)
+            else:
+                picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+            fitted = np.array(picture)
             return fitted.clip(0, 1) if kind == "edges" else fitted
         height, width = pixels.shape[:2]
         if not self.pad or height == width:

@@ -80,7 +80,6 @@ ARRAYS = {  # what an array may be that is not tokens: kinds of dtype, sizes of 
     "instances": ("iu", (0, 0), "integers [H W]"),
     "map": ("iuf", ANY, "numbers [H W] or [H W C]"),
     "features": ("iuf", ANY, "numbers"),
-    "ids": ("iuf", ANY, "ids or vectors"),
     "palette": ("iu", (0, 3), "integers [n 3]"),
     "audio": ("f", (0,), "floats [T]"),
 }
@@ -240,7 +239,7 @@ def _from_millimetres(pixels: np.ndarray) -> Float32[np.ndarray, "H W"]:
 
 
 def _from_array(file: str, array: np.ndarray, kind: str) -> np.ndarray:
-    if not kind or is_tokens("", file, array, kind):
+    if kind in ("", "ids") or is_tokens("", file, array, kind):
         return array
     kinds, sizes, allowed = ARRAYS[kind] if kind in ARRAYS else ("", (), "")
     fits = sizes is ANY or (
