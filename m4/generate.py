@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ensemble", type=int, default=1, help="samples to average, for dense outputs")
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
+    parser.add_argument("--with-inputs", action="store_true", help="write inputs, too, to train on what was generated")
     parser.add_argument("--stream", action="store_true", help="print text as it comes (one sample)")
 
 
@@ -116,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
                 masks = {n: [kept[i][n] for i in signals] for n in keep}
                 results = sampler(inputs, stages, keep=masks, listener=listener, **common)
             for k, i in enumerate(signals):
-                results.write(out / samples[i], k)
+                results.write(out / samples[i], k, with_inputs=args.with_inputs)
                 for value in [results[name][k] for name in results] if not args.stream else ():
                     if isinstance(value, str):
                         tqdm.write(value)

@@ -115,11 +115,17 @@ class Results(dict):
         """uint8 picture [H W 3] of a target's sample i."""
         return self.sampler.tokenizer(name).draw(self.signals(name)[i], image=self.image(i))
 
-    def write(self, folder: str | Path, i: int = 0) -> None:
-        """Files of all targets of sample i."""
+    def write(self, folder: str | Path, i: int = 0, *, with_inputs: bool = False) -> None:
+        """Files of all targets of sample i; with its inputs, as they were read, they can be trained on
+        (m4.datasets.generated)."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name in self:
             self.sampler.tokenizer(name).write(self.signals(name)[i], Path(folder), image=self.image(i))
+        made = {self.sampler.tokenizer(name).modality.signal for name in self}
+        for name, signals in self.inputs.items() if with_inputs else ():
+            tokenizer = self.sampler.input_tokenizer(name)
+            if signals[i] is not None and "#" not in name and tokenizer.modality.signal not in made:
+                tokenizer.write(signals[i], Path(folder), image=self.image(i))
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 Axes: H rows, W columns.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -12,14 +13,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import nnx
 from PIL import Image
 
+from m4.data import Dataset
 from m4.datasets.files import read_for
 from m4.datasets.folders import Folders
 from m4.datasets.generated import Generated
 from m4.modality import Features, Grid, Modalities
 from m4.model import Model, ModelConfig
+from m4.pretokenize import prepare
 from m4.records import encode
 from m4.sampler import Sampler
 from m4.samples import file_of, read_mask, read_sample
@@ -41,7 +45,7 @@ from m4_tokenizers.normals import NormalsRecipe
 from m4_tokenizers.palette import PaletteRecipe
 from m4_tokenizers.quantizers import LearnedVectorQuantizer
 from m4_tokenizers.semseg import SemanticRecipe
-from m4_tokenizers.stored import Ids, IdsRecipe
+from m4_tokenizers.stored import Ids, IdsRecipe, tokenizers_of
 from m4_tokenizers.text import TextRecipe
 
 SIZE = 16
@@ -613,3 +617,26 @@ def test_a_generated_folder_without_samples(tmp_path):
         Generated(root=tmp_path).prepare("unused")
     with pytest.raises(ValueError, match="does not exist"):
         Generated(root=tmp_path / "gone").prepare("unused")
+
+
+def test_what_the_packaged_model_generates_is_trained_on(tmp_path):
+    """A folder of pictures, then token shards of what was made of it: the ids are those of the results."""
+    rng = np.random.default_rng(0)
+    with Image.open(ROOT / "tests/data/scene.png") as scene:
+        pixels = np.asarray(scene.convert("RGB"))
+    for i in range(3):
+        noisy = np.clip(pixels + rng.integers(-9, 9, pixels.shape), 0, 255).astype(np.uint8)
+        (tmp_path / f"{i}.png").write_bytes(saved(noisy))
+    scenes = dataclasses.replace(Sampler.load("scenes"), devices=jax.devices()[:1])
+    targets = [s for s in scenes.modalities.signals if s != "rgb"]
+    results = scenes({"rgb": [tmp_path / f"{i}.png" for i in range(3)]}, targets, seed=1)
+    for i in range(3):
+        results.write(tmp_path / "out" / str(i), i, with_inputs=True)
+    source = Generated(root=tmp_path / "out", validation_share=0, test_share=0)
+    prepared = prepare([Dataset(source=source)], tokenizers_of("scenes"), tmp_path / "data", seed=0)
+    (shards,) = prepared.shards("train")
+    assert len(shards) == 3
+    signals = {**results.inputs, **results}
+    for name, tokenizer in scenes.tokenizers.items():
+        for i, ids in enumerate(tokenizer.encode(signals[tokenizer.modality.signal])):
+            np.testing.assert_array_equal(shards[i][name], ids, err_msg=name)
