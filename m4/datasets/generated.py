@@ -10,7 +10,8 @@ from pathlib import Path
 
 from m4.components import closest
 from m4.datasets.files import PICTURES, extension_of
-from m4.datasets.folders import Aligned, Stored, subfolders
+from m4.datasets.folders import Aligned, Stored, check_regular, subfolders
+from m4.files import check_name, shown
 
 DRAWN = "_color"  # what ends so is a drawing of the signal of that name without it
 
@@ -39,13 +40,14 @@ class Generated(Aligned):
         """Every signal lies in the root."""
         root = Path(self.root)
         if not root.is_dir():
-            raise ValueError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}")
+            raise ValueError(f"{shown(root)} {'is not a folder' if root.exists() else 'does not exist'}")
         known = sorted({signal for sample in subfolders(root).values() for signal, _ in self._signals(sample)})
         if not known:
-            raise ValueError(f"{root} has no folders of samples, such as {root}/0001/rgb.png")
-        for name in self.signals:
+            raise ValueError(f"{shown(root)} has no folders of samples, such as {shown(root)}/0001/rgb.png")
+        for name in self.signals or known:
             if name not in known:
-                raise ValueError(f"{root} has no signal {name!r}; {closest(name, known)}")
+                raise ValueError(f"{shown(root)} has no signal {name!r}; {closest(name, known)}")
+            check_name(name, f"a signal in {shown(root)}")
         return {"": {name: root for name in self.signals or known}}
 
     def _signals(self, sample: Path) -> Iterator[tuple[str, str]]:
@@ -70,4 +72,5 @@ class Generated(Aligned):
                 yield OfSample(signal, os.fspath(folder), name)
 
     def read(self, stored: Stored) -> bytes:
-        return Path(stored.file).read_bytes()
+        check_regular(stored.path)
+        return Path(stored.path).read_bytes()

@@ -237,7 +237,7 @@ class VQTokenizer(Reader):
 
     def check(self, signal: Any) -> None:
         """ValueError for a signal that cannot be encoded."""
-        check_finite(self.recipe.to_arrays([signal]))
+        self.recipe.check(signal)
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         flat = nnx.to_flat_state(self._state)
