@@ -40,7 +40,8 @@ def open_picture(data: bytes, formats: tuple[str, ...] = (*FORMATS,), *, turn: b
     """
     found = next((name for name, (starts, _) in FORMATS.items() if data.startswith(starts)), "")
     if found not in formats:
-        given = f"its content is {found}" if found else f"no picture that can be read: it begins with {data[:8]!r}"
+        unknown = f"damaged, or no picture that can be read: it begins with {data[:8]!r}"
+        given = f"its content is {found}" if found else unknown
         raise ValueError(f"{given}; allowed: {', '.join(formats)}")
     picture = FORMATS[found][1](io.BytesIO(data))  # reads the header; Image.open would warn of sizes on its own terms
     if picture.width * picture.height > MAX_PIXELS:
