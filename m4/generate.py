@@ -25,7 +25,7 @@ from m4.modality import Sequence
 from m4.pictures import contact_sheet, write_png
 from m4.prompts import MASK, check_plan, trim
 from m4.sampler import Results, Sampler, Stage, default_scheme, keep_compiled
-from m4.samples import kind_of, read_mask
+from m4.samples import fit_mask, kind_of, load_mask, read_mask
 from m4.sampling import Autoregressive, Guidance
 from m4.shots import Shot, read_shots
 
@@ -259,9 +259,10 @@ def _mask(sampler: Sampler, name: str, value: str, row: Mapping[str, str], pad: 
     with contextlib.suppress(ValueError):
         return float(value)
     tokenizer = sampler.tokenizer(name)
-    if kind_of(tokenizer) not in ALIGNED:
-        raise ValueError(f"--keep {name}={value}: of {name} a share can be kept, or what is not {MASK}")
-    return read_mask(value, tokenizer, row[name], pad=pad) if name in row else None
+    if kind_of(tokenizer) in ALIGNED:
+        return read_mask(value, tokenizer, row[name], pad=pad) if name in row else None
+    mask = load_mask(value)  # of what is no picture, such as other grids of tokens
+    return fit_mask(mask, tokenizer, pad=pad) if hasattr(getattr(tokenizer, "recipe", None), "image_size") else mask
 
 
 def _read(sampler: Sampler, row: Mapping[str, str], pad: bool, masked: Container[str]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from m4.guidance import Guidance
 from m4.modality import Features, Modality, Sequence, Tokenizer
 from m4.model import Model
 from m4.prompts import MASK, Context, check_plan, fill_spans, make_prompt, show_spans, token_mask, trim
-from m4.samples import read_sample
+from m4.samples import read_sample, read_samples
 from m4.sampling import ROAR, Autoregressive, Generated, MaskGIT, Prompt, Replay, Scheme, Stage
 from m4.sharding import MeshConfig
 
@@ -116,8 +116,7 @@ class Results(dict):
         return self.sampler.tokenizer(name).draw(self.signals(name)[i], image=self.image(i))
 
     def write(self, folder: str | Path, i: int = 0, *, with_inputs: bool = False) -> None:
-        """Files of all targets of sample i; with its inputs, as they were read, they can be trained on
-        (m4.datasets.generated)."""
+        """Files of all targets of sample i; of its inputs, too, to train on them (m4.datasets.generated)."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name in self:
             self.sampler.tokenizer(name).write(self.signals(name)[i], Path(folder), image=self.image(i))
@@ -228,23 +227,15 @@ class Sampler:
 
     def read(self, name: str, signal: Any) -> Any:
         """A signal from its file, or as it is."""
-        return self.read_sample({name: signal})[name]
+        return self.read_all({name: [signal]})[name][0]
 
-    def read_sample(
-        self, values: Mapping[str, Any], *, pad: bool = False, folder: Path | None = None, words_name_files: bool = True
-    ) -> dict[str, Any]:
-        """One sample's signals by name: see `m4.samples.read_sample`."""
-        tokenizers = {name: self.input_tokenizer(name) for name in values}
-        return read_sample(values, tokenizers, pad=pad, folder=folder, words_name_files=words_name_files)
+    def read_sample(self, values: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        """One sample's signals by name: see `m4.samples.read_sample`, also of options."""
+        return read_sample(values, {name: self.input_tokenizer(name) for name in values}, **options)
 
     def read_all(self, inputs: Mapping[str, Seq[Any]]) -> dict[str, list[Any]]:
-        """Lists of one length, each sample read with one geometry (None: it lacks the signal)."""
-        read: dict[str, list[Any]] = {name: [None] * len(signals) for name, signals in inputs.items()}
-        for i in range(max(map(len, inputs.values()), default=0)):
-            there = {name: signals[i] for name, signals in inputs.items() if signals[i] is not None}
-            for name, signal in self.read_sample(there, words_name_files=False).items():
-                read[name][i] = signal
-        return read
+        """Lists of one length, each sample with one geometry; a str is never a file of words."""
+        return read_samples(inputs, {name: self.input_tokenizer(name) for name in inputs})
 
     def encode(self, inputs: Mapping[str, Seq[Any]], count: int = 0) -> list[dict[str, np.ndarray]]:
         """Raw signals -> stored arrays by modality, one dict a sample, without what is None."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,6 +257,16 @@ def read_sample(
     return {name: signals[name] for name in values}
 
 
+def read_samples(inputs: Mapping[str, Seq[Any]], tokenizers: Mapping[str, Tokenizer]) -> dict[str, list[Any]]:
+    """`read_sample` of lists of one length (None: the sample lacks it); a str is never a file of words."""
+    read: dict[str, list[Any]] = {name: [None] * len(signals) for name, signals in inputs.items()}
+    for i in range(max(map(len, inputs.values()), default=0)):
+        there = {name: signals[i] for name, signals in inputs.items() if signals[i] is not None}
+        for name, signal in read_sample(there, tokenizers, words_name_files=False).items():
+            read[name][i] = signal
+    return read
+
+
 def _finished(value: _Value, tokenizer: Tokenizer, geometry: Geometry | None) -> Any:
     """The signal in the sample's geometry, checked by its tokenizer."""
     signal = value.signal
@@ -288,8 +299,7 @@ def read_mask(file: str | Path, tokenizer: Tokenizer, picture: Any, *, pad: bool
     `picture`: the file of the one that is kept in part, or its array [H W ...]. Both have the same shape, at any scale.
     ValueError otherwise; a notice if nothing or everything stays.
     """
-    path = shown(file)
-    mask = decode("a mask", path, content(Path(file)), "mask")
+    path, mask = shown(file), load_mask(file)
     if isinstance(picture, str | Path):
         signal = tokenizer.modality.signal
         name = shown(picture)
@@ -301,6 +311,11 @@ def read_mask(file: str | Path, tokenizer: Tokenizer, picture: Any, *, pad: bool
         what = "everything stays" if mask.all() else "nothing stays"
         warnings.warn(f"{path}: {what}: the mask is {'bright' if mask.all() else 'dark'} everywhere", stacklevel=2)
     return fit_mask(mask, tokenizer, pad=pad)
+
+
+def load_mask(file: str | Path) -> Bool[np.ndarray, "H W"]:
+    """The bright part of a picture, in its own pixels: see `m4.datasets.pictures.to_mask`."""
+    return decode("a mask", shown(file), content(Path(file)), "mask")
 
 
 def fit_mask(mask: Bool[np.ndarray, "H W"], tokenizer: Tokenizer, *, pad: bool = False) -> Bool[np.ndarray, "h h"]:
