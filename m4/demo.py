@@ -13,11 +13,13 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from m4.datasets.pictures import to_rgb
 from m4.modality import Grid, Sequence
 from m4.prompts import MASK, trim
 from m4.sampler import Results, Sampler, Stage, default_scheme
+from m4.samples import fit_mask, kind_of
 from m4.sampling import Guidance
 
 UNKNOWN = 128  # grey of what is not generated yet
@@ -67,7 +69,7 @@ def _input(sampler: Sampler, name: str) -> Any:
     tokenizer = sampler.input_tokenizer(name)
     if isinstance(tokenizer.modality, Sequence):
         return gr.Textbox(label=name, elem_id=f"in-{name}", info=f"{MASK} stands for words to generate")
-    if hasattr(tokenizer, "read_padded"):
+    if kind_of(tokenizer) == "image":
         return gr.ImageEditor(
             label=name, type="numpy", sources=["upload", "clipboard"], height=2 * PICTURE, elem_id=f"in-{name}",
             brush=gr.Brush(colors=["#ff00ff"], color_mode="fixed"), layers=False, transforms=(),
@@ -124,28 +126,29 @@ def _read(sampler: Sampler, values: dict[str, Any], wanted: list[str], scratch: 
     """Signals by name, and what of a picture that is painted on stays."""
     inputs, keep = {}, {}
     for name, value in values.items():
-        m = sampler.modalities.as_input(name)
+        m, tokenizer = sampler.modalities.as_input(name), sampler.input_tokenizer(name)
         if isinstance(value, dict):  # of the picture editor
             if value["background"] is None:
                 continue
-            value, painted = _picture(value)
-            size = sampler.tokenizers[m.name].recipe.image_size
+            picture, painted = _picture(value)
             if name in wanted:
                 if not painted.any():
                     raise ValueError(f"{name} is given and asked for: paint on it what is to be redone, or untick it")
-                mask = ImageOps.fit(Image.fromarray(painted), (size, size), Image.Resampling.NEAREST)
-                keep[name] = np.asarray(mask) < 128
-            file = scratch / "picture.png"
-            Image.fromarray(value).save(file)
-            value = str(file)
+                keep[name] = fit_mask(~painted, tokenizer)
+            inputs[name] = scratch / f"{len(inputs)}.png"
+            Image.fromarray(picture).save(inputs[name])
+            continue
         if value is None or value == "":
             continue
-        if isinstance(m, Sequence) and not _is_text(sampler, m) and value.lstrip()[:1] not in ("[", "{", "#"):
+        if not isinstance(m, Sequence):
+            inputs[name] = Path(value)
+            continue
+        if not _is_text(sampler, m) and value.lstrip()[:1] not in ("[", "{", "#"):
             raise ValueError(f"{name} must be written out, as JSON; got {value[:60]!r}")
-        if isinstance(m, Sequence) and name in wanted and MASK not in value:
+        if name in wanted and MASK not in value:
             raise ValueError(f"{name} is given and asked for: write {MASK} where it is to be generated, or untick it")
-        inputs[name] = sampler.tokenizers[m.name].read(str(value)) if not isinstance(m, Sequence) else value
-    return inputs, keep
+        inputs[name] = tokenizer.from_text(value) if kind_of(tokenizer) else value
+    return sampler.read_sample(inputs, words_name_files=False), keep
 
 
 def _is_text(sampler: Sampler, m: Sequence) -> bool:
@@ -154,10 +157,10 @@ def _is_text(sampler: Sampler, m: Sequence) -> bool:
 
 
 def _picture(value: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [H W 3] and [H W]: the picture, and 255 where it was painted on."""
+    """uint8 [H W 3], on white where it is transparent, and bool [H W], True where it was painted on."""
     background = np.asarray(value["background"])
-    painted = [np.asarray(layer)[..., 3] for layer in value["layers"] if np.asarray(layer).shape[-1] == 4]
-    return background[..., :3], np.where(sum(painted, np.zeros(background.shape[:2], int)) > 0, 255, 0).astype(np.uint8)
+    painted = [np.asarray(layer)[..., 3] > 0 for layer in value["layers"] if np.asarray(layer).shape[-1] == 4]
+    return to_rgb(Image.fromarray(background)), np.any([np.zeros(background.shape[:2], bool), *painted], axis=0)
 
 
 def _stage(sampler: Sampler, name: str, steps: int, temperature: float, guidance: float) -> Stage:

@@ -72,7 +72,7 @@ def features(
     lengths = {name: len(v) for name, v in lists.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise ValueError(f"inputs must be non-empty lists of one length; got {lengths}")
-    read = {name: [sampler.read(name, signal) for signal in signals] for name, signals in lists.items()}
+    read = sampler.read_all(lists)
     records = sampler.encode(read)
     for i, record in enumerate(records):
         if not record:

@@ -11,19 +11,21 @@ import json
 import re
 import sys
 import time
+from collections.abc import Container, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from m4.datasets.files import ALIGNED
 from m4.files import write_atomically
 from m4.in_context import answer
 from m4.modality import Sequence
 from m4.pictures import contact_sheet, write_png
 from m4.prompts import MASK, check_plan, trim
 from m4.sampler import Results, Sampler, Stage, default_scheme, keep_compiled
+from m4.samples import fit_mask, kind_of, load_mask, read_mask
 from m4.sampling import Autoregressive, Guidance
 from m4.shots import Shot, read_shots
 
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ensemble", type=int, default=1, help="samples to average, for dense outputs")
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
+    parser.add_argument("--with-inputs", action="store_true", help="write inputs, too, to train on what was generated")
     parser.add_argument("--stream", action="store_true", help="print text as it comes (one sample)")
 
 
@@ -84,7 +87,6 @@ def main(args: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write into --out {out}: {error.strerror}") from error
-    keep = {name: _mask(sampler, name, value, args.pad) for name, value in keep.items()}
     rows = [row for row in rows for _ in range(args.num_samples)]
     samples = _sample_names(rows, args.num_samples)
 
@@ -94,11 +96,13 @@ def main(args: argparse.Namespace) -> None:
     bar = tqdm(total=len(rows), desc="generating", unit="sample", file=sys.stderr, disable=len(rows) <= args.batch_size)
     for first in range(0, len(rows), args.batch_size):
         part = range(first, min(first + args.batch_size, len(rows)))
-        signals = {}
+        signals, kept = {}, {}
         for i in part:
             try:
-                signals[i] = {n: _read(sampler, n, v, args.pad, n in masked) for n, v in rows[i].items()}
+                signals[i] = _read(sampler, rows[i], args.pad, masked)
+                kept[i] = {n: _mask(sampler, n, v, rows[i], args.pad) for n, v in keep.items()}
             except ValueError as error:
+                signals.pop(i, None)
                 failed[samples[i]] = str(error)
                 if len(rows) == args.num_samples:
                     raise
@@ -110,9 +114,10 @@ def main(args: argparse.Namespace) -> None:
             else:  # a line of a table may lack what others have
                 inputs = {n: [s.get(n) for s in signals.values()] for n in names}
                 listener = _printer(sampler) if args.stream else None
-                results = sampler(inputs, stages, keep=keep, listener=listener, **common)
+                masks = {n: [kept[i][n] for i in signals] for n in keep}
+                results = sampler(inputs, stages, keep=masks, listener=listener, **common)
             for k, i in enumerate(signals):
-                results.write(out / samples[i], k)
+                results.write(out / samples[i], k, with_inputs=args.with_inputs)
                 for value in [results[name][k] for name in results] if not args.stream else ():
                     if isinstance(value, str):
                         tqdm.write(value)
@@ -249,31 +254,27 @@ def _guidance(values: Seq[str]) -> Guidance:
         raise ValueError(f"--guidance takes one number, or NAME=WEIGHT ...; got {' '.join(values)}") from error
 
 
-def _mask(sampler: Sampler, name: str, value: str, pad: bool) -> Any:
-    """True = stays: the white of a picture, resized and cropped (or padded) as its picture is; or a share."""
+def _mask(sampler: Sampler, name: str, value: str, row: Mapping[str, str], pad: bool) -> Any:
+    """What stays of an input: a share, or True in a mask, the bright part of a picture that lies on the input's."""
     with contextlib.suppress(ValueError):
         return float(value)
-    recipe = getattr(sampler.tokenizer(name), "recipe", None)
-    try:
-        with Image.open(value) as file:
-            mask = file.convert("L")
-    except OSError as error:
-        raise ValueError(f"--keep takes a share or a picture, and {value} is neither: {error}") from error
-    if hasattr(recipe, "image_size"):
-        fit = ImageOps.pad if pad else ImageOps.fit
-        mask = fit(mask, (recipe.image_size,) * 2, Image.Resampling.NEAREST)
-    return np.asarray(mask) > 127
+    tokenizer = sampler.tokenizer(name)
+    if kind_of(tokenizer) in ALIGNED:
+        return read_mask(value, tokenizer, row[name], pad=pad) if name in row else None
+    mask = load_mask(value)  # of what is no picture, such as other grids of tokens
+    return fit_mask(mask, tokenizer, pad=pad) if hasattr(getattr(tokenizer, "recipe", None), "image_size") else mask
 
 
-def _read(sampler: Sampler, name: str, value: str, pad: bool, masked: bool) -> Any:
-    """One signal; ValueError for whatever is wrong with it, for the others to go on."""
-    tokenizer = sampler.input_tokenizer(name)
-    signal = tokenizer.read_padded(value) if pad and hasattr(tokenizer, "read_padded") else tokenizer.read(value)
-    if isinstance(tokenizer.modality, Sequence):
-        if masked and MASK not in signal:
-            raise ValueError(f"{name} is to be completed, and has no {MASK}: {value[:60]!r}")
-        tokenizer.encode(signal.split(MASK) if masked else [signal])  # too long, out of range
-    return signal
+def _read(sampler: Sampler, row: Mapping[str, str], pad: bool, masked: Container[str]) -> dict[str, Any]:
+    """The signals of a sample; ValueError for whatever is wrong with one, for other samples to go on."""
+    signals = sampler.read_sample(row, pad=pad)
+    for name, signal in signals.items():
+        tokenizer = sampler.input_tokenizer(name)
+        if isinstance(tokenizer.modality, Sequence):
+            if name in masked and MASK not in signal:
+                raise ValueError(f"{name} is to be completed, and has no {MASK}: {row[name][:60]!r}")
+            tokenizer.encode(signal.split(MASK) if name in masked else [signal])  # too long, out of range
+    return signals
 
 
 def _printer(sampler: Sampler) -> Any:

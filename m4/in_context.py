@@ -90,7 +90,7 @@ def answer(
     check_plan([stage], [n for n in inputs if sampler.modalities.as_input(n).name != m.name], sampler.modalities)
     numbers = sampler.check([stage], len(queries), seed, indices)
     prompts = asked(sampler, queries, stage.target, shots, num_tokens, budget)
-    inputs = {name: [sampler.read(name, signal) for signal in signals] for name, signals in inputs.items()}
+    inputs = sampler.read_all(inputs)
     out = Results(sampler, [stage.target], inputs, single)
     for first in progress(range(0, len(prompts), sampler.batch_size)):
         part = slice(first, first + sampler.batch_size)

@@ -185,6 +185,10 @@ class Tokenizer(Protocol):
 
     `encode` takes a batch (a list of signals in the raw-example format) and returns one array per signal: int [n] for
     grids (n = prod(shape), raster order) and sequences (n <= max_length, ends in end_id), stored [n size] for features.
+
+    With an attribute `kind` (m4.datasets.files.KINDS: what its signals are), files are read by the common reader, in
+    training too; then `from_text(text)` gives a signal that is written out, and `check(signal)`, if there, refuses what
+    cannot be encoded. Without one, `read` is asked.
     """
 
     modality: Modality

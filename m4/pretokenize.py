@@ -75,7 +75,9 @@ def prepare(
                 for split in splits:
                     if not len(dataset.source.split(split, data_dir)):
                         raise ValueError(f"split {split!r} of data set {dataset.label} has no examples")
-        files = {r.modality.name: _tokenizer_file(r, datasets, signatures, data_dir, seed, others) for r in recipes}
+        files = {
+            r.modality.name: _tokenizer_file(r, datasets, signatures, data_dir, seed, others, recipes) for r in recipes
+        }
         tokenizers = {name: load_tokenizer(path) for name, path in files.items()}
         for recipe in recipes:
             name = recipe.modality.name
@@ -115,8 +117,9 @@ def _check_tokenizers(folder: Path, split: str, hashes: Mapping[str, str], files
 
 
 def _tokenizer_file(
-    recipe: Recipe, datasets: Seq[Dataset], signatures: Mapping[str, str], data_dir: Path, seed: int, others: Others
-) -> Path:
+    recipe: Recipe, datasets: Seq[Dataset], signatures: Mapping[str, str], data_dir: Path, seed: int, others: Others,
+    recipes: Seq[Recipe],
+) -> Path:  # fmt: skip
     """The tokenizer that finished shards were made with; else the recipe's, fitted by process 0 unless it is there."""
     name = recipe.modality.name
     for dataset in datasets:
@@ -131,7 +134,7 @@ def _tokenizer_file(
         with locked(lock, f"fitting tokenizer {name}", wait=True):
             if not file.exists():
                 say(f"fitting tokenizer {name}")
-                save_tokenizer(_fitted(recipe, datasets, data_dir, seed), file)
+                save_tokenizer(_fitted(recipe, datasets, data_dir, seed, recipes), file)
             lock.unlink(missing_ok=True)  # whoever gets it after this finds the file
     others.wait(file.exists, f"process 0 to fit tokenizer {name} ({file})")
     return file
@@ -195,10 +198,10 @@ class Having(Seq):
         return any(self._usable(i) is not None for i in places.tolist())
 
 
-def _fitted(recipe: Recipe, datasets: Seq[Dataset], data_dir: Path, seed: int) -> Tokenizer:
+def _fitted(recipe: Recipe, datasets: Seq[Dataset], data_dir: Path, seed: int, recipes: Seq[Recipe]) -> Tokenizer:
     """A new tokenizer; says how many bad examples were skipped."""
     name, parts = recipe.modality.name, []
-    examples = _fitting_examples(recipe, datasets, data_dir, seed, parts)
+    examples = _fitting_examples(recipe, datasets, data_dir, seed, parts, recipes=recipes)
     try:
         tokenizer = recipe.fit(examples, seed=seed)
     except ValueError as error:
@@ -211,13 +214,19 @@ def _fitted(recipe: Recipe, datasets: Seq[Dataset], data_dir: Path, seed: int) -
 
 
 def _fitting_examples(
-    recipe: Recipe, datasets: Seq[Dataset], data_dir: Path, seed: int, used: list[Having] | None = None
+    recipe: Recipe,
+    datasets: Seq[Dataset],
+    data_dir: Path,
+    seed: int,
+    used: list[Having] | None = None,
+    *,
+    recipes: Seq[Recipe] = (),
 ) -> Seq[dict[str, Any]]:
     """Training examples that have the recipe's signal, of the data sets by their weights; `used` takes their parts."""
     parts, weights = [], []
     for dataset in datasets:
         if dataset.source is not None:
-            label, raw = f" of {dataset.label} train", raw_examples(dataset, "train", data_dir, seed)
+            label, raw = f" of {dataset.label} train", raw_examples(dataset, "train", data_dir, seed, recipes)
             part = Having(raw, recipe, skip_bad=dataset.skip_bad, label=label)
             if len(part) and part.reads_some():
                 parts.append(part)

@@ -37,6 +37,7 @@ from m4.guidance import Guidance
 from m4.modality import Features, Modality, Sequence, Tokenizer
 from m4.model import Model
 from m4.prompts import MASK, Context, check_plan, fill_spans, make_prompt, show_spans, token_mask, trim
+from m4.samples import read_sample, read_samples
 from m4.sampling import ROAR, Autoregressive, Generated, MaskGIT, Prompt, Replay, Scheme, Stage
 from m4.sharding import MeshConfig
 
@@ -114,11 +115,16 @@ class Results(dict):
         """uint8 picture [H W 3] of a target's sample i."""
         return self.sampler.tokenizer(name).draw(self.signals(name)[i], image=self.image(i))
 
-    def write(self, folder: str | Path, i: int = 0) -> None:
-        """Files of all targets of sample i."""
+    def write(self, folder: str | Path, i: int = 0, *, with_inputs: bool = False) -> None:
+        """Files of all targets of sample i; of its inputs, too, to train on them (m4.datasets.generated)."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name in self:
             self.sampler.tokenizer(name).write(self.signals(name)[i], Path(folder), image=self.image(i))
+        made = {self.sampler.tokenizer(name).modality.signal for name in self}
+        for name, signals in self.inputs.items() if with_inputs else ():
+            tokenizer = self.sampler.input_tokenizer(name)
+            if signals[i] is not None and "#" not in name and tokenizer.modality.signal not in made:
+                tokenizer.write(signals[i], Path(folder), image=self.image(i))
 
 
 @dataclasses.dataclass
@@ -171,7 +177,8 @@ class Sampler:
     ) -> Results:
         """Raw signals in (a list by name, of one length; or single ones), raw signals out.
 
-        A signal is what its tokenizer takes, or the path of a file (None: this sample lacks it). Names may be of
+        A signal is what its tokenizer takes, or a file (None: this sample lacks it); of texts and labels only a
+        pathlib.Path is a file. Names may be of
         signals or modalities; "caption#not" is another caption, for guidance. Stages run in the given order, and each
         sees what those before made. `seed`: the same gives the same, whatever the batches and devices.
 
@@ -194,7 +201,7 @@ class Sampler:
             raise ValueError(f"inputs must be non-empty lists of one length; got {lengths}")
         count = max(lengths.values(), default=1)
         numbers = self.check(stages, count, seed, indices)
-        read = {n: [self.read(n, s) for s in v] for n, v in texts.items()}
+        read = self.read_all(texts)
         kept = {name: self._keep(name, value, count) for name, value in {**dict.fromkeys(masked), **keep}.items()}
         partial = self._partial(read, kept, seed, numbers)
         records = self.encode({n: v for n, v in read.items() if n not in kept}, count)
@@ -220,9 +227,15 @@ class Sampler:
 
     def read(self, name: str, signal: Any) -> Any:
         """A signal from its file, or as it is."""
-        if not isinstance(signal, str | Path):
-            return signal
-        return self.input_tokenizer(name).read(str(signal))
+        return self.read_all({name: [signal]})[name][0]
+
+    def read_sample(self, values: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        """One sample's signals by name: see `m4.samples.read_sample`, also of options."""
+        return read_sample(values, {name: self.input_tokenizer(name) for name in values}, **options)
+
+    def read_all(self, inputs: Mapping[str, Seq[Any]]) -> dict[str, list[Any]]:
+        """Lists of one length, each sample with one geometry; a str is never a file of words."""
+        return read_samples(inputs, {name: self.input_tokenizer(name) for name in inputs})
 
     def encode(self, inputs: Mapping[str, Seq[Any]], count: int = 0) -> list[dict[str, np.ndarray]]:
         """Raw signals -> stored arrays by modality, one dict a sample, without what is None."""

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from m4.components import closest, load_tokenizer, tokenizer_hash
 from m4.data import Dataset
+from m4.datasets.files import read_for
 from m4.files import digest, read_json, replacing, say, shown, write_json
 from m4.modality import Features, Tokenizer
 from m4.records import encode, is_tokenized, named_error
@@ -29,9 +30,12 @@ EXAMPLES_PER_CALL = 256  # what a tokenizer gets at once
 NUM_NAMED = 100  # skipped examples that the manifest names
 
 
-def raw_examples(dataset: Dataset, split: str, data_dir: Path, seed: int) -> Seq[dict[str, Any]]:
-    """What is tokenized of a data set: its source's examples, or aligned crops of them, or chosen signals of these."""
-    examples = dataset.source.split(split, data_dir)
+def raw_examples(
+    dataset: Dataset, split: str, data_dir: Path, seed: int, tokenizers: Iterable[Any] = ()
+) -> Seq[dict[str, Any]]:
+    """What is tokenized of a data set: its source's examples, or aligned crops of them, or chosen signals of these.
+    Files are read as `tokenizers` (or recipes) take them."""
+    examples = read_for(dataset.source.split(split, data_dir), tokenizers)
     examples = dataset.crops.of(examples, seed=seed) if dataset.crops else examples
     return Chosen(examples, dataset.signals) if dataset.signals else examples
 
@@ -77,7 +81,7 @@ class Job:
 
     @functools.cached_property
     def examples(self) -> Seq[dict[str, Any]]:
-        return raw_examples(self.dataset, self.split, self.data_dir, self.seed)
+        return raw_examples(self.dataset, self.split, self.data_dir, self.seed, self.tokenizers.values())
 
     @functools.cached_property
     def tokenizers(self) -> dict[str, Tokenizer]:

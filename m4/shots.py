@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -26,8 +25,11 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from m4.datasets.files import extension_of
+from m4.files import parse_json
 from m4.modality import Features, Modalities, Modality, Sequence, Tokenizer
 from m4.packing import ANSWER, Packed, Record, pack, stack
+from m4.samples import read_sample
 from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, pad
 
 
@@ -35,9 +37,9 @@ from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, pad
 class Shot:
     """One example: signals by name.
 
-    A list is several images of one signal; an image may be the path of its file. Text is a str, or a tuple of str and
-    int: i says "image i of this example" (from 1), in reading order. A signal may be both input (a question) and output
-    (its answer).
+    A list is several images of one signal; an image may be the path of its file, a text a pathlib.Path. Text is a str,
+    or a tuple of str and int: i says "image i of this example" (from 1), in reading order. A signal may be both input
+    (a question) and output (its answer).
     """
 
     inputs: Mapping[str, Any]
@@ -113,11 +115,9 @@ def encode(shot: Shot, tokenizers: Mapping[str, Tokenizer], modalities: Modaliti
     names = {name: modalities.as_input(name) for name in {**shot.inputs, **shot.outputs}}
     records = []
     for example in raw_examples(shot):
-        record = {}
-        for name, value in example.items():
-            tokenizer = tokenizers[names[name].name]
-            value = tokenizer.read(str(value)) if isinstance(value, str | Path) else value
-            (record[names[name].name],) = tokenizer.encode([value])
+        record, own = {}, {name: tokenizers[names[name].name] for name in example}
+        for name, value in read_sample(example, own, words_name_files=False).items():
+            (record[names[name].name],) = own[name].encode([value])
         records.append(record)
     return records
 
@@ -125,13 +125,13 @@ def encode(shot: Shot, tokenizers: Mapping[str, Tokenizer], modalities: Modaliti
 def read_shots(file: Path) -> list[Shot]:
     """Labelled examples from JSON: [{"inputs": {NAME: VALUE}, "outputs": {NAME: VALUE}}, ...].
 
-    A VALUE is text, a file's name beside FILE, or a list: of files, or of text and numbers of images. ValueError for
-    anything else.
+    A VALUE is text, a file's name (with an extension such as .png) beside FILE, or a list: of files, or of text and
+    numbers of images. ValueError for anything else.
     """
     like = '[{"inputs": {"rgb": "a.png"}, "outputs": {"caption": "a dax"}}, ...]'
     try:
-        items = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        items = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}; it should hold {like}") from error
     if not isinstance(items, list) or not items:
         raise ValueError(f"{file} must hold a list of examples, such as {like}")
@@ -152,7 +152,7 @@ def _value(value: Any, file: Path) -> Any:
     if not isinstance(value, str):
         raise ValueError(f"{file}: {value!r} must be text, a file's name, or a list of them")
     beside = file.parent / value
-    return str(beside) if len(value) < 200 and beside.is_file() else value
+    return beside if extension_of(value) and os.path.isfile(beside) else value
 
 
 def inputs_of(shots: Seq[Shot]) -> dict[str, list[Any]]:

@@ -14,7 +14,8 @@ from test_stamps import assert_same
 
 from m4.components import from_json, load_tokenizer, save_tokenizer, to_json
 from m4.datasets import spoken, stamps
-from m4.datasets.spoken import INSTALL, RATE, Spoken, compose, of_length, read_sound
+from m4.datasets.sounds import INSTALL, of_length
+from m4.datasets.spoken import RATE, Spoken, compose, read_sound
 from m4.datasets.stamps import SPLITS
 from m4_tokenizers.audio import AudioRecipe, AudioTokenizer, griffin_lim, istft, mel_bands, spread, stft
 from m4_tokenizers.networks import PatchDecoder, PatchEncoder
@@ -204,10 +205,10 @@ def test_files_of_sounds(tokenizer, tmp_path):
         assert abs(np.abs(read).max() - 0.25) < 0.02
     np.testing.assert_array_equal(of_length(sound[:100], 8192)[100:], 0)
     (tmp_path / "b.ogg").write_bytes(b"no sound")
-    with pytest.raises(ValueError, match=r"b\.ogg is not a readable sound"):
+    with pytest.raises(ValueError, match=r"b\.ogg: not a readable sound"):
         tokenizer.read(str(tmp_path / "b.ogg"))
     soundfile.write(tmp_path / "c.wav", np.zeros(0), RATE)
-    with pytest.raises(ValueError, match=r"c\.wav holds no sound"):
+    with pytest.raises(ValueError, match=r"c\.wav: it holds no sound"):
         tokenizer.read(str(tmp_path / "c.wav"))
 
 
@@ -308,7 +309,7 @@ def test_what_is_missing_is_named(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no spoken in .*; call Spoken\.prepare"):
         len(Spoken(path=tiny, **TINY).split("train", tmp_path))
     (Path(tiny) / "food" / "stamp1_desc_fr.ogg").write_bytes(b"no sound")
-    with pytest.raises(ValueError, match=r"stamp1_desc_fr\.ogg is not a readable sound"):
+    with pytest.raises(ValueError, match=r"stamp1_desc_fr\.ogg: not a readable sound"):
         read_sound(Path(tiny) / "food" / "stamp1_desc_fr.ogg", RATE)
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(ValueError, match=r'needs the package soundfile.*pip install "m4-jax\[audio\]"'):

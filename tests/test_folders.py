@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m4.components import from_json, to_json
-from m4.datasets.files import MAX_PIXELS, decode
+from m4.datasets.files import decode
 from m4.datasets.folders import Folders
+from m4.datasets.pictures import MAX_PIXELS
 
 
 def npy(array) -> bytes:
@@ -119,10 +120,12 @@ def test_exif_rotation_is_applied_and_damaged_exif_does_not_cost_the_picture():
 
 def test_depth_normals_and_maps():
     millimetres = np.array([[0, 1, 1500], [65535, 2000, 3]], np.uint16)
-    depth = decode("depth", "d.png", picture(millimetres))
+    with pytest.warns(UserWarning, match="65535 in depth of 16 bits"):
+        depth = decode("depth", "d.png", picture(millimetres))
     assert depth.dtype == np.float32
-    np.testing.assert_allclose(depth, millimetres / 1000, rtol=1e-6)
-    big_endian = decode("depth", "d.npy", npy((millimetres / 1000).astype(">f8")))
+    known = np.where(millimetres == 65535, 0, millimetres / 1000)  # saturated: unknown
+    np.testing.assert_allclose(depth, known, rtol=1e-6)
+    big_endian = decode("depth", "d.npy", npy(known.astype(">f8")))
     assert big_endian.dtype == np.float32 and big_endian.flags.writeable
     np.testing.assert_allclose(big_endian, depth, rtol=1e-6)
     vectors = np.random.default_rng(1).normal(size=(5, 7, 3))
@@ -159,7 +162,7 @@ def test_texts_boxes_tokens_and_other_signals():
     np.testing.assert_array_equal(decode("semseg", "t.npy", npy(np.arange(5))), np.arange(5))
     features = np.asfortranarray(np.random.default_rng(2).normal(size=(2, 3, 4)))
     np.testing.assert_array_equal(decode("clip", "f.npy", npy(features)), features)
-    np.testing.assert_array_equal(decode("edges", "e.png", picture(noise(5, 7))), noise(5, 7))
+    np.testing.assert_array_equal(decode("thermal", "e.png", picture(noise(5, 7))), noise(5, 7))
     assert decode("meta", "m.json", b'{"a": [1]}') == {"a": [1]} and decode("notes", "n.txt", b" x ") == " x "
 
 
@@ -170,18 +173,20 @@ def box(*bbox) -> bytes:
 @pytest.mark.parametrize(
     "signal, file, data, reason",
     [
-        ("rgb", "a.gif", b"GIF", "rgb has the extension 'gif'; allowed: png, jpg, jpeg, webp, npy"),
-        ("depth", "a.npz", b"PK", "depth has the extension 'npz'; allowed: png, npy. Did you mean 'npy'?"),
+        ("rgb", "a.psd", b"8BPS", "rgb has the extension 'psd'; allowed: png, jpg, jpeg, webp, tif, .* npy"),
+        ("rgb", "a.png", b"8BPS\0\1", r"no picture that can be read: it begins with b'8BPS.*allowed: png, jpeg, webp"),
+        ("depth", "a.npz", b"PK", "depth has the extension 'npz'; allowed: png, tif, tiff, npy. Did you mean 'npy'?"),
         ("clip", "a", b"x", "clip has the extension ''; allowed: npy, png, json, txt"),
         ("rgb", "a.png", b"", r"it is empty \(0 bytes\)"),
-        ("rgb", "a.png", b"hello", "damaged, or not what its extension says .*not a PNG file"),
-        ("rgb", "a.jpg", picture(noise(5, 7)), "damaged, or not what its extension says .*not a JPEG file"),
-        ("rgb", "a.webp", picture(noise(5, 7)), "damaged, or not what its extension says"),
+        ("rgb", "a.png", b"hello", "no picture that can be read: it begins with b'hello'"),
+        ("rgb", "a.webp", b"RIFF\0\0\0\0WAVE", "damaged, or not what its extension says"),
+        ("semseg", "a.png", picture(noise(5, 7), "jpeg"), "its content is jpeg; allowed: png, tiff, bmp, gif"),
+        ("normals", "a.png", picture(noise(5, 7, 3), "webp"), "its content is webp; allowed: png, tiff"),
         ("rgb", "a.png", picture(noise(50, 70))[:900], "damaged, or not what its extension says .*truncated"),
         ("rgb", "a.jpg", picture(noise(50, 70), "jpeg")[:900], "damaged, or not what its extension says .*truncated"),
         ("rgb", "a.npy", npy(np.zeros((5, 7, 3))), r"float64 \[5, 7, 3\]; allowed: uint8 \[H W 3\], or tokens"),
         ("rgb", "a.npy", npy(noise(5, 7, 4)), r"uint8 \[5, 7, 4\]; allowed: uint8 \[H W 3\], or tokens"),
-        ("depth", "a.png", picture(noise(5, 7)), "depth from a picture of mode L; allowed: I;16, I"),
+        ("depth", "a.png", picture(noise(5, 7)), "depth from a picture of mode L; allowed: I;16, I;16B, I"),
         ("depth", "a.npy", npy([[1.0, np.nan], [np.nan, -1]]), "2 NaN, 1 negative of 4 depths; unknown depth is 0"),
         ("depth", "a.npy", npy([[1.0, np.inf]]), "1 infinite of 2 depths"),
         ("depth", "a.npy", npy([[1.0, 1e300]]), "1 infinite of 2 depths"),
@@ -211,7 +216,7 @@ def box(*bbox) -> bytes:
         ("boxes", "a.json", b'[{"bbox": [0, 0, 1, 1]}]', "box 0 needs a bbox and a label"),
         ("boxes", "a.json", box(0, 0, 1, 1.5), r"box 1 lies outside \[0, 1\]: \[0, 0, 1, 1.5\]"),
         ("boxes", "a.json", box(0.5, 0, 0.25, 1), r"box 1 is inverted: \[0.5, 0, 0.25, 1\]"),
-        ("boxes", "a.json", box(0, 0, 1, float("nan")), "box 1 has numbers that are not finite"),
+        ("boxes", "a.json", box(0, 0, 1, float("nan")), "NaN is not a JSON number"),
         ("boxes", "a.json", box(0, 0, 1), r"box 1 has the bbox \[0, 0, 1\]; allowed: four numbers"),
         ("boxes", "a.json", box(0, 0, 1, "1"), r"box 1 has the bbox .* allowed: four numbers"),
     ],

@@ -423,7 +423,7 @@ def test_shots_from_a_file(tmp_path):
     items = [{"inputs": {"rgb": ["a.png", "a.png"], "caption": ["is", 1, "?"]}, "outputs": {"caption": "dax"}}]
     file.write_text(json.dumps(items))
     (read,) = read_shots(file)
-    assert read.inputs == {"rgb": [str(tmp_path / "a.png")] * 2, "caption": ("is", 1, "?")}
+    assert read.inputs == {"rgb": [tmp_path / "a.png"] * 2, "caption": ("is", 1, "?")}
     assert read.outputs == {"caption": "dax"}
     for bad, message in (
         ("[", "cannot be read"),

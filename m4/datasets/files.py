@@ -1,77 +1,144 @@
-"""One stored signal of one example, from bytes: pictures, arrays, captions and boxes, each checked as it is read.
+"""One stored signal of one example, from bytes: pictures, arrays, texts and boxes, each checked as it is read.
 
-Axes: H rows, W columns, n boxes.
+This is the one reader of signals: of training (`folders`, `tars`) and, through `m4.samples`, of everything else.
+
+Axes: H rows, W columns, C channels, T samples of sound, n boxes or colours.
 """
 
-import contextlib
 import io
-import json
 import math
 import os
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
+from jaxtyping import Float32
 
 from m4.components import closest
+from m4.datasets.pictures import LOSSLESS, open_picture, to_edges, to_mask, to_rgb
+from m4.datasets.sounds import decode_sound
+from m4.files import decode_text, parse_json
 
 LONGEST = 1.1  # length of a normal that is still a unit vector
-MAX_PIXELS = 64_000_000  # of a picture; a larger one is refused by its header, before it takes memory
-PICTURES = {"png": PngImageFile, "jpg": JpegImageFile, "jpeg": JpegImageFile, "webp": WebPImageFile}
+SATURATED = 2**16 - 1  # of 16-bit depth: what sensors and converters write where they know nothing
+PICTURES = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "pbm", "pnm", "pfm")
+EXACT = ("png", "tif", "tiff", "bmp", "gif")
+SOUNDS = ("wav", "ogg", "oga", "flac", "mp3", "aiff", "opus")
+# What a signal's values are. A tokenizer says which kind it takes (`kind`); else the signal's name does.
+KINDS = {
+    "rgb": "image",
+    "depth": "depth",
+    "normals": "normals",
+    "semseg": "classes",
+    "instance": "instances",
+    "mask": "mask",
+    "edges": "edges",
+    "caption": "text",
+    "category": "class",
+    "boxes": "boxes",
+    "palette": "palette",
+    "metadata": "metadata",
+    "answer": "answer",
+    "audio": "audio",
+}
 EXTENSIONS = {
-    "rgb": (*PICTURES, "npy"),
-    "depth": ("png", "npy"),
+    "image": (*PICTURES, "npy"),
+    "mask": (*PICTURES, "npy"),
+    "edges": (*PICTURES, "npy"),
+    "depth": ("png", "tif", "tiff", "npy"),
+    "relative_depth": ("png", "tif", "tiff", "npy"),
     "normals": ("png", "npy"),
-    "semseg": ("png", "npy"),
-    "instance": ("png", "npy"),
-    "caption": ("txt", "json", "npy"),
+    "classes": (*EXACT, "npy"),
+    "instances": (*EXACT, "npy"),
+    "map": ("png", "tif", "tiff", "npy"),
+    "features": ("npy",),
+    "ids": ("npy",),
+    "text": ("txt", "json", "npy"),
+    "class": ("txt", "json", "npy"),
     "boxes": ("json", "npy"),
+    "palette": ("json", *PICTURES, "npy"),
+    "metadata": ("json", "npy"),
+    "answer": ("json", "npy"),
+    "audio": (*SOUNDS, "npy"),
+    "": ("npy", "png", "json", "txt"),  # of a signal of which nothing is known
 }
-OTHER = ("npy", "png", "json", "txt")  # of a signal with any other name
-MAPS = ("semseg", "instance")  # integers by nature: two axes are a map and never tokens
-IMAGES = {  # what an array may be that is not tokens: kinds of dtype, sizes of its axes (0 = any), in words
-    "rgb": ("u", (0, 0, 3), "uint8 [H W 3]"),
+OTHER = EXTENSIONS[""]
+LITERAL = ("text", "class", "boxes", "palette", "metadata", "answer")  # kinds that can be written out
+# Kinds of arrays [H W ...] that lie on the same pixels as the other signals of their example.
+ALIGNED = ("image", "mask", "edges", "depth", "relative_depth", "normals", "classes", "instances", "map")
+MAPS = ("classes", "instances", "mask", "map")  # of two axes they are a map even of integers, and never tokens
+ANY = None
+ARRAYS = {  # what an array may be that is not tokens: kinds of dtype, sizes of its axes (0 = any), in words
+    "image": ("u", (0, 0, 3), "uint8 [H W 3]"),
+    "mask": ("biuf", (0, 0), "bool [H W]"),
+    "edges": ("bf", (0, 0), "floats [H W] from 0 to 1"),
     "depth": ("f", (0, 0), "floats [H W] in metres"),
+    "relative_depth": ("f", (0, 0), "floats [H W]"),
     "normals": ("f", (0, 0, 3), "floats [H W 3]"),
-    **dict.fromkeys(MAPS, ("iu", (0, 0), "integers [H W]")),
+    "classes": ("iu", (0, 0), "integers [H W]"),
+    "instances": ("iu", (0, 0), "integers [H W]"),
+    "map": ("iuf", ANY, "numbers [H W] or [H W C]"),
+    "features": ("iuf", ANY, "numbers"),
+    "palette": ("iu", (0, 3), "integers [n 3]"),
+    "audio": ("f", (0,), "floats [T]"),
+}
+MODES = {  # of pictures that hold numbers
+    "depth": ("I;16", "I;16B", "I"),
+    "relative_depth": ("I;16", "I;16B", "I"),
+    "normals": ("RGB",),
+    "classes": ("L", "P", "1", "I;16", "I;16B", "I"),
+    "instances": ("L", "P", "1", "I;16", "I;16B", "I"),
+    "map": ("L", "P", "I;16", "I;16B", "I", "F", "LA", "RGB", "RGBA"),
 }
 
 
-def decode(signal: str, file: str, data: bytes) -> Any:
-    """The value of `signal` from the content of `file`, which names it in errors and tells its kind by its extension.
+def decode(signal: str, file: str, data: bytes, kind: str = "") -> Any:
+    """The value of `signal` from the content of `file`, which names it in errors and tells by its extension whether it
+    is a picture, an array or a text. `kind`: what the signal's values are; by default, what its name says (`KINDS`).
 
-        rgb               png jpg webp   uint8 [H W 3], any mode: see `to_rgb`
-        depth             png            16 bits, millimetres -> float32 [H W] metres, 0 = unknown
+        image             pictures       uint8 [H W 3], any mode: see `to_rgb`
+        mask              pictures, npy  bool [H W], the bright part: see `to_mask`
+        edges             pictures, npy  float32 [H W], 0 to 1
+        depth             png, tiff      16 bits, millimetres -> float32 [H W] metres, 0 = unknown, and so is 65535
                           npy            floats, metres; NaN, infinite and negative ones are refused
+        relative_depth    png, tiff, npy float32 [H W], any finite numbers
         normals           png            0..255 -> -1..1 -> float32 [H W 3] unit vectors, zero = unknown (black, grey)
                           npy            floats; those shorter than 1/2 are unknown
-        semseg, instance  png, npy       int32 [H W]: pixel values or palette indices
-        caption           txt            str: UTF-8, stripped, not empty
+        classes,          png, tiff,     int32 [H W]: pixel values or palette indices
+        instances         bmp, gif, npy
+        map               png, tiff, npy numbers as stored, [H W] or [H W C] (palette indices)
+        features, ids     npy            numbers as stored
+        text, class       txt            str: UTF-8, stripped, not empty
                           json           a string, or a list of strings, of which the first counts
         boxes             json           [{"bbox": [ymin, xmin, ymax, xmax], "label": "cube"}, ...], in [0, 1]
                                          -> {"bbox": float32 [n 4], "label": n strings}
+        palette           json           [[255, 0, 0], ...] -> uint8 [n 3]
+                          pictures       uint8 [H W 3], whose palette is meant
+        metadata, answer  json           the value
+        audio             wav, ogg, ...  m4.datasets.sounds.Sound, at its own rate
+                          npy            floats [T], at the tokenizer's rate
         any of these      npy            tokens (see `is_tokens`), as they are
-        others            npy png        the array as stored (palette indices, no rotation)
+        not known         npy png        the array as stored (palette indices, no rotation)
                           json txt       the value; str, UTF-8
 
-    ValueError "FILE: what is wrong" for an extension that is not allowed, and for empty, damaged or refused content.
+    Pictures are upright by their EXIF tag; of several in one file the first counts. ValueError "FILE: what is wrong"
+    for an extension that is not allowed, and for empty, damaged or refused content.
     """
-    extension = extension_of(file)
-    allowed = EXTENSIONS[signal] if signal in EXTENSIONS else OTHER
+    kind = kind or kind_of_name(signal)
+    extension, allowed = extension_of(file), EXTENSIONS[kind]
     if extension not in allowed:
         raise ValueError(f"{file}: {signal} has the extension {extension!r}; {closest(extension, allowed)}")
     if not data:
         raise ValueError(f"{file}: it is empty (0 bytes)")
     try:
         if extension == "npy":
-            return _from_array(signal, file, _array(data))
+            return _from_array(file, _array(data), kind)
         if extension in PICTURES:
-            return _from_picture(signal, _picture(data, extension))
-        return _from_text(signal, extension, _utf8(data))
+            return _from_picture(signal, data, kind)
+        if extension in SOUNDS:
+            return decode_sound(data)
+        return from_text(kind, extension, decode_text(data))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     except Exception as error:  # decoders meet damaged bytes with errors of nearly every kind
@@ -83,42 +150,45 @@ def extension_of(file: str) -> str:
     return os.path.splitext(file)[1][1:].lower()
 
 
-def is_tokens(signal: str, file: str, value: Any) -> bool:
+def kind_of_name(signal: str) -> str:
+    """What the values of a signal of that name are, "" if it says nothing."""
+    return KINDS[signal] if signal in KINDS else ""
+
+
+def kinds_of(tokenizers: Iterable[Any]) -> dict[str, str]:
+    """What the signals are that tokenizers (or recipes) read, by name. ValueError if two differ about one."""
+    kinds: dict[str, str] = {}
+    for tokenizer in tokenizers:
+        kind, name = getattr(tokenizer, "kind", ""), tokenizer.modality.signal
+        if not kind or kind == "ids":  # ids lie under the modality's name
+            continue
+        if name in kinds and kinds[name] != kind:
+            raise ValueError(f"the signal {name!r} is read as {kinds[name]} by one tokenizer, as {kind} by another")
+        kinds[name] = kind
+    return kinds
+
+
+def read_for(examples: Any, tokenizers: Iterable[Any]) -> Any:
+    """A split whose files are read as these tokenizers (or recipes) take their signals, whatever the names of these."""
+    return examples.reading(kinds_of(tokenizers)) if hasattr(examples, "reading") else examples
+
+
+def is_tokens(signal: str, file: str, value: Any, kind: str = "") -> bool:
     """Whether a decoded value is tokens: an npy file of integers, [num_tokens] or [num_crops num_tokens]."""
-    if extension_of(file) != "npy" or not np.issubdtype(value.dtype, np.integer):
+    kind = kind or kind_of_name(signal)
+    if extension_of(file) != "npy" or not np.issubdtype(value.dtype, np.integer) or kind in ("features", "palette"):
         return False
-    return value.ndim == 1 or (value.ndim == 2 and signal not in MAPS)
+    return value.ndim == 1 or (value.ndim == 2 and kind not in MAPS)
 
 
-def extent(signal: str, file: str, value: Any) -> tuple[int, ...] | None:
-    """(H, W) of a decoded value that is aligned with pictures: a picture, or an array of `IMAGES`; else None."""
-    is_image = extension_of(file) in PICTURES or (signal in IMAGES and not is_tokens(signal, file, value))
-    return value.shape[:2] if is_image else None
+def extent(signal: str, file: str, value: Any, kind: str = "") -> tuple[int, ...] | None:
+    """(H, W) of a decoded value that is aligned with pictures: a picture, or an array of `ALIGNED`; else None."""
+    kind = kind or kind_of_name(signal)
+    is_picture = extension_of(file) in PICTURES
+    return value.shape[:2] if is_picture or (kind in ALIGNED and not is_tokens(signal, file, value, kind)) else None
 
 
-def to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """Any mode, upright by its EXIF tag: what is transparent turns white, grey of 16 bits keeps its upper 8."""
-    picture.load()  # so that what fails next is the tag alone
-    with contextlib.suppress(Exception):  # a damaged tag is common on the web, and not worth the picture
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits, which PIL would clip to 8
-        picture = Image.fromarray((np.asarray(picture, np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.array(picture.convert("RGB"))
-
-
-# ---- Bytes -> picture, array, text ----------------------------------------------------------------------------------
-
-
-def _picture(data: bytes, extension: str) -> Image.Image:
-    picture = PICTURES[extension](io.BytesIO(data))  # reads the header; Image.open would warn of sizes on its own terms
-    if picture.width * picture.height > MAX_PIXELS:
-        given = f"a picture of {picture.height} x {picture.width} pixels"
-        raise ValueError(f"{given} was given; allowed: at most {MAX_PIXELS:,} pixels")
-    picture.load()
-    return picture
+# ---- Bytes -> array -------------------------------------------------------------------------------------------------
 
 
 def _array(data: bytes) -> np.ndarray:
@@ -138,48 +208,74 @@ def _array(data: bytes) -> np.ndarray:
     return array.astype(dtype.newbyteorder("="), order="C")
 
 
-def _utf8(data: bytes) -> str:
-    try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.start} is 0x{data[error.start]:02x} ({error.reason})") from error
-
-
 # ---- Picture, array, text -> value ----------------------------------------------------------------------------------
 
 
-def _from_picture(signal: str, picture: Image.Image) -> np.ndarray:
-    modes = {"depth": ("I;16", "I"), "normals": ("RGB",), **dict.fromkeys(MAPS, ("L", "P", "1", "I;16", "I"))}
-    if signal in modes and picture.mode not in modes[signal]:
-        raise ValueError(f"{signal} from a picture of mode {picture.mode}; allowed: {', '.join(modes[signal])}")
-    if signal == "rgb":
-        return to_rgb(picture)
+def _from_picture(signal: str, data: bytes, kind: str) -> np.ndarray:
+    if kind in ("image", "palette"):
+        return to_rgb(open_picture(data))
+    if kind in ("mask", "edges"):
+        return {"mask": to_mask, "edges": to_edges}[kind](open_picture(data))
+    if not kind:
+        return np.array(open_picture(data, ("png",), turn=False))
+    picture = open_picture(data, LOSSLESS)
+    if picture.mode not in MODES[kind]:
+        raise ValueError(f"{signal} from a picture of mode {picture.mode}; allowed: {', '.join(MODES[kind])}")
     pixels = np.array(picture)
-    if signal == "depth":
-        return pixels.astype(np.float32) / np.float32(1000)  # millimetres
-    if signal == "normals":
+    if kind == "depth":
+        return _from_millimetres(pixels)
+    if kind == "relative_depth":
+        return pixels.astype(np.float32) / np.float32(1000)
+    if kind == "normals":
         vectors = pixels.astype(np.float32) / np.float32(127.5) - 1
         return _normalised(np.where((pixels == 0).all(axis=-1, keepdims=True), np.float32(0), vectors))
-    return pixels.astype(np.int32) if signal in MAPS else pixels
+    return pixels.astype(np.int32) if kind in ("classes", "instances") else pixels
 
 
-def _from_array(signal: str, file: str, array: np.ndarray) -> np.ndarray:
-    if is_tokens(signal, file, array) or signal not in EXTENSIONS:
+def _from_millimetres(pixels: np.ndarray) -> Float32[np.ndarray, "H W"]:
+    if (pixels == SATURATED).any():
+        warnings.warn("65535 in depth of 16 bits, which is no distance, is read as unknown (0)", stacklevel=2)
+    return _metres(np.where(pixels == SATURATED, 0, pixels).astype(np.float32) / np.float32(1000))
+
+
+def _from_array(file: str, array: np.ndarray, kind: str) -> np.ndarray:
+    if kind in ("", "ids") or is_tokens("", file, array, kind):
         return array
-    kinds, sizes, allowed = IMAGES[signal] if signal in IMAGES else ("", (), "")
-    fits = array.ndim == len(sizes) and all(size in (0, given) for size, given in zip(sizes, array.shape, strict=True))
-    if not fits or array.dtype.kind not in kinds or (signal == "rgb" and array.dtype != np.uint8):
+    kinds, sizes, allowed = ARRAYS[kind] if kind in ARRAYS else ("", (), "")
+    fits = sizes is ANY or (
+        array.ndim == len(sizes) and all(size in (0, given) for size, given in zip(sizes, array.shape, strict=True))
+    )
+    if not fits or array.dtype.kind not in kinds or (kind == "image" and array.dtype != np.uint8):
         either = f"{allowed}, or " if allowed else ""
         raise ValueError(f"{array.dtype} {list(array.shape)}; allowed: {either}tokens (integers, one or two axes)")
-    if signal in MAPS:
-        if array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
+    if not array.size:
+        raise ValueError(f"{array.dtype} {list(array.shape)} holds nothing")
+    if kind in ("classes", "instances"):
+        if not -(2**31) <= array.min() <= array.max() < 2**31:
             raise ValueError(f"{array.min()} to {array.max()} are given; allowed: what int32 holds")
         return array.astype(np.int32)
-    if signal == "rgb":
+    if kind == "palette":
+        return _palette(array.tolist())
+    if kind == "mask":
+        return array if array.dtype == bool else _as_mask(array)
+    if kind not in ("edges", "depth", "relative_depth", "normals"):
         return array
     with np.errstate(over="ignore"):
         array = array.astype(np.float32)
-    return _metres(array) if signal == "depth" else _unit_vectors(array)
+    if kind == "normals":
+        return _unit_vectors(array)
+    if kind == "depth":
+        return _metres(array)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{np.sum(~np.isfinite(array))} of {array.size} numbers are not finite")
+    return array
+
+
+def _as_mask(array: np.ndarray) -> np.ndarray:
+    levels = np.unique(array)
+    if len(levels) > 2:
+        raise ValueError(f"a mask of {len(levels)} different numbers; allowed: bool [H W], or two numbers")
+    return array == levels[1] if len(levels) == 2 else array > 0
 
 
 def _metres(array: Float32[np.ndarray, "H W"]) -> Float32[np.ndarray, "H W"]:
@@ -208,40 +304,49 @@ def _normalised(vectors: Float32[np.ndarray, "H W 3"]) -> Float32[np.ndarray, "H
     return np.where(length < 0.5, np.float32(0), vectors / np.maximum(length, np.float32(0.5)))
 
 
-def _from_text(signal: str, extension: str, text: str) -> Any:
-    try:
-        value = json.loads(text) if extension == "json" else text
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if signal == "caption":
-        return _caption(value)
-    return _boxes(value) if signal == "boxes" else value
+def from_text(kind: str, extension: str, text: str) -> Any:
+    """The value of a kind that can be written out, from the text of a file, or of JSON itself ("json")."""
+    value = parse_json(text) if extension == "json" else text
+    if kind in ("text", "class"):
+        return _words(value, {"text": "caption", "class": "label"}[kind])
+    if kind == "palette":
+        return _palette(value)
+    return _boxes(value) if kind == "boxes" else value
 
 
-def _caption(value: Any) -> str:
+def _words(value: Any, what: str) -> str:
     """A caption, or the first of a list of them."""
-    captions = value if isinstance(value, list) else [value]
-    if not captions or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"a caption is a string or a list of strings, not {str(value)[:60]!r}")
-    if not captions[0].strip():
-        raise ValueError("the caption is empty")
-    return captions[0].strip()
+    words = value if isinstance(value, list) else [value]
+    if not words or not all(isinstance(x, str) for x in words):
+        raise ValueError(f"a {what} is a string or a list of strings, not {str(value)[:60]!r}")
+    if not words[0].strip():
+        raise ValueError(f"the {what} is empty")
+    return words[0].strip()
+
+
+def _palette(value: Any) -> np.ndarray:
+    is_list = (
+        isinstance(value, list) and value and all(isinstance(colour, list) and len(colour) == 3 for colour in value)
+    )
+    if not is_list or not all(type(x) is int and 0 <= x <= 255 for colour in value for x in colour):
+        raise ValueError(f"a palette is a list of [red, green, blue] from 0 to 255, not {str(value)[:60]!r}")
+    return np.array(value, np.uint8)
 
 
 def _boxes(value: Any) -> dict[str, Any]:
     if not isinstance(value, list):
         raise ValueError(f"boxes are a list of objects with bbox and label, not {str(value)[:60]!r}")
     for i, box in enumerate(value):
-        if not isinstance(box, dict) or not {"bbox", "label"} <= box.keys() or not isinstance(box["label"], str):
+        if not isinstance(box, Mapping) or not {"bbox", "label"} <= box.keys() or not isinstance(box["label"], str):
             raise ValueError(f"box {i} needs a bbox and a label of text, not {str(box)[:60]!r}")
         bbox = box["bbox"]
         if not isinstance(bbox, list) or [type(x) in (int, float) for x in bbox] != [True] * 4:
             raise ValueError(f"box {i} has the bbox {str(bbox)[:60]}; allowed: four numbers, [ymin, xmin, ymax, xmax]")
-        if not all(math.isfinite(x) for x in bbox):
-            raise ValueError(f"box {i} has numbers that are not finite: {bbox}")
         if not all(0 <= x <= 1 for x in bbox):
             raise ValueError(f"box {i} lies outside [0, 1]: {bbox}")
         if bbox[0] > bbox[2] or bbox[1] > bbox[3]:
             raise ValueError(f"box {i} is inverted: {bbox}; allowed: ymin <= ymax and xmin <= xmax")
+        if not box["label"].strip():
+            raise ValueError(f"box {i} has an empty label")
     bbox = np.array([box["bbox"] for box in value], np.float32).reshape(-1, 4)
     return {"bbox": bbox, "label": [box["label"] for box in value]}

@@ -4,6 +4,7 @@ root/rgb/a/0001.png   root/depth/a/0001.npy   root/caption/a/0001.txt   ->  {"rg
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m4.components import closest
-from m4.datasets.files import EXTENSIONS, OTHER, decode, extension_of, extent, is_tokens
+from m4.datasets.files import EXTENSIONS, OTHER, decode, extension_of, extent, is_tokens, kind_of_name
 from m4.datasets.rendering import check
 from m4.files import check_name, shown
 
@@ -175,6 +176,8 @@ class Aligned:
 class AlignedSplit:
     """A sequence of raw examples, as `decode` reads them; listed when first read, so that it can be sent to workers.
 
+    `kinds`: what signals are by name, where their tokenizers say so (m4.datasets.files.KINDS).
+
     Besides its signals an example has `id`, and `file`, one of its files, for errors. Reading one raises ValueError
     "FILE: what is wrong" for a signal that is missing (unless allow_missing) or there twice, for content that `decode`
     refuses and for pictures of unequal sizes: never a shift against the neighbours.
@@ -183,9 +186,17 @@ class AlignedSplit:
     source: Aligned
     name: str
     data_dir: str
+    kinds: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __getstate__(self):
-        return {"source": self.source, "name": self.name, "data_dir": self.data_dir}
+        return {"source": self.source, "name": self.name, "data_dir": self.data_dir, "kinds": self.kinds}
+
+    def reading(self, kinds: dict[str, str]) -> "AlignedSplit":
+        """The same examples, with signals of these kinds."""
+        return dataclasses.replace(self, kinds=kinds)
+
+    def kind(self, signal: str) -> str:
+        return self.kinds[signal] if signal in self.kinds else kind_of_name(signal)
 
     @functools.cached_property
     def _listed(self) -> tuple[list[tuple[str, list[Stored]]], dict[str, tuple[Stored, Stored]]]:
@@ -250,7 +261,7 @@ class AlignedSplit:
                 f"{files[0].file}: {shown(id)!r} has no {', '.join(missing)}; add it or set allow_missing=True"
             )
         values = {signal: self._value(stored, crop) for signal, stored in by_signal.items()}
-        extents = {signal: extent(signal, by_signal[signal].file, value) for signal, value in values.items()}
+        extents = {s: extent(s, by_signal[s].file, value, self.kind(s)) for s, value in values.items()}
         extents = {signal: size for signal, size in extents.items() if size is not None}
         if len(set(extents.values())) > 1:
             sizes = ", ".join(f"{signal} {height} x {width}" for signal, (height, width) in extents.items())
@@ -263,11 +274,12 @@ class AlignedSplit:
         except (OSError, MemoryError) as error:
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it does not fit into memory"
             raise ValueError(f"{stored.file}: cannot be read ({reason})") from error
-        value = decode(stored.signal, stored.file, data)
+        kind = self.kind(stored.signal)
+        value = decode(stored.signal, stored.file, data, kind)
         num_crops = self.source.num_crops
         if num_crops == 1 or isinstance(value, str):
             return value
-        if not is_tokens(stored.signal, stored.file, value):
+        if not is_tokens(stored.signal, stored.file, value, kind):
             raise ValueError(f"{stored.file}: num_crops is {num_crops}, and this is neither tokens nor words")
         if value.ndim != 2 or len(value) != num_crops:
             given = f"tokens of {list(value.shape)}, but num_crops is {num_crops}"

@@ -9,25 +9,22 @@ Axes: H rows, W columns, C colours, T samples of sound.
 """
 
 import functools
-import math
 import os
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from jaxtyping import Float32
-from scipy.signal import resample_poly
 
 from m4.datasets.built import BuiltSplit, build, encode_all, png
 from m4.datasets.rendering import check
+from m4.datasets.sounds import check_installed, decode_sound, of_length
 from m4.datasets.stamps import NEAREST, SPLITS, Stamp, Stamps, corpus, gradient, paint, place
 from m4.files import fingerprint
 
 VERSION = "1.0.0"  # of the examples: raise it whenever the same arguments give others
-INSTALL = 'pip install "m4-jax[audio]"'
 RATE = 16_000  # samples a second
 FARTHEST = 2.0  # metres: a stamp is at least half as long as its picture
 LOUDEST = np.float32(2**15 - 1)  # of what is stored
@@ -36,34 +33,17 @@ LOUDEST = np.float32(2**15 - 1)  # of what is stored
 # ---- Sounds from files ----------------------------------------------------------------------------------------------
 
 
-def _soundfile() -> ModuleType:
-    try:
-        import soundfile
-    except (ImportError, OSError) as error:  # the package, or the library that it calls
-        raise ValueError(f"reading sounds needs the package soundfile ({error}); {INSTALL}") from error
-    return soundfile
-
-
 def read_sound(path: str | os.PathLike, rate: int) -> Float32[np.ndarray, " T"]:
     """A sound file (wav, ogg, flac, mp3, ...) as `rate` samples a second in [-1, 1], the mean of its channels.
 
     ValueError if it cannot be read or is empty, or if the package soundfile is missing.
     """
-    soundfile = _soundfile()
     try:
-        samples, given = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a readable sound: {error}") from error
-    if not len(samples):
-        raise ValueError(f"{path} holds no sound: it is 0 samples long")
-    common = math.gcd(rate, given)
-    resampled = resample_poly(samples.mean(axis=1), rate // common, given // common)
-    return resampled.astype(np.float32).clip(-1, 1)
-
-
-def of_length(sound: Float32[np.ndarray, " T"], num_samples: int) -> Float32[np.ndarray, " t"]:
-    """The beginning of a sound, followed by silence if it is too short."""
-    return np.pad(sound[:num_samples], (0, max(0, num_samples - len(sound))))
+        return decode_sound(Path(path).read_bytes()).at(rate)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 # ---- The corpus -----------------------------------------------------------------------------------------------------
@@ -250,7 +230,7 @@ class Spoken:
         folder = self.folder(data_dir)
 
         def make_builder():
-            _soundfile()  # before any work
+            check_installed()  # before any work
             config = _builder_class().Config(name=folder.parent.name, spoken=self)
             return _builder_class()(config=config, data_dir=os.fspath(data_dir), file_format="array_record")
 

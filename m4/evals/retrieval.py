@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from m4.checkpoints import load_run
 from m4.components import closest
+from m4.datasets.files import read_for
 from m4.embeddings import features
 from m4.evals.fewshot import summary
 from m4.files import write_atomically
@@ -68,7 +69,7 @@ class Retrieval:
         """Raw examples. ValueError for names that neither the model nor the examples know."""
         tokenizers = {name: sampler.input_tokenizer(name) for name in (*self.a, *self.b)}
         source.prepare(data_dir)
-        split, found = source.split(self.split, data_dir), []
+        split, found = read_for(source.split(self.split, data_dir), sampler.tokenizers.values()), []
         for i in tqdm(range(len(split)), desc="reading examples", unit="example", file=sys.stdout, mininterval=1):
             example = split[i]
             signals = {name: t.signal_of(example) for name, t in tokenizers.items()}

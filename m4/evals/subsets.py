@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from m4.checkpoints import load_run
 from m4.checks import check_seed
+from m4.datasets.files import read_for
 from m4.datasets.rendering import check
 from m4.embeddings import embed
 from m4.evals.probes import LABELS, labels_of, linear
@@ -127,7 +128,7 @@ def evaluate(
     source.prepare(run.config.data_dir)
     parts = []
     for split, count in (("validation", num_train), ("test", num_test)):
-        examples = source.split(split, run.config.data_dir)
+        examples = read_for(source.split(split, run.config.data_dir), run.tokenizers.values())
         parts.append([examples[i] for i in range(min(count, len(examples)))])
     if not all(parts):
         raise ValueError(f"{[*map(len, parts)]} examples for training and tests; some of each are needed")

@@ -194,7 +194,7 @@ def _sources_of(
             continue
         source.prepare(config.data_dir)
         try:
-            splits = {name: source.split(name, config.data_dir) for name in names}
+            splits = {name: read_for(source.split(name, config.data_dir), config.tokenizers) for name in names}
         except ValueError:  # it has no such split
             continue
         some = [split[i] for split in splits.values() for i in range(min(NUM_PROBED, len(split)))]
@@ -202,7 +202,7 @@ def _sources_of(
         here = [d for d in left if _signals_of([d]) <= has and d.dataset in ("", label)]
         left = [d for d in left if d not in here]
         if here:
-            yield label, here, splits, source.split("train", config.data_dir)
+            yield label, here, splits, read_for(source.split("train", config.data_dir), config.tokenizers)
     if left:
         wanted = "; ".join(f"{d.name}: {', '.join((*d.inputs, d.target))}" for d in left)
         raise ValueError(f"no data set has raw examples with the signals of these evaluations: {wanted}")

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from m4.components import closest, from_json, to_json
 from m4.modality import Sequence
 from m4_tokenizers.boxes import AS_TOKENS, canvas, draw_box, draw_label, hue
-from m4_tokenizers.coordinates import json_text
+from m4_tokenizers.reading import Reader
 from m4_tokenizers.text import ALPHABET, EOS, NUM_COORDINATES, Layout, TextRecipe, TextTokenizer, fit_pieces
 
 Answer = list[dict[str, Any]]  # {"concept": str, "kind": one of KINDS, "target": see TARGETS}
@@ -180,7 +180,9 @@ class AnswerRecipe:
         return tokenizer
 
 
-class AnswerTokenizer:
+class AnswerTokenizer(Reader):
+    kind = "answer"
+
     def __init__(self, *, recipe: AnswerRecipe, text: TextTokenizer, card: dict[str, Any]):
         self.recipe, self.text, self.card = recipe, text, card
         self.layout, self.modality = recipe.layout, recipe.modality
@@ -328,19 +330,19 @@ class AnswerTokenizer:
         return Grammar.make(classes, rules, end_id=EOS)
 
     def signal_of(self, example: Mapping[str, Any]) -> Answer | None:
-        return self.recipe.signal_of(example)
+        answer = self.recipe.signal_of(example)
+        if answer is not None and not isinstance(answer, list):
+            raise ValueError(f"an answer is a list of concepts, not {str(answer)[:60]!r}")
+        return None if answer is None else [self.checked(item) for item in answer]
 
-    def read(self, value: str) -> Answer:
-        """A JSON file, or JSON itself: [{"concept": "cube", "kind": "point", "target": [y, x]}, ...]."""
+    def from_text(self, text: str) -> Answer:
+        """JSON: [{"concept": "cube", "kind": "point", "target": [y, x]}, ...]."""
         try:
-            items = json.loads(json_text(value))
-            if not isinstance(items, list):
-                raise ValueError(f"{type(items).__name__} was given; allowed: a list")
-            return [self.checked(item) for item in items]
-        except ValueError as error:  # json.JSONDecodeError is one
+            return self.signal_of({self.recipe.signal: super().from_text(text)})
+        except ValueError as error:
             raise ValueError(
-                f'an answer must be JSON like [{{"concept": "cube", "kind": "point", "target": [y, x]}}], not '
-                f"{value[:60]!r}: {error}"
+                f'an answer must be JSON like [{{"concept": "cube", "kind": "point", "target": [y, x]}}], or the path '
+                f"of a JSON file, not {text[:60]!r}: {error}"
             ) from error
 
     def write(self, signal: Answer, folder: Path, *, image: np.ndarray | None) -> None:

@@ -9,6 +9,7 @@ Axes: N sounds, T samples, F frames (= W, columns), M mel bands (= H, rows, the 
 import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from scipy import fft
 from scipy.io import wavfile
 from scipy.signal import get_window
 
-from m4.datasets.spoken import RATE, of_length, read_sound
+from m4.datasets.sounds import Sound, of_length
+from m4.datasets.spoken import RATE
 from m4_tokenizers.image import check_arrays, write_image
 from m4_tokenizers.maps import shade
 from m4_tokenizers.quantizers import LearnedVectorQuantizer
@@ -125,6 +127,7 @@ class AudioRecipe(VQRecipe):
     num_phase_steps: int = 32
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
 
+    kind = "audio"
     num_channels = 1
 
     def __post_init__(self):
@@ -154,6 +157,18 @@ class AudioRecipe(VQRecipe):
     @property
     def bands(self) -> Float32[np.ndarray, "M K"]:
         return mel_bands(self.image_size, self.hop + 1, self.rate)
+
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None:
+        """A raw example's sound; that of a file at the recipe's rate and length."""
+        sound = super().signal_of(example)
+        if not isinstance(sound, Sound):
+            return sound
+        samples = sound.at(self.rate)
+        if len(samples) > self.num_samples:
+            warnings.warn(
+                f"a sound of {len(samples) / self.rate:.2f} s cut to the first {self.seconds:g}", stacklevel=2
+            )
+        return of_length(samples, self.num_samples)
 
     def levels(self, signals: Seq[Any]) -> Float32[np.ndarray, "N M F"]:
         """Loudness of each band in dB, from `lowest` to 0. ValueError for what is no sound of the recipe's length."""
@@ -202,20 +217,11 @@ class AudioTokenizer(VQTokenizer):
         card = super().evaluate(examples, mean=mean)
         return {**card, **{f"{k}_of_spectrogram": round(v, 4) for k, v in bound.items()}}
 
-    def read(self, value: str) -> Float32[np.ndarray, " T"]:
-        """The beginning of a sound file (wav, ogg, flac, ...), at any rate."""
-        sound = read_sound(value, self.recipe.rate)
-        if len(sound) > self.recipe.num_samples:
-            seconds = len(sound) / self.recipe.rate
-            warnings.warn(f"{value}: {seconds:.2f} s cut to the first {self.recipe.seconds:g}", stacklevel=2)
-        return of_length(sound, self.recipe.num_samples)
-
     def write(self, signal: np.ndarray, folder: Path, *, image: np.ndarray | None) -> None:
-        """A sound of 16 bits, and its spectrogram."""
+        """A sound (of floats, which come back as they are), and its spectrogram."""
         name = self.modality.signal
         write_image(self.draw(signal, image=image), folder, f"{name}.png")
-        samples = np.round(signal.clip(-1, 1) * 32767).astype(np.int16)
-        wavfile.write(Path(folder) / f"{name}.wav", self.recipe.rate, samples)
+        wavfile.write(Path(folder) / f"{name}.wav", self.recipe.rate, signal.clip(-1, 1).astype(np.float32))
 
     def draw(self, signal: np.ndarray, *, image: np.ndarray | None) -> UInt8[np.ndarray, "H W 3"]:
         """The spectrogram: time to the right, high bands on top, loud light."""

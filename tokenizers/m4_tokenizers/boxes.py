@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from m4.modality import Sequence
-from m4_tokenizers.coordinates import json_text
+from m4_tokenizers.reading import Reader
 from m4_tokenizers.text import (
     ALPHABET,
     EOS,
@@ -152,7 +152,9 @@ class BoxRecipe:
         return tokenizer
 
 
-class BoxTokenizer:
+class BoxTokenizer(Reader):
+    kind = "boxes"
+
     def __init__(self, *, recipe: BoxRecipe, text: TextTokenizer, card: dict[str, Any]):
         self.recipe, self.text, self.card = recipe, text, card
         self.layout, self.modality = recipe.layout, recipe.modality
@@ -272,19 +274,15 @@ class BoxTokenizer:
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         return example[self.modality.signal] if self.modality.signal in example else None
 
-    def read(self, value: str) -> Boxes:
-        """A JSON file, or JSON itself: [{"bbox": [ymin, xmin, ymax, xmax], "label": ...}, ...]."""
-        text = json_text(value)
+    def from_text(self, text: str) -> Boxes:
+        """JSON: [{"bbox": [ymin, xmin, ymax, xmax], "label": ...}, ...]."""
         try:
-            items = json.loads(text)
-            bbox = np.array([item["bbox"] for item in items], np.float32).reshape(-1, NUM_COORDINATES)
-            labels = [str(item["label"]) for item in items]
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            return super().from_text(text)
+        except ValueError as error:
             raise ValueError(
-                f'boxes must be JSON like [{{"bbox": [ymin, xmin, ymax, xmax], "label": "cube"}}], not {value[:60]!r}: '
-                f"{error}"
+                f'boxes must be JSON like [{{"bbox": [ymin, xmin, ymax, xmax], "label": "cube"}}], or the path '
+                f"of a JSON file, not {text[:60]!r}: {error}"
             ) from error
-        return {"bbox": bbox, "label": labels}
 
     def write(self, signal: Boxes, folder: Path, *, image: np.ndarray | None) -> None:
         """<signal>.json and, with an image to draw on, <signal>.png."""

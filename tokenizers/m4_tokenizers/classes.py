@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 
 from m4.components import closest
 from m4.modality import Grid
+from m4_tokenizers.reading import Reader
 from m4_tokenizers.text import draw_text
 
 
@@ -21,6 +22,8 @@ class ClassRecipe:
     signal: str = "category"
     name: str = "category"
     classes: tuple[str, ...]
+
+    kind = "class"
 
     def __post_init__(self):
         if len(set(self.classes)) < max(2, len(self.classes)):
@@ -35,8 +38,10 @@ class ClassRecipe:
         return ClassTokenizer(recipe=self, card={"component": "classes", "num_classes": len(self.classes)})
 
 
-class ClassTokenizer:
+class ClassTokenizer(Reader):
     """Labels (strings) to ids int32 [1] and back."""
+
+    kind = "class"
 
     def __init__(self, *, recipe: ClassRecipe, card: dict[str, Any]):
         self.recipe, self.modality, self.card = recipe, recipe.modality, card
@@ -56,10 +61,8 @@ class ClassTokenizer:
     def decode(self, ids: Seq[np.ndarray]) -> list[str]:
         return [self.recipe.classes[int(row[0])] for row in ids]
 
-    def read(self, value: str) -> str:
-        """The label itself."""
-        self.encode([value])
-        return value
+    def check(self, signal: str) -> None:
+        self.encode([signal])
 
     def write(self, signal: str, folder: Path, *, image: np.ndarray | None) -> None:
         (Path(folder) / f"{self.modality.signal}.txt").write_text(signal + "\n", encoding="utf-8")

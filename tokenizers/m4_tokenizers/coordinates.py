@@ -10,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,19 +18,10 @@ from PIL import Image
 
 from m4.components import from_json, to_json
 from m4.modality import Sequence
+from m4_tokenizers.reading import Reader
 from m4_tokenizers.text import EOS, NUM_COORDINATES, Layout, WordPieceRecipe, as_sequence
 
 Pair = tuple[int, int]
-
-
-def json_text(value: str) -> str:
-    """`value` if it is JSON itself, a list or a dict, else what stands in the file of that name; ValueError if none."""
-    if value.lstrip()[:1] in ("[", "{"):
-        return value
-    try:
-        return Path(value).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{value} is neither a readable JSON file nor JSON text: {error}") from error
 
 
 def as_picture(image: UInt8[np.ndarray, "H W 3"]) -> Image.Image:
@@ -107,7 +97,7 @@ class CoordinateRecipe:
         return tokenizer
 
 
-class CoordinateTokenizer:
+class CoordinateTokenizer(Reader):
     """Pairs as ids and back; a subclass turns a signal into pairs and back, and adds files and pictures."""
 
     def __init__(self, *, recipe: CoordinateRecipe, card: dict[str, Any]):
@@ -121,6 +111,13 @@ class CoordinateTokenizer:
     def from_pairs(self, pairs: list[Pair]) -> Any:
         """Whatever can be read from pairs of any kind; axis -1 is no coordinate."""
         raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        return self.recipe.kind
+
+    def check(self, signal: Any) -> None:
+        self.encode([signal])
 
     def encode(self, signals: Seq[Any]) -> list[np.ndarray]:
         """int32 [n] each, closed by [EOS]; ValueError if a signal is not as it must be, or too long."""

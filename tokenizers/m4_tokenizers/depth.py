@@ -15,7 +15,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image
 
 from m4_tokenizers.image import write_array, write_image
 from m4_tokenizers.networks import to_patches, to_pixels
@@ -23,6 +22,7 @@ from m4_tokenizers.quantizers import LearnedVectorQuantizer
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
 Depth = Float[np.ndarray, "H W"]
+FINEST, FARTHEST = 0.1, 65.534  # metres that a picture of 16 bits tells well
 VALIDITY = 0.5  # of a known pixel: validity is a sign, and needs less precision than depth
 # From near (light) to far (dark): lightness falls evenly, so that nearer reads as nearer without colours, too.
 COLOURS = np.array(
@@ -53,6 +53,7 @@ class DepthRecipe(VQRecipe):
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
     num_steps: int = 400
 
+    kind = "depth"
     num_channels = 2
 
     @property
@@ -118,6 +119,7 @@ class RelativeDepthRecipe(VQRecipe):
     signal: str = "depth"
     name: str = "depth_tokens"
 
+    kind = "relative_depth"
     num_channels = 1
     values = "relative depth, standardised"
 
@@ -141,30 +143,12 @@ class RelativeDepthRecipe(VQRecipe):
 class DepthTokenizer(VQTokenizer):
     component = "depth"
 
-    def read(self, value: str) -> Depth:
-        """A 16-bit PNG in millimetres or an .npy file in metres."""
-        size = self.recipe.image_size
-        try:
-            if Path(value).suffix == ".npy":
-                metres = np.load(value).astype(np.float32)
-            else:
-                with Image.open(value) as file:
-                    if not file.mode.startswith("I"):
-                        raise ValueError(f"its mode is {file.mode}, not 16 bits of one channel")
-                    metres = np.asarray(file).astype(np.float32) / np.float32(1000)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{value} is not a 16-bit PNG in millimetres or an .npy in metres: {error}") from error
-        if metres.ndim != 2:
-            raise ValueError(f"{value} holds an array of shape {list(metres.shape)}; allowed: [H, W]")
-        height, width = metres.shape
-        side = min(height, width)
-        # Nearest pixels, since a mean over an edge lies on neither side; the middle square first.
-        index = ((np.arange(size) + 0.5) * side / size).astype(int)
-        return metres[(height - side) // 2 + index][:, (width - side) // 2 + index]
-
     def write(self, signal: Depth, folder: Path, *, image: np.ndarray | None) -> None:
-        name = self.modality.signal
-        millimetres = np.round(signal * 1000).clip(0, np.iinfo(np.uint16).max).astype(np.uint16)
+        """<signal>.png of millimetres and <signal>_color.png; where these are too coarse or too few, <signal>.npy."""
+        name, known = self.modality.signal, signal[signal > 0]
+        if known.size and not (known.min() >= FINEST and known.max() <= FARTHEST):
+            write_array(signal, folder, f"{name}.npy")
+        millimetres = np.round(signal * 1000).clip(0, round(FARTHEST * 1000)).astype(np.uint16)
         write_image(millimetres, folder, f"{name}.png")
         write_image(self.draw(signal, image=image), folder, f"{name}_color.png")
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from scipy import ndimage
 
-from m4_tokenizers.image import check_arrays, read_image, write_image
+from m4_tokenizers.image import check_arrays, write_image
 from m4_tokenizers.quantizers import LearnedVectorQuantizer
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
@@ -49,6 +49,7 @@ class EdgesRecipe(VQRecipe):
     high: float = 0.15
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
 
+    kind = "edges"
     num_channels = 1
     values = "0 to 1, 1 = edge"
 
@@ -58,7 +59,7 @@ class EdgesRecipe(VQRecipe):
         return canny(example["rgb"], sigma=self.sigma, low=self.low, high=self.high)
 
     def to_arrays(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
-        edges = check_arrays(signals, (self.image_size, self.image_size), "an edge map").astype(np.float32)
+        edges = check_arrays(signals, (self.image_size, self.image_size), "an edge map", "biuf").astype(np.float32)
         if edges.size and not (edges.min() >= 0 and edges.max() <= 1):
             raise ValueError(f"edges from {edges.min():.3g} to {edges.max():.3g} were given; allowed: 0 to 1")
         return 2 * edges[..., None] - 1
@@ -76,10 +77,6 @@ class EdgesRecipe(VQRecipe):
 
 class EdgesTokenizer(VQTokenizer):
     component = "edges"
-
-    def read(self, value: str) -> Edges:
-        """A grey picture, white = edge."""
-        return read_image(value, self.recipe.image_size).mean(axis=-1).astype(np.float32) / np.float32(255)
 
     def write(self, signal: Edges, folder: Path, *, image: np.ndarray | None) -> None:
         write_image(self.draw(signal, image=image)[..., 0], folder, f"{self.modality.signal}.png")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from m4_tokenizers.image import check_arrays, read_array, write_array, write_image
+from m4_tokenizers.image import check_arrays, write_array, write_image
 from m4_tokenizers.losses import CosineDistance, SquaredError
 from m4_tokenizers.networks import VectorDecoder, VectorEncoder, ViTDecoder, ViTEncoder
 from m4_tokenizers.quantizers import Memcodes, VectorQuantizer
@@ -41,6 +41,8 @@ class FeatureMapRecipe(VQRecipe):
     decoder: Any = ViTDecoder(patch_size=1)
     losses: tuple[Any, ...] = (SquaredError(), CosineDistance())
     learning_rate: float = 5e-4
+
+    kind = "features"
 
     @property
     def num_channels(self) -> int:
@@ -113,9 +115,6 @@ class PoseRecipe(VectorRecipe):
 
 class FeatureTokenizer(VQTokenizer):
     component = "features"
-
-    def read(self, value: str) -> Float[np.ndarray, "*S"]:
-        return read_array(value, self.recipe.signal_shape)
 
     def write(self, signal: np.ndarray, folder: Path, *, image: np.ndarray | None) -> None:
         write_array(signal, folder, f"{self.modality.signal}.npy")

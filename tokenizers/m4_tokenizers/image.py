@@ -4,8 +4,6 @@ Axes: H rows, W columns; images are uint8 [H W 3].
 """
 
 import dataclasses
-import functools
-import warnings
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -13,30 +11,16 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from scipy import ndimage
 
-from m4.datasets.files import to_rgb
 from m4.modality import Features
 from m4_tokenizers.networks import to_patches, to_pixels
 from m4_tokenizers.perceptual import perceptual_quality
+from m4_tokenizers.reading import Reader
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
 Pixels = UInt8[np.ndarray, "H W 3"]
-
-
-def read_image(path: str | Path, size: int, *, pad: bool = False) -> Pixels:
-    """Any image file, upright, on white, resized on its short side and cropped in the middle, or whole, with bars."""
-    try:
-        with Image.open(path) as file:
-            image = Image.fromarray(to_rgb(file))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from error
-    if image.size != (size, size):
-        how, fit = ("padded", functools.partial(ImageOps.pad, color="grey")) if pad else ("cropped", ImageOps.fit)
-        warnings.warn(f"{path}: {image.width} x {image.height} resized and {how} to {size} x {size}", stacklevel=2)
-        image = fit(image, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image).copy()
 
 
 def check_images(signals: Seq[Any], size: int) -> UInt8[np.ndarray, "N H W 3"]:
@@ -62,23 +46,18 @@ def write_array(array: np.ndarray, folder: Path, name: str) -> None:
     np.save(Path(folder) / name, array)
 
 
-def read_array(path: str | Path, shape: tuple[int, ...]) -> Float[np.ndarray, "*S"]:
-    """float32 numbers of `shape` from an .npy file."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable .npy file: {error}") from error
-    if array.shape != shape or not np.issubdtype(array.dtype, np.number):
-        raise ValueError(f"{path} holds {array.dtype} {list(array.shape)}; allowed: numbers {list(shape)}")
-    return array.astype(np.float32)
-
-
-def check_arrays(signals: Seq[Any], shape: tuple[int, ...], what: str) -> np.ndarray:
-    """Signals of one shape, stacked; ValueError names any other."""
+def check_arrays(signals: Seq[Any], shape: tuple[int, ...], what: str, kinds: str = "iuf") -> np.ndarray:
+    """Signals of one shape and of dtypes of these kinds, stacked; ValueError names any other."""
     for signal in signals:
         if np.shape(signal) != shape:
             raise ValueError(f"{what} of {list(np.shape(signal))} was given; allowed: {list(shape)}")
+        if np.asarray(signal).dtype.kind not in kinds:
+            raise ValueError(f"{what} of {np.asarray(signal).dtype} was given; allowed: {_named(kinds)}")
     return np.stack(signals)
+
+
+def _named(kinds: str) -> str:
+    return ", ".join({"i": "integers", "f": "floats", "b": "bool"}[kind] for kind in kinds if kind != "u")
 
 
 def structural_similarity(a: Float[np.ndarray, "H W C"], b: Float[np.ndarray, "H W C"]) -> float:
@@ -98,6 +77,7 @@ class ImageRecipe(VQRecipe):
     signal: str = "rgb"
     name: str = "rgb_tokens"
 
+    kind = "image"
     num_channels = 3
     values = "uint8, 0 to 255"
 
@@ -120,14 +100,7 @@ class ImageRecipe(VQRecipe):
 
 
 class ImageFiles:
-    """Reading, writing and drawing of images, for any tokenizer whose recipe has an image_size."""
-
-    def read(self, value: str) -> Pixels:
-        return read_image(value, self.recipe.image_size)
-
-    def read_padded(self, value: str) -> Pixels:
-        """The whole picture with bars, instead of its middle."""
-        return read_image(value, self.recipe.image_size, pad=True)
+    """Writing and drawing of images."""
 
     def write(self, signal: Pixels, folder: Path, *, image: np.ndarray | None) -> None:
         write_image(signal, folder, f"{self.modality.signal}.png")
@@ -154,6 +127,8 @@ class PixelPatchesRecipe:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
 
+    kind = "image"
+
     @property
     def modality(self) -> Features:
         return Features(
@@ -179,9 +154,14 @@ class PixelPatchesRecipe:
         return PixelPatches(recipe=self, card=card)
 
 
-class PixelPatches(ImageFiles):
+class PixelPatches(ImageFiles, Reader):
+    kind = "image"
+
     def __init__(self, *, recipe: PixelPatchesRecipe, card: dict[str, Any]):
         self.recipe, self.card, self.modality = recipe, card, recipe.modality
+
+    def check(self, signal: Any) -> None:
+        check_images([signal], self.recipe.image_size)
 
     def encode(self, signals: Seq[Any]) -> list[np.ndarray]:
         images = [check_images([signal], self.recipe.image_size) for signal in signals]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from m4_tokenizers.image import check_arrays, read_image, write_image
+from m4_tokenizers.image import check_arrays, write_image
 from m4_tokenizers.losses import AbsoluteError
 from m4_tokenizers.quantizers import LearnedVectorQuantizer
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
@@ -29,6 +29,7 @@ class MaskRecipe(VQRecipe):
     quantizer: Any = LearnedVectorQuantizer(num_codes=256)
     losses: tuple[Any, ...] = (AbsoluteError(),)
 
+    kind = "mask"
     num_channels = 1
     values = "False or True"
 
@@ -39,9 +40,7 @@ class MaskRecipe(VQRecipe):
         return example["instance"] == counts[1:].argmax() + 1
 
     def to_arrays(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
-        masks = check_arrays(signals, (self.image_size, self.image_size), "a mask")
-        if masks.dtype != bool:
-            raise ValueError(f"a mask of {masks.dtype} was given; allowed: bool")
+        masks = check_arrays(signals, (self.image_size, self.image_size), "a mask", "b")
         return 2 * masks[..., None].astype(np.float32) - 1
 
     def to_signals(self, arrays: Float[np.ndarray, "N H W C"]) -> list[Any]:
@@ -55,10 +54,6 @@ class MaskRecipe(VQRecipe):
 
 class MaskTokenizer(VQTokenizer):
     component = "mask"
-
-    def read(self, value: str) -> Mask:
-        """A picture, bright = the instance."""
-        return read_image(value, self.recipe.image_size).mean(axis=-1) > 127
 
     def write(self, signal: Mask, folder: Path, *, image: np.ndarray | None) -> None:
         write_image(self.draw(signal, image=None)[..., 0], folder, f"{self.modality.signal}.png")

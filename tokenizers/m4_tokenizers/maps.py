@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from m4_tokenizers.image import check_arrays, read_array, write_array, write_image
+from m4_tokenizers.image import check_arrays, write_array, write_image
 from m4_tokenizers.quantizers import LearnedVectorQuantizer
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
@@ -40,6 +40,8 @@ class MapRecipe(VQRecipe):
     channels: int = 1
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
 
+    kind = "map"
+
     def __post_init__(self):
         super().__post_init__()
         if not self.lowest < self.highest or self.channels < 1:
@@ -61,7 +63,9 @@ class MapRecipe(VQRecipe):
         return f"{self.units} from {self.lowest:g} to {self.highest:g}".strip()
 
     def to_arrays(self, signals: Seq[Any]) -> Float[np.ndarray, "N H W C"]:
-        maps = check_arrays(signals, self.shape, f"a map of {self.signal}").astype(np.float32)
+        maps = check_arrays(signals, self.shape, f"a map of {self.signal}")
+        with np.errstate(over="ignore"):
+            maps = maps.astype(np.float32)
         if not np.isfinite(maps).all():
             raise ValueError(f"a map of {self.signal} has numbers that are not finite; fill them, or leave the map out")
         span = self.highest - self.lowest
@@ -89,10 +93,6 @@ class MapTokenizer(VQTokenizer):
 
     def average(self, signals: Seq[Any]) -> Any:
         return np.mean(signals, axis=0)
-
-    def read(self, value: str) -> np.ndarray:
-        """An .npy file."""
-        return read_array(value, self.recipe.shape)
 
     def write(self, signal: np.ndarray, folder: Path, *, image: np.ndarray | None) -> None:
         write_array(signal, folder, f"{self.modality.signal}.npy")

@@ -27,8 +27,9 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageStat
 
 from m4.components import closest
+from m4.files import parse_json
 from m4.modality import Sequence
-from m4_tokenizers.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture, json_text
+from m4_tokenizers.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture
 from m4_tokenizers.text import EOS
 
 Metadata = dict[str, int | float]  # {field: number}
@@ -162,6 +163,8 @@ class MetadataRecipe(CoordinateRecipe):
     fields: tuple[Field, ...] = FIELDS
     max_length: int = 64
 
+    kind = "metadata"
+
     def __post_init__(self):
         super().__post_init__()
         names = [field.name for field in self.fields]
@@ -224,19 +227,21 @@ class MetadataTokenizer(CoordinateTokenizer):
             kinds, [start, *({len(sizes) + k: 0 for k in range(i + 1)} for i in range(len(sizes)))], end_id=EOS
         )
 
-    def read(self, value: str) -> Metadata:
-        """`colorfulness=40,n_humans=2`, `{"colorfulness": 40, "n_humans": 2}`, or a .json file of it."""
+    def from_text(self, text: str) -> Metadata:
+        """`colorfulness=40,n_humans=2`, or `{"colorfulness": 40, "n_humans": 2}`."""
         try:
-            if value.lstrip().startswith("{") or value.endswith(".json"):
-                metadata = json.loads(json_text(value))
+            if text.lstrip().startswith("{"):
+                metadata = parse_json(text)
             else:
-                pairs = [pair.split("=") for pair in value.split(",")]
-                metadata = {name.strip(): json.loads(number) for name, number in pairs}
+                pairs = [pair.split("=") for pair in text.split(",")]
+                metadata = {name.strip(): parse_json(number) for name, number in pairs}
+                if len(metadata) < len(pairs):
+                    raise ValueError("a field is given twice")
             self.to_pairs(metadata)
-        except ValueError as error:  # json.JSONDecodeError is one
+        except ValueError as error:
             raise ValueError(
                 f'metadata must be like colorfulness=40,n_humans=2, JSON like {{"n_humans": 2}}, or the path of a '
-                f"JSON file, not {value[:60]!r}: {error}"
+                f"JSON file, not {text[:60]!r}: {error}"
             ) from error
         return metadata
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from m4_tokenizers.image import check_arrays, read_array, read_image, write_array, write_image
+from m4_tokenizers.image import check_arrays, write_array, write_image
 from m4_tokenizers.quantizers import LearnedVectorQuantizer
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
@@ -28,6 +28,7 @@ class NormalsRecipe(VQRecipe):
     name: str = "normals_tokens"
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
 
+    kind = "normals"
     num_channels = 3
     values = "unit vectors, zero = unknown"
 
@@ -65,13 +66,6 @@ class NormalsRecipe(VQRecipe):
 
 class NormalsTokenizer(VQTokenizer):
     component = "normals"
-
-    def read(self, value: str) -> Normals:
-        """An .npy file, or a picture with (n + 1) / 2 as its colours."""
-        size = self.recipe.image_size
-        if Path(value).suffix == ".npy":
-            return read_array(value, (size, size, 3))
-        return self.recipe.to_signals(read_image(value, size)[None].astype(np.float32) / np.float32(127.5) - 1)[0]
 
     def write(self, signal: Normals, folder: Path, *, image: np.ndarray | None) -> None:
         write_image(self.draw(signal, image=image), folder, f"{self.modality.signal}.png")

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageColor
 
-from m4_tokenizers.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture, json_text
-from m4_tokenizers.image import read_image, write_image
+from m4.datasets.files import from_text
+from m4_tokenizers.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture
+from m4_tokenizers.image import write_image
 from m4_tokenizers.text import EOS
 
 Palette = UInt8[np.ndarray, "n 3"]
@@ -57,6 +58,7 @@ class PaletteRecipe(CoordinateRecipe):
     num_colors: int = 5
     image_size: int = 64
 
+    kind = "palette"
     num_bins = 256
 
     def __post_init__(self):
@@ -72,10 +74,11 @@ class PaletteRecipe(CoordinateRecipe):
         return 1 + 3 * self.max_colors + 1  # count, colours, [EOS]
 
     def signal_of(self, example: Mapping[str, Any]) -> Palette | None:
-        """The palette of a raw example: its own or, without one, that of its rgb image."""
-        if self.signal in example or "rgb" not in example:
-            return super().signal_of(example)
-        return extract_palette(example["rgb"], self.num_colors)
+        """The palette of a raw example: its own, that of an image in its place or, without either, of its rgb image."""
+        own = super().signal_of(example)
+        if own is None and "rgb" in example:
+            own = example["rgb"]
+        return extract_palette(own, self.num_colors) if np.ndim(own) == 3 else own
 
     def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "PaletteTokenizer":
         card = {"component": "palette", "values": f"1 to {self.max_colors} RGB colours, uint8"}
@@ -123,23 +126,17 @@ class PaletteTokenizer(CoordinateTokenizer):
         rules += [{value: n - 1} for n in range(2, 3 * most + 1)]
         return Grammar.make(kinds, [*rules, {end: -1}], end_id=EOS)
 
-    def read(self, value: str) -> Palette:
-        """`[[255, 0, 0], ...]`, a .json file of it, `#ff0000,#00ff00`, or an image file, whose palette is taken."""
-        is_json = value.lstrip().startswith("[") or value.endswith(".json")
-        if not is_json and not value.startswith("#"):
-            return extract_palette(read_image(value, self.recipe.image_size), self.recipe.num_colors)
+    def from_text(self, text: str) -> Palette:
+        """`[[255, 0, 0], ...]`, or `#ff0000,#00ff00`."""
         try:
-            if is_json:
-                palette = np.array(json.loads(json_text(value)))
-            else:
-                palette = np.array([ImageColor.getrgb(colour.strip()) for colour in value.split(",")])
-            self.to_pairs(palette)
-        except ValueError as error:  # json.JSONDecodeError is one
+            if text.lstrip().startswith("#"):
+                return from_text(self.kind, "json", str([[*ImageColor.getrgb(c.strip())] for c in text.split(",")]))
+            return super().from_text(text)
+        except ValueError as error:
             raise ValueError(
                 f"a palette must be JSON like [[255, 0, 0], [0, 128, 255]], colours like #ff0000,#0080ff, or the path "
-                f"of a JSON or image file, not {value[:60]!r}: {error}"
+                f"of a JSON or image file, not {text[:60]!r}: {error}"
             ) from error
-        return palette.astype(np.uint8)
 
     def write(self, signal: Palette, folder: Path, *, image: np.ndarray | None) -> None:
         """<signal>.json and, as swatches, <signal>.png."""

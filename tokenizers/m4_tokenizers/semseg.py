@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 
 from m4_tokenizers.image import check_arrays, write_image
 from m4_tokenizers.losses import CrossEntropy
@@ -36,6 +35,7 @@ class SemanticRecipe(VQRecipe):
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
     losses: tuple[Any, ...] = (CrossEntropy(),)
 
+    kind = "classes"
     num_channels = 1
 
     @property
@@ -43,9 +43,7 @@ class SemanticRecipe(VQRecipe):
         return f"class indices, 0 to {self.num_classes - 1}"
 
     def to_arrays(self, signals: Seq[Any]) -> Int[np.ndarray, "N H W"]:
-        maps = check_arrays(signals, (self.image_size, self.image_size), "a class map")
-        if not np.issubdtype(maps.dtype, np.integer):
-            raise ValueError(f"a class map of {maps.dtype} was given; allowed: integers")
+        maps = check_arrays(signals, (self.image_size, self.image_size), "a class map", "iu")
         if maps.size and not 0 <= maps.min() <= maps.max() < self.num_classes:
             raise ValueError(f"class ids {maps.min()} to {maps.max()} were given; allowed: 0 to {self.num_classes - 1}")
         return maps.astype(np.int32)
@@ -68,20 +66,6 @@ class SemanticRecipe(VQRecipe):
 
 class SemanticTokenizer(VQTokenizer):
     component = "semseg"
-
-    def read(self, value: str) -> ClassMap:
-        """A picture whose pixel values (or palette indices) are classes, or an .npy file."""
-        try:
-            if Path(value).suffix == ".npy":
-                classes = np.load(value, allow_pickle=False)
-            else:
-                with Image.open(value) as file:
-                    if file.mode not in ("L", "P", "I", "I;16", "1"):
-                        raise ValueError(f"its mode is {file.mode}, not one channel of class indices")
-                    classes = np.asarray(file)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{value} is no map of class indices: {error}") from error
-        return self.recipe.to_arrays([classes.astype(np.int32)])[0]
 
     def write(self, signal: ClassMap, folder: Path, *, image: np.ndarray | None) -> None:
         """<signal>.png of class indices, <signal>_color.png to look at."""

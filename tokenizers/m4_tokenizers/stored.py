@@ -18,6 +18,8 @@ from PIL import Image
 from m4.checkpoints import tokenizer_file
 from m4.components import closest, config_in, from_json, load_tokenizer, packaged, to_json, tokenizer_hash
 from m4.modality import Features, Grid, Modality, Tokenizer
+from m4.records import encode
+from m4_tokenizers.reading import Reader
 
 TILE = 128  # pixels
 
@@ -39,6 +41,11 @@ class TokenizerFile:
             tokenizer = load_tokenizer(Path(self.path))
             object.__setattr__(self, "modality", tokenizer.modality)
             object.__setattr__(self, "digest", tokenizer_hash(tokenizer))
+
+    @property
+    def kind(self) -> str:
+        """Of what the tokenizer reads; unknown without the file."""
+        return getattr(load_tokenizer(Path(self.path)), "kind", "") if Path(self.path).is_file() else ""
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         """Anything: nothing is fitted."""
@@ -68,6 +75,8 @@ class IdsRecipe:
 
     modality: Modality
 
+    kind = "ids"
+
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         return example[self.modality.name] if self.modality.name in example else None
 
@@ -76,8 +85,10 @@ class IdsRecipe:
         return Ids(modality=self.modality, card=card)
 
 
-class Ids:
+class Ids(Reader):
     """Ids in, ids out: int32 [n]; or vectors [n size]."""
+
+    kind = "ids"
 
     def __init__(self, *, modality: Modality, card: dict[str, Any]):
         self.modality, self.card = modality, card
@@ -104,12 +115,9 @@ class Ids:
     def decode(self, ids: Seq[np.ndarray]) -> list[np.ndarray]:
         return [np.asarray(row, np.int32) for row in ids]
 
-    def read(self, value: str) -> np.ndarray:
-        """Ids from a .npy file."""
-        try:
-            return np.load(value, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{value} is not a readable .npy file of ids: {error}") from error
+    def check(self, signal: np.ndarray) -> None:
+        """ValueError for what training would not take as ids (or vectors) of the modality."""
+        encode([{self.modality.name: signal}], {self.modality.name: self})
 
     def write(self, signal: np.ndarray, folder: Path, *, image: np.ndarray | None) -> None:
         np.save(Path(folder) / f"{self.modality.name}.npy", signal)

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m4.modality import Sequence
+from m4_tokenizers.reading import Reader
 
 Text = str | tuple[str | int, ...]
 PAD, UNK, SOS, EOS = range(4)
@@ -190,7 +191,9 @@ def draw_text(text: str) -> np.ndarray:
     return np.asarray(tile)
 
 
-class TextTokenizer:
+class TextTokenizer(Reader):
+    kind = "text"
+
     def __init__(
         self, *, recipe: TextRecipe, pieces: list[str], merges: list[list[str]], split_words: bool, card: dict[str, Any]
     ):
@@ -256,9 +259,6 @@ class TextTokenizer:
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         return example[self.modality.signal] if self.modality.signal in example else None
-
-    def read(self, value: str) -> str:
-        return value
 
     def write(self, signal: str, folder: Path, *, image: np.ndarray | None) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import tyro
 from m4.checks import check_numbers
 from m4.components import closest, load_tokenizer, save_tokenizer, to_json
 from m4.config import load_config
+from m4.datasets.files import read_for
 from m4.files import locked, read_json, write_atomically, write_json
 from m4.modality import Features
 from m4.pictures import write_png
@@ -56,8 +57,9 @@ def train(config: Any, *, signals: Seq[str], out: Path) -> None:
     check_numbers(config)
     source = source_of(config)
     source.prepare(config.data_dir)
-    examples = source.split("train", config.data_dir)
-    held_out = source.split("validation", config.data_dir)
+    examples, held_out = (
+        read_for(source.split(name, config.data_dir), config.tokenizers) for name in ("train", "validation")
+    )
     for recipe in config.tokenizers:
         if signals and recipe.modality.signal not in signals:
             continue
@@ -110,7 +112,7 @@ def evaluate(argv: Seq[str], *, description: str) -> None:
         raise ValueError(f"{args.file} is a {type(tokenizer).__name__}, which learns nothing that could be measured")
     source = source_of(config)
     source.prepare(config.data_dir)
-    split, training = (source.split(name, config.data_dir) for name in (args.split, "train"))
+    split, training = (read_for(source.split(name, config.data_dir), [tokenizer]) for name in (args.split, "train"))
     if args.num_samples < 1 or not len(split):
         raise ValueError(f"--num-samples {args.num_samples} of {len(split)} {args.split} examples: one is needed")
     recipe = tokenizer.recipe

@@ -32,6 +32,7 @@ from m4_tokenizers.diffusion import DiffusionDecoder
 from m4_tokenizers.losses import SquaredError
 from m4_tokenizers.networks import VQ, PatchDecoder, PatchEncoder, check_finite
 from m4_tokenizers.quantizers import LearnedVectorQuantizer, code_use
+from m4_tokenizers.reading import Reader
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "method"))
@@ -69,6 +70,7 @@ class VQRecipe:
     log_every: int = 50
     save_every: int = 500
 
+    kind = ""  # of signals (m4.datasets.files.KINDS); a recipe without has a tokenizer with its own `read`
     num_classes = 0
     embedding_size = 0
     values: ClassVar[str]  # of signals, in words, for the card
@@ -145,7 +147,7 @@ class VQRecipe:
         return tokenizer
 
 
-class VQTokenizer:
+class VQTokenizer(Reader):
     """Encodes and decodes in batches of one shape; subclasses add files and pictures.
 
     `kept` holds what a file has beyond the recipe's parts (a converted file's original header and spare tensors).
@@ -228,6 +230,14 @@ class VQTokenizer:
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         return self.recipe.signal_of(example)
+
+    @property
+    def kind(self) -> str:
+        return self.recipe.kind
+
+    def check(self, signal: Any) -> None:
+        """ValueError for a signal that cannot be encoded."""
+        self.recipe.check(signal)
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         flat = nnx.to_flat_state(self._state)

@@ -1,0 +1,23 @@
+"""`read` of all tokenizers here: by the one reader of files, so that generation reads what training reads."""
+
+from pathlib import Path
+from typing import Any
+
+from m4.samples import read_sample, written_out
+
+
+class Reader:
+    """`kind` says what signals are (m4.datasets.files.KINDS); what can be written out has `from_text`."""
+
+    kind: str
+
+    def from_text(self, text: str) -> Any:
+        """A signal that is written out."""
+        return written_out(self.kind, text)
+
+    def read(self, value: str | Path) -> Any:
+        """A signal from a file, or from a text that says it (m4.samples.file_of tells which of them a value is)."""
+        if not self.kind:
+            raise NotImplementedError(f"{type(self).__name__} needs a kind of its recipe, or a `read` of its own")
+        name = self.modality.signal
+        return read_sample({name: value}, {name: self})[name]
