@@ -24,6 +24,7 @@ from tqdm import tqdm
 from m4.checkpoints import TrainedModel, load_run
 from m4.checks import check_seed
 from m4.components import to_json, tokenizer_hash
+from m4.datasets.files import read_for
 from m4.files import digest, read_json, write_atomically, write_json
 from m4.model import Model
 from m4.model_file import parameters
