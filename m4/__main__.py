@@ -154,7 +154,13 @@ def demo(argv: list[str]) -> None:
     parser.add_argument("run", help="the folder of a run, or a model that comes with m4")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: anybody on the network may use it")
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--max-upload-mb", type=int, default=10)
+    parser.add_argument(
+        "--allow-host", nargs="+", default=[], metavar="NAME", help="by which browsers may call it, too"
+    )
+    parser.add_argument("--max-upload-mb", type=int, default=10, help="MiB of a file (default: 10)")
+    parser.add_argument(
+        "--max-storage-mb", type=int, default=512, help="MiB of all uploads and results; the oldest go (default: 512)"
+    )
     args = parser.parse_args(argv)
     from m4.sampler import Sampler, keep_compiled
 
@@ -164,7 +170,10 @@ def demo(argv: list[str]) -> None:
         from m4.demo import launch
     except ImportError as error:
         raise ValueError(f'the demo needs Gradio: pip install "m4-jax[demo]" ({error})') from error
-    launch(sampler, Path(args.run).name, host=args.host, port=args.port, max_mb=args.max_upload_mb)
+    launch(
+        sampler, Path(args.run).name, host=args.host, port=args.port, max_mb=args.max_upload_mb,
+        max_storage_mb=args.max_storage_mb, allowed_hosts=args.allow_host,
+    )  # fmt: skip
 
 
 def export(argv: list[str]) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import queue
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
 from PIL import Image
+from starlette.middleware import Middleware
 
 from m4.datasets.pictures import to_rgb
+from m4.demo_server import Guard, Hosts, Room, bounded, check_hosts, keep_temporary_files_in, refuse_large_pictures
 from m4.modality import Grid, Sequence
 from m4.prompts import MASK, trim
 from m4.sampler import Results, Sampler, Stage, default_scheme
@@ -24,10 +26,11 @@ from m4.sampling import Guidance
 
 UNKNOWN = 128  # grey of what is not generated yet
 PICTURE = 256  # pixels on the page
+MAX_WAITING = 32  # clicks that wait for their turn
 
 
-def build(sampler: Sampler, title: str) -> gr.Blocks:
-    """The page: an input for each signal on the left, the outputs on the right."""
+def build(sampler: Sampler, title: str, *, finished: Callable[[], Any] = lambda: None) -> gr.Blocks:
+    """The page: an input for each signal on the left, the outputs on the right; `finished` is called after each run."""
     modalities = sampler.modalities
     inputs = [s for s in modalities.signals if any(m.is_input and m.signal == s for m in modalities)]
     targets = [s for s in modalities.signals if any(m.is_target and m.signal == s for m in modalities)]
@@ -55,7 +58,10 @@ def build(sampler: Sampler, title: str) -> gr.Blocks:
 
         def run(*values):
             signals = dict(zip(inputs, values, strict=False))
-            yield from _generate(sampler, signals, *values[len(inputs) :], out, text, status, again, editable)
+            try:
+                yield from _generate(sampler, signals, *values[len(inputs) :], out, text, status, again, editable)
+            finally:
+                finished()
 
         button.click(
             run, [*given.values(), wanted, seed, steps, temperature, guidance], [*out.values(), text, status, again]
@@ -70,10 +76,11 @@ def _input(sampler: Sampler, name: str) -> Any:
     if isinstance(tokenizer.modality, Sequence):
         return gr.Textbox(label=name, elem_id=f"in-{name}", info=f"{MASK} stands for words to generate")
     if kind_of(tokenizer) == "image":
-        return gr.ImageEditor(
+        editor = gr.ImageEditor(
             label=name, type="numpy", sources=["upload", "clipboard"], height=2 * PICTURE, elem_id=f"in-{name}",
             brush=gr.Brush(colors=["#ff00ff"], color_mode="fixed"), layers=False, transforms=(),
         )  # fmt: skip
+        return bounded(editor)
     return gr.File(label=f"{name} (a file)", elem_id=f"in-{name}", height=80)
 
 
@@ -195,15 +202,28 @@ def _short(signal: Any) -> str:
     return str(signal)[:200]
 
 
-def launch(sampler: Sampler, title: str, *, host: str, port: int, max_mb: int) -> None:
-    """Serves until interrupted. No file outside the page's own uploads can be read, and none larger than `max_mb`."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and results, gone with the server
-        page = build(sampler, title)
-        page.queue(default_concurrency_limit=1)
+def launch(
+    sampler: Sampler, title: str, *, host: str, port: int, max_mb: int, max_storage_mb: int = 512,
+    allowed_hosts: Seq[str] = (),
+) -> None:  # fmt: skip
+    """Serves until interrupted. No file outside the page's own uploads can be read, and none larger than `max_mb`.
+
+    Uploads and results take `max_storage_mb` at most: the oldest go. `allowed_hosts`: names of this machine, beside
+    localhost and `host`, under which browsers may use the page.
+    """
+    if max_mb < 1 or max_storage_mb < max_mb:
+        raise ValueError(f"an upload of {max_mb} MiB and storage of {max_storage_mb} MiB: at least 1, and storage more")
+    hosts = Hosts(listens=host, allowed=check_hosts(allowed_hosts))
+    with tempfile.TemporaryDirectory() as folder:  # uploads and results, gone with the server
+        keep_temporary_files_in(Path(folder))
+        refuse_large_pictures()
+        room = Room(Path(folder), max_storage_mb * 2**20)
+        page = build(sampler, title, finished=room.tidy)
+        page.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
         page.launch(
             server_name=host, server_port=port or None, max_file_size=f"{max_mb}mb", allowed_paths=[],
             footer_links=[], show_error=True, quiet=True, prevent_thread_lock=True, ssr_mode=False, share=False,
+            app_kwargs={"middleware": [Middleware(Guard, hosts=hosts, room=room)]},
         )  # fmt: skip
         print(f"http://{host}:{page.server_port}", flush=True)
         page.block_thread()

@@ -2,6 +2,7 @@
 
     replacing, write_atomically    one file: the old one or the whole new one, whatever happens
     replacing_together             several files of a folder that belong together, e.g. an exported model
+    replacing_folder               a whole folder, e.g. all files of one generated sample
     write_json, read_json          JSON of m4's own, with a SHA-256 of its content under "sha256"
     parse_json, decode_text        what users give: strict, with errors that say what is wrong
     locked                         a folder that one process may use at a time
@@ -197,11 +198,12 @@ def check_digests(folder: Path, names: list[str] | None = None) -> bool:
 
 
 @contextlib.contextmanager
-def replacing_together(folder: str | os.PathLike) -> Iterator[Path]:
+def replacing_together(folder: str | os.PathLike, *, with_digests: bool = True) -> Iterator[Path]:
     """A temporary folder whose files replace those of `folder` together, with their digests; others there stay.
 
     Killed before the new digests are written, the old files are whole; killed later, `check_digests` names a file that
-    is of the other set. So what is read is the old set or the new one, never a mixture.
+    is of the other set. So what is read is the old set or the new one, never a mixture. Without digests each file is
+    whole, but nothing tells a mixture.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,13 +211,47 @@ def replacing_together(folder: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
-        write_digests(temporary, names)
+        if with_digests:
+            write_digests(temporary, names)
         for name in names:
             sync(temporary / name)
-        for name in (DIGESTS, *names):
+        for name in (*([DIGESTS] if with_digests else []), *names):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / name, folder / name)
             sync((folder / name).parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes its place when all went well; what was there before is deleted.
+
+    Killed at any time, `path` is the old folder, the whole new one, or not there, but never a mixture.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, lock = _temporary(path, is_folder=True)
+    try:
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            sync(file)
+        if os.path.lexists(path):
+            old, old_lock = _temporary(path, is_folder=True)
+            try:
+                os.replace(path, old / "old")
+                try:
+                    os.replace(temporary, path)
+                except BaseException:
+                    os.replace(old / "old", path)
+                    raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(old_lock)
+        else:
+            os.replace(temporary, path)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)

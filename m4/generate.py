@@ -7,11 +7,10 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
-import re
+import os
 import sys
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from m4.datasets.files import ALIGNED
-from m4.files import write_atomically
+from m4.files import remove_leftovers, shown, write_atomically
 from m4.in_context import answer
+from m4.inputs import Sample, beside, pair, read_inputs
 from m4.modality import Sequence
 from m4.pictures import contact_sheet, write_png
-from m4.prompts import MASK, check_plan, trim
+from m4.prompts import MASK, BadSamples, check_plan, check_seed, reason, trim
 from m4.sampler import Results, Sampler, Stage, default_scheme, keep_compiled
 from m4.samples import fit_mask, kind_of, load_mask, read_mask
 from m4.sampling import Autoregressive, Guidance
@@ -31,6 +31,7 @@ from m4.shots import Shot, read_shots
 
 FLAGS = ("steps", "temperature", "top_k", "top_p", "min_p", "schedule")  # fields of schemes that flags set
 SHEET_ROWS = 24
+SIGNALS = ("rgb", "depth", "normals", "semseg", "instance", "caption", "boxes")  # of most models
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,150 +65,199 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a text that the terminal cannot show does not end the job
+        sys.stdout.reconfigure(errors="backslashreplace")
     for flag in ("num_samples", "batch_size", "ensemble"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
-    rows = _rows(args.inputs)
-    names = list(dict.fromkeys(n for row in rows for n in row))
+    check_seed(args.seed)
+    samples, table = read_inputs(args.inputs)
     keep_compiled()
-    sampler = Sampler.load(args.run, batch_size=args.batch_size)
-    stages = _stages(args, sampler)
-    shots = read_shots(Path(args.shots)) if args.shots else []
-    keep = dict(_pair("--keep", item) for item in args.keep)
-    masked = {n for row in rows for n, v in row.items() if MASK in v}
-    # With examples of a task, an input text that is asked for is a question.
-    asked = {n for n in names if shots and sampler.modalities.as_input(n).signal == stages[0].target}
-    check_plan(stages, [n for n in names if n not in asked], sampler.modalities, [*keep, *masked])
-    if shots and (len(stages) > 1 or keep or masked or args.stream):
-        raise ValueError("--shots takes one target, and neither --keep, --stream nor [MASK]")
-    if args.stream and len(rows) * args.num_samples > 1:
-        raise ValueError(f"--stream prints one sample, and there are {len(rows) * args.num_samples}")
+    job = Job.make(args, samples, table)
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write into --out {out}: {error.strerror}") from error
-    rows = [row for row in rows for _ in range(args.num_samples)]
-    samples = _sample_names(rows, args.num_samples)
+    _prepare_folder(out, job)
 
-    from tqdm import tqdm
-
-    tiles, failed, started = [], {}, time.monotonic()
-    bar = tqdm(total=len(rows), desc="generating", unit="sample", file=sys.stderr, disable=len(rows) <= args.batch_size)
-    for first in range(0, len(rows), args.batch_size):
-        part = range(first, min(first + args.batch_size, len(rows)))
-        signals, kept = {}, {}
-        for i in part:
-            try:
-                signals[i] = _read(sampler, rows[i], args.pad, masked)
-                kept[i] = {n: _mask(sampler, n, v, rows[i], args.pad) for n, v in keep.items()}
-            except ValueError as error:
-                signals.pop(i, None)
-                failed[samples[i]] = str(error)
-                if len(rows) == args.num_samples:
-                    raise
-        if signals:
-            common = {"seed": args.seed, "indices": list(signals)}
-            if shots:
-                queries = [Shot(inputs=inputs) for inputs in signals.values()]
-                results = answer(sampler, queries, stages[0], shots=shots, num_tokens=args.shot_tokens, **common)
-            else:  # a line of a table may lack what others have
-                inputs = {n: [s.get(n) for s in signals.values()] for n in names}
-                listener = _printer(sampler) if args.stream else None
-                masks = {n: [kept[i][n] for i in signals] for n in keep}
-                results = sampler(inputs, stages, keep=masks, listener=listener, **common)
-            for k, i in enumerate(signals):
-                results.write(out / samples[i], k, with_inputs=args.with_inputs)
-                for value in [results[name][k] for name in results] if not args.stream else ():
-                    if isinstance(value, str):
-                        tqdm.write(value)
-                if len(tiles) < SHEET_ROWS:
-                    tiles.append((samples[i], _pictures(sampler, results, k)))
-        bar.update(len(part))
-    bar.close()
-    if failed:
-        lines = "".join(f"{name}\t{message}\n" for name, message in failed.items())
-        write_atomically(out / "failed.tsv", lines.encode())
-    if len(rows) > 1 and tiles:
-        write_png(out / "sheet.png", contact_sheet(tiles))
-    seconds = time.monotonic() - started
-    done = len(rows) - len(failed)
-    say = functools.partial(print, file=sys.stderr)
-    say(f"{done} sample(s) in {out}, {seconds:.1f} s, {done / seconds:.2f} samples/s, compilation included")
-    if failed:
-        say(f"{len(failed)} sample(s) could not be read, see {out}/failed.tsv: {', '.join([*failed][:5])}")
+    started = time.monotonic()
+    done, failed, tiles = _generate(job, out)
+    _write_reports(out, failed, tiles if len(job.samples) > 1 else [])
+    _say_what_was_done(out, job, done, failed, time.monotonic() - started)
     if not done:
         raise ValueError(f"no input could be read; the first: {next(iter(failed.values()))}")
 
 
-# ---- Arguments ------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is asked for, checked. `samples`: one for each result; `masked`: inputs of which some sample has a gap."""
 
+    args: argparse.Namespace
+    sampler: Sampler
+    stages: list[Stage]
+    samples: list[Sample]
+    names: list[str]
+    masked: set[str]
+    keep: dict[str, str]
+    shots: list[Shot]
 
-def _pair(flag: str, item: str) -> tuple[str, str]:
-    name, equals, value = item.partition("=")
-    if not equals or not name:
-        raise ValueError(f"{flag} takes NAME=VALUE, got {item!r}")
-    return name, value
+    @classmethod
+    def make(cls, args: argparse.Namespace, samples: list[Sample], table: Path | None) -> Job:
+        sampler = Sampler.load(args.run, batch_size=args.batch_size)
+        stages = _stages(args, sampler)
+        names = list(dict.fromkeys(n for s in samples for n in s.values))
+        kinds = {name: kind_of(sampler.input_tokenizer(name)) for name in names}
+        samples = beside(samples, table, kinds) if table else samples
+        shots = read_shots(Path(args.shots)) if args.shots else []
+        keep = dict(pair("--keep", item) for item in args.keep)
+        masked = {n for s in samples for n, v in s.values.items() if isinstance(v, str) and MASK in v}
+        # With examples of a task, an input text that is asked for is a question.
+        asked = {n for n in names if shots and sampler.modalities.as_input(n).signal == stages[0].target}
+        check_plan(stages, [n for n in names if n not in asked], sampler.modalities, [*keep, *masked])
+        if shots and (len(stages) > 1 or keep or masked or args.stream):
+            raise ValueError("--shots takes one target, and neither --keep, --stream nor [MASK]")
+        if args.stream and len(samples) * args.num_samples > 1:
+            raise ValueError(f"--stream prints one sample, and there are {len(samples) * args.num_samples}")
+        if args.num_samples > 1:
+            repeats = range(args.num_samples)
+            samples = [dataclasses.replace(s, name=f"{s.name}_{k}") for s in samples for k in repeats]
+        return cls(
+            args=args, sampler=sampler, stages=stages, samples=samples, names=names, masked=masked, keep=keep,
+            shots=shots,
+        )  # fmt: skip
 
-
-def _rows(items: Seq[str]) -> list[dict[str, str]]:
-    """One dict of values for each sample. A .jsonl file holds one sample a line, of any inputs each."""
-    tables = [i for i in items if i.endswith(".jsonl") and "=" not in i]
-    if tables and len(items) > 1:
-        raise ValueError(f"--inputs takes one .jsonl file or NAME=VALUE ..., not both: {' '.join(items)}")
-    if tables:
-        rows = []
+    def read(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A sample's signals, and what stays of them; ValueError for whatever is wrong, for other samples to go on."""
+        if sample.error:
+            raise ValueError(sample.error)
         try:
-            lines = Path(tables[0]).read_text(encoding="utf-8").split("\n")
-        except OSError as error:
-            raise ValueError(f"{tables[0]} cannot be read: {error.strerror}") from error
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{tables[0]}, line {number} is no JSON: {error}") from error
-                if not isinstance(row, dict) or not row or not all(isinstance(v, str) for v in row.values()):
-                    like = '{"rgb": "photo.png", "caption": "a cat"}'
-                    raise ValueError(f"{tables[0]}, line {number} must be like {like}")
-                rows.append(row)
-        if not rows:
-            raise ValueError(f"{tables[0]} is empty")
-        return rows
-    given = {}
-    for item in items:
-        name, value = _pair("--inputs", item)
-        if name in given:
-            raise ValueError(f"input {name!r} is given twice; a folder holds several samples, {name}#x a second one")
-        given[name] = _files(name, value)
-    longest = max(map(len, given.values()))
-    for name, values in given.items():
-        if len(values) not in (1, longest):
-            raise ValueError(f"input {name!r} has {len(values)} samples, another has {longest}; give 1 or as many")
-    return [{n: v[i] if len(v) > 1 else v[0] for n, v in given.items()} for i in range(longest)]
+            signals = _read(self.sampler, sample.values, self.args.pad, self.masked)
+            masks = {n: _mask(self.sampler, n, v, sample.values, self.args.pad) for n, v in self.keep.items()}
+        except Exception as error:
+            raise ValueError(reason(error)) from error
+        return signals, masks
+
+    def run(self, signals: Seq[Mapping[str, Any]], masks: Seq[Mapping[str, Any]], first: int) -> Results:
+        """One batch; `first`: how many were done before, so that a bad sample changes no other's random numbers."""
+        common = {"seed": self.args.seed, "indices": range(first, first + len(signals))}
+        if self.shots:
+            queries = [Shot(inputs=inputs) for inputs in signals]
+            return answer(
+                self.sampler, queries, self.stages[0], shots=self.shots, num_tokens=self.args.shot_tokens, **common
+            )
+        # A line of a table may lack what others have.
+        inputs = {name: [s[name] if name in s else None for s in signals] for name in self.names}
+        listener = _printer(self.sampler) if self.args.stream else None
+        keep = {name: [m[name] for m in masks] for name in self.keep}
+        return self.sampler(inputs, self.stages, keep=keep, listener=listener, **common)
 
 
-def _files(name: str, value: str) -> list[str]:
-    """The values of one input: the sorted files of a folder, or the one value."""
-    folder = Path(value)
-    if not value or len(value) > 200 or not folder.is_dir():
-        return [value]
-    files = sorted(str(p) for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise ValueError(f"input {name}={value} is an empty folder")
-    return files
+def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], Results]]:
+    """Results of all samples that can be read and encoded, in full batches: the others go to `failed`."""
+    waiting = collections.deque(job.samples)
+    num_done, batch = 0, []
+    while waiting or batch:
+        while waiting and len(batch) < job.args.batch_size:
+            sample = waiting.popleft()
+            try:
+                batch.append((sample, *job.read(sample)))
+            except ValueError as error:
+                if len(job.samples) == job.args.num_samples:
+                    raise
+                failed[sample.name] = str(error)
+        if not batch:
+            return
+        try:
+            results = job.run([signals for _, signals, _ in batch], [masks for *_, masks in batch], num_done)
+        except BadSamples as error:
+            if len(job.samples) == job.args.num_samples:
+                raise
+            for k, (name, message) in error.errors.items():
+                failed[batch[k][0].name] = _of_input(batch[k][0], name, message)
+            batch = [item for k, item in enumerate(batch) if k not in error.errors]
+            continue
+        yield [sample for sample, *_ in batch], results
+        num_done, batch = num_done + len(batch), []
 
 
-def _sample_names(rows: Seq[dict[str, str]], num_samples: int) -> list[str]:
-    """The stem of the input file that differs, or 0000, 0001, ...; with several samples an index is added."""
-    one = rows[::num_samples]
-    columns = [[row.get(name, "") for row in one] for name in one[0]]  # lines of a table may lack inputs
-    values = max(columns, key=lambda column: len(set(column)))
-    stems = [Path(v).stem if 0 < len(v) < 200 and Path(v).is_file() else "" for v in values]
-    stems = [re.sub(r"[^\w.-]", "_", s) for s in stems]
-    if not all(stems) or len(set(stems)) < len(stems):
-        stems = [f"{i:04d}" for i in range(len(values))]
-    return [f"{s}_{k}" if num_samples > 1 else s for s in stems for k in range(num_samples)]
+def _generate(job: Job, out: Path) -> tuple[list[str], dict[str, str], list]:
+    """Writes each sample's folder as it is done; names of those done, reasons of those that failed, rows of a sheet."""
+    from tqdm import tqdm
+
+    done, failed, tiles, total = [], {}, [], len(job.samples)
+    bar = tqdm(total=total, desc="generating", unit="sample", file=sys.stderr, disable=total <= job.args.batch_size)
+    with contextlib.closing(bar):
+        for samples, results in _batches(job, failed):
+            for k, sample in enumerate(samples):
+                results.write(out / sample.name, k, alone=True, with_inputs=job.args.with_inputs)
+                for value in [results[name][k] for name in results] if not job.args.stream else ():
+                    if isinstance(value, str):
+                        tqdm.write(value)
+                if len(tiles) < SHEET_ROWS:
+                    tiles.append((sample.name, _pictures(job.sampler, results, k)))
+            done += [sample.name for sample in samples]
+            bar.update(len(done) + len(failed) - bar.n)
+        bar.update(total - bar.n)
+    return done, failed, tiles
+
+
+def _of_input(sample: Sample, name: str, message: str) -> str:
+    """What is wrong, with the input and its file (or the first of its text)."""
+    value = shown(sample.values[name]) if name in sample.values else ""
+    return message if not value or value in message else f"{name}={value[:200]}: {message}"
+
+
+# ---- The folder of results ------------------------------------------------------------------------------------------
+
+
+def _prepare_folder(out: Path, job: Job) -> None:
+    """OUT, without what a killed run left half; ValueError if it cannot be written, or if what is not m4's would go."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+    except OSError as error:
+        raise ValueError(f"cannot write into --out {shown(out)}: {error.strerror}") from error
+    modalities = job.sampler.modalities
+    ours = tuple(f"{name}{end}" for name in {*modalities.names, *modalities.signals, *SIGNALS} for end in "._")
+    for name in {sample.name for sample in job.samples}:
+        if (out / name).is_symlink() or not (out / name).exists():
+            continue
+        inside = sorted(os.listdir(out / name)) if (out / name).is_dir() else [""]
+        foreign = [f for f in inside if not f.startswith(ours) or not (out / name / f).is_file()]
+        if foreign:
+            what = shown(out / name / foreign[0])
+            raise ValueError(
+                f"{what} would be lost, for a sample's folder is replaced; move it, or choose another --out"
+            )
+
+
+def _write_reports(out: Path, failed: Mapping[str, str], tiles: Seq[tuple[str, Any]]) -> None:
+    """failed.tsv and sheet.png of this run, or none, whatever an earlier run left."""
+    try:
+        rows = "".join(f"{shown(name)}\t{shown(message)}\n" for name, message in failed.items())
+        if failed:
+            write_atomically(out / "failed.tsv", rows.encode())
+        else:
+            (out / "failed.tsv").unlink(missing_ok=True)
+        if tiles:
+            write_png(out / "sheet.png", contact_sheet(tiles))
+        else:
+            (out / "sheet.png").unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{shown(error.filename or out)} cannot be written: {error.strerror}") from error
+
+
+def _say_what_was_done(out: Path, job: Job, done: Seq[str], failed: Mapping[str, str], seconds: float) -> None:
+    say = functools.partial(print, file=sys.stderr)
+    say(
+        f"{len(done)} sample(s) in {shown(out)}, {seconds:.1f} s, {len(done) / seconds:.2f} samples/s, "
+        "compilation included"
+    )
+    if failed:
+        say(f"{len(failed)} sample(s) could not be read, see {shown(out)}/failed.tsv: {', '.join([*failed][:5])}")
+    others = sorted({p.name for p in out.iterdir() if p.is_dir()} - {*done})
+    if others:
+        say(f"{len(others)} folder(s) in {shown(out)} are not of this run: {', '.join(map(shown, others[:5]))}")
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 
 def _stages(args: argparse.Namespace, sampler: Sampler) -> list[Stage]:
@@ -218,8 +268,10 @@ def _stages(args: argparse.Namespace, sampler: Sampler) -> list[Stage]:
 
         try:
             plan = load_config(args.plan, "plan")
-        except (ImportError, SyntaxError, NameError, TypeError) as error:
-            raise ValueError(f"{args.plan} cannot be run: {error}") from error
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{args.plan} cannot be run: {reason(error)}") from error
         if not isinstance(plan, list | tuple) or not plan or not all(isinstance(stage, Stage) for stage in plan):
             raise ValueError(f"{args.plan}: plan must be a list of m4.sampler.Stage, got {plan!r}")
         return list(plan)
@@ -248,13 +300,13 @@ def _guidance(values: Seq[str]) -> Guidance:
     try:
         if len(values) == 1 and "=" not in values[0]:
             return Guidance(scale=float(values[0]))
-        pairs = [_pair("--guidance", v) for v in values]
+        pairs = [pair("--guidance", v) for v in values]
         return Guidance(scale=tuple((name, float(weight)) for name, weight in pairs))
     except ValueError as error:
         raise ValueError(f"--guidance takes one number, or NAME=WEIGHT ...; got {' '.join(values)}") from error
 
 
-def _mask(sampler: Sampler, name: str, value: str, row: Mapping[str, str], pad: bool) -> Any:
+def _mask(sampler: Sampler, name: str, value: str, row: Mapping[str, str | Path], pad: bool) -> Any:
     """What stays of an input: a share, or True in a mask, the bright part of a picture that lies on the input's."""
     with contextlib.suppress(ValueError):
         return float(value)
@@ -265,14 +317,14 @@ def _mask(sampler: Sampler, name: str, value: str, row: Mapping[str, str], pad: 
     return fit_mask(mask, tokenizer, pad=pad) if hasattr(getattr(tokenizer, "recipe", None), "image_size") else mask
 
 
-def _read(sampler: Sampler, row: Mapping[str, str], pad: bool, masked: Container[str]) -> dict[str, Any]:
+def _read(sampler: Sampler, row: Mapping[str, str | Path], pad: bool, masked: Container[str]) -> dict[str, Any]:
     """The signals of a sample; ValueError for whatever is wrong with one, for other samples to go on."""
     signals = sampler.read_sample(row, pad=pad)
     for name, signal in signals.items():
         tokenizer = sampler.input_tokenizer(name)
         if isinstance(tokenizer.modality, Sequence):
             if name in masked and MASK not in signal:
-                raise ValueError(f"{name} is to be completed, and has no {MASK}: {row[name][:60]!r}")
+                raise ValueError(f"{name} is to be completed, and has no {MASK}: {shown(row[name])[:60]}")
             tokenizer.encode(signal.split(MASK) if name in masked else [signal])  # too long, out of range
     return signals
 

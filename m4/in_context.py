@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from m4.modality import Modality, Sequence
 from m4.packing import ANSWER, Record
-from m4.prompts import Context, check_plan, make_prompt
+from m4.prompts import BadSamples, Context, check_plan, make_prompt, reason
 from m4.sampler import Results, Sampler
 from m4.sampling import Stage
 from m4.shots import Shot, encode, inputs_of, joined, pack_shots
@@ -150,6 +150,8 @@ def score(
         fill = np.minimum(np.arange(sampler.batch_size if first else len(rows)), len(rows) - 1)
         inputs, features, targets = jax.tree.map(lambda x, fill=fill: x[fill], (*prompt.rows(), targets))
         found = np.asarray(_score(sampler.graph, sampler.params, m.name, inputs, features, targets))
+        if np.isnan(found[: len(rows)]).any():
+            raise ValueError(f"{target}: the model's predictions are not finite; its weights are damaged")
         for row, i in enumerate(rows):
             scores[i, : len(candidates[i])] = found[row, : len(candidates[i])]
     if calibrate:
@@ -164,28 +166,20 @@ def asked(
     sampler: Sampler, queries: Seq[Shot], target: str, shots, num_tokens: int, budget: int
 ) -> list[tuple[Record, np.ndarray | None, Context]]:
     """Of each query its record, what is given of the target, and its context."""
-    m, prompts, encoded, num_dropped = sampler.modalities.as_target(target), [], {}, 0
+    m, prompts, errors, num_dropped = sampler.modalities.as_target(target), [], {}, 0
     if num_tokens < 0:
         raise ValueError(f"num_tokens={num_tokens} must be at least 0 (all)")
     own = bool(shots) and not isinstance(shots[0], Shot)
     if own and len(shots) != len(queries):
         raise ValueError(f"{len(shots)} lists of shots were given for {len(queries)} queries")
+    encoded = _encode_shots(sampler, [shot for row in shots for shot in row] if own else shots)
     for i, query in enumerate(queries):
-        record, *others = encode(Shot(inputs=query.inputs), sampler.tokenizers, sampler.modalities)
-        partial = np.array([-1]) if isinstance(m, Sequence) else None
-        for name in [n for n in query.inputs if sampler.modalities.as_input(n).name == m.name]:
-            (ids,) = sampler.tokenizers[m.name].encode([joined(query.inputs[name], None, name)])
-            if ids[-1] != m.end_id:
-                raise ValueError(
-                    f"the question {query.inputs[name]!r} is longer than {m.name}, which has {m.max_length}"
-                )
-            partial = np.append(ids[:-1], -1)
-            del record[m.name]
-        examples = []
-        for shot in shots[i] if own else shots:
-            if id(shot) not in encoded:
-                encoded[id(shot)] = encode(shot, sampler.tokenizers, sampler.modalities)
-            examples.append(encoded[id(shot)])
+        try:
+            record, others, partial = _encode_query(sampler, query, m)
+        except Exception as error:
+            errors[i] = ", ".join(query.inputs), reason(error)
+            continue
+        examples = [encoded[id(shot)] for shot in (shots[i] if own else shots)]
         shown = [ids for r in (record, *others) for ids in r.values()] + ([] if partial is None else [partial])
         room = budget - sum(map(len, shown))
         packed, dropped = pack_shots(
@@ -193,6 +187,8 @@ def asked(
         )
         num_dropped = max(num_dropped, dropped)
         prompts.append((record, partial, Context(tuple(others), tuple(range(1 + len(others))), packed)))
+    if errors:
+        raise BadSamples(errors, len(queries))
     if num_dropped:
         warnings.warn(
             f"up to {num_dropped} of the oldest shots were dropped: they exceed the budget of {budget} input "
@@ -201,3 +197,28 @@ def asked(
             stacklevel=3,
         )
     return prompts
+
+
+def _encode_shots(sampler: Sampler, shots: Seq[Shot]) -> dict[int, list[Record]]:
+    """Records by the id of each shot; ValueError says which cannot be encoded."""
+    encoded = {}
+    for number, shot in enumerate(shots, 1):
+        if id(shot) not in encoded:
+            try:
+                encoded[id(shot)] = encode(shot, sampler.tokenizers, sampler.modalities)
+            except Exception as error:
+                raise ValueError(f"shot {number} cannot be read: {reason(error)}") from error
+    return encoded
+
+
+def _encode_query(sampler: Sampler, query: Shot, m: Modality) -> tuple[Record, list[Record], np.ndarray | None]:
+    """A query's record, those of its further images, and what is given of the target: a question and -1."""
+    record, *others = encode(Shot(inputs=query.inputs), sampler.tokenizers, sampler.modalities)
+    partial = np.array([-1]) if isinstance(m, Sequence) else None
+    for name in [n for n in query.inputs if sampler.modalities.as_input(n).name == m.name]:
+        (ids,) = sampler.tokenizers[m.name].encode([joined(query.inputs[name], None, name)])
+        if ids[-1] != m.end_id:
+            raise ValueError(f"the question {query.inputs[name]!r} is longer than {m.name}, which has {m.max_length}")
+        partial = np.append(ids[:-1], -1)
+        del record[m.name]
+    return record, others, partial

@@ -15,13 +15,18 @@ from jaxtyping import Bool, Int
 
 from m4.components import closest
 from m4.guidance import Guidance
-from m4.modality import Grid, Modalities, Modality, Sequence
+from m4.modality import Grid, Modalities, Modality, Sequence, Tokenizer
 from m4.packing import Packed, Record, pack, stack
 from m4.sampling import Prompt, Stage
 from m4.tokens import Tokens
 
 MASK = "[MASK]"  # in a text: any number of words that are to be generated
 BUCKET = 16  # prompts are padded to a multiple of so many tokens, for other lengths to find them compiled
+
+
+def check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be an integer from 0 to 2^63 - 1 ({2**63 - 1})")
 
 
 def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kept: Seq[str] = ()) -> None:
@@ -111,6 +116,38 @@ def token_mask(mask: Any, m: Grid, rng: np.random.Generator) -> Bool[np.ndarray,
         )
     blocks = [n for a, b in zip(mask.shape, m.shape, strict=True) for n in (b, a // b)]
     return mask.reshape(blocks).all(axis=tuple(range(1, len(blocks), 2))).ravel()
+
+
+class BadSamples(ValueError):
+    """Samples that cannot be encoded. `errors`: by each sample's place in the lists, its input and what is wrong."""
+
+    def __init__(self, errors: Mapping[int, tuple[str, str]], count: int):
+        first = min(errors)
+        name, message = errors[first]
+        more = f" (and {len(errors) - 1} more of {count} samples)" if len(errors) > 1 else ""
+        super().__init__(f"{name}: {message}" if count == 1 else f"sample {first}, {name}: {message}{more}")
+        self.errors = dict(errors)
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a sample. Foreign decoders and encoders meet bad input with errors of nearly every kind."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def encode_each(tokenizer: Tokenizer, signals: Seq[Any]) -> tuple[list[np.ndarray], dict[int, str]]:
+    """Stored arrays of signals. If a batch fails, each is tried alone: what is wrong, by place, and no arrays."""
+    try:
+        return tokenizer.encode(signals), {}
+    except Exception:
+        errors = {}
+        for i, signal in enumerate(signals):
+            try:
+                tokenizer.encode([signal])
+            except Exception as error:
+                errors[i] = reason(error)
+        if not errors:  # it is not of one signal
+            raise
+        return [], errors
 
 
 class Context(NamedTuple):

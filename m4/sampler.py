@@ -36,7 +36,21 @@ from m4.components import closest
 from m4.guidance import Guidance
 from m4.modality import Features, Modality, Sequence, Tokenizer
 from m4.model import Model
-from m4.prompts import MASK, Context, check_plan, fill_spans, make_prompt, show_spans, token_mask, trim
+from m4.prompts import (
+    MASK,
+    BadSamples,
+    Context,
+    check_plan,
+    check_seed,
+    encode_each,
+    fill_spans,
+    make_prompt,
+    reason,
+    show_spans,
+    token_mask,
+    trim,
+)
+from m4.results import Results
 from m4.samples import read_sample, read_samples
 from m4.sampling import ROAR, Autoregressive, Generated, MaskGIT, Prompt, Replay, Scheme, Stage
 from m4.sharding import MeshConfig
@@ -77,54 +91,6 @@ _listening = threading.Lock()
 def _tell(ids: np.ndarray, known: np.ndarray) -> None:
     for hear in _listener:
         hear(ids, known)
-
-
-# ---- Signals --------------------------------------------------------------------------------------------------------
-
-
-class Results(dict):
-    """Signals by target: lists, or single ones if single ones were given.
-
-    `tokens`: ids by target's modality, one array a sample. `history`: by target's modality the step in which each token
-    was decoded. `inputs` as they were read.
-    """
-
-    def __init__(self, sampler: Sampler, targets: Seq[str], inputs: Mapping[str, list[Any]], single: bool):
-        super().__init__({name: [] for name in targets})
-        self.sampler, self.inputs, self.single = sampler, inputs, single
-        self.tokens: dict[str, list[np.ndarray]] = {}
-        self.history: dict[str, list[np.ndarray]] = {}
-
-    def add(self, other: Results) -> None:
-        """Further samples of the same targets."""
-        for mine, theirs in ((self, other), (self.tokens, other.tokens), (self.history, other.history)):
-            for name in theirs:
-                mine.setdefault(name, []).extend(theirs[name])
-
-    def signals(self, name: str) -> list[Any]:
-        return [self[name]] if self.single else self[name]
-
-    def image(self, i: int = 0) -> np.ndarray | None:
-        """A picture to draw on: the rgb input or target."""
-        for name, signals in [*self.inputs.items(), *((n, self.signals(n)) for n in self)]:
-            if name.split("_")[0] == "rgb" and signals[i] is not None:
-                return signals[i]
-        return None
-
-    def draw(self, name: str, i: int = 0) -> np.ndarray:
-        """uint8 picture [H W 3] of a target's sample i."""
-        return self.sampler.tokenizer(name).draw(self.signals(name)[i], image=self.image(i))
-
-    def write(self, folder: str | Path, i: int = 0, *, with_inputs: bool = False) -> None:
-        """Files of all targets of sample i; of its inputs, too, to train on them (m4.datasets.generated)."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in self:
-            self.sampler.tokenizer(name).write(self.signals(name)[i], Path(folder), image=self.image(i))
-        made = {self.sampler.tokenizer(name).modality.signal for name in self}
-        for name, signals in self.inputs.items() if with_inputs else ():
-            tokenizer = self.sampler.input_tokenizer(name)
-            if signals[i] is not None and "#" not in name and tokenizer.modality.signal not in made:
-                tokenizer.write(signals[i], Path(folder), image=self.image(i))
 
 
 @dataclasses.dataclass
@@ -238,8 +204,12 @@ class Sampler:
         return read_samples(inputs, {name: self.input_tokenizer(name) for name in inputs})
 
     def encode(self, inputs: Mapping[str, Seq[Any]], count: int = 0) -> list[dict[str, np.ndarray]]:
-        """Raw signals -> stored arrays by modality, one dict a sample, without what is None."""
+        """Raw signals -> stored arrays by modality, one dict a sample, without what is None.
+
+        `BadSamples` names the samples that cannot be encoded.
+        """
         records: list[dict[str, np.ndarray]] = [{} for _ in range(count or max(map(len, inputs.values()), default=0))]
+        errors = {}
         for name, signals in inputs.items():
             base, hash_, tag = name.partition("#")
             m = self.modalities.as_input(base)
@@ -248,9 +218,12 @@ class Sampler:
                     f"{name!r}: of {m.name} there can be only one; allowed: tokens, such as those of texts"
                 )
             there = [i for i, s in enumerate(signals) if s is not None]
-            encoded = self.tokenizers[m.name].encode([signals[i] for i in there])
-            for i, ids in zip(there, encoded, strict=True):
+            encoded, bad = encode_each(self.tokenizers[m.name], [signals[i] for i in there])
+            errors.update({there[k]: (name, message) for k, message in bad.items()})
+            for i, ids in zip(there, encoded, strict=not bad):
                 records[i][m.name + hash_ + tag] = ids
+        if errors:
+            raise BadSamples(errors, len(records))
         return records
 
     def _keep(self, name: str, value: Any, count: int) -> list[Any]:
@@ -263,24 +236,27 @@ class Sampler:
 
     def _partial(self, read, kept, seed: int, numbers: Seq[int]) -> dict[str, list[np.ndarray]]:
         """By modality: ids of what is given in part, -1 where they are to be generated."""
-        partial = {}
+        partial, errors = {}, {}
         for name, masks in kept.items():
             m = self.modalities.as_target(name)
-            if isinstance(m, Sequence):
-                partial[m.name] = [self._partial_text(m, text) for text in read[name]]
-                continue
             partial[m.name] = [None] * len(masks)
             for i, (signal, mask) in enumerate(zip(read[name], masks, strict=True)):
-                if signal is not None:
-                    (ids,) = self.tokenizers[m.name].encode([signal])
-                    stays = token_mask(mask, m, np.random.default_rng([seed, numbers[i]]))
-                    partial[m.name][i] = np.where(stays, ids, -1)
+                if signal is None:
+                    continue
+                try:
+                    is_text = isinstance(m, Sequence)
+                    ids = self._partial_text(m, signal) if is_text else self.tokenizers[m.name].encode([signal])[0]
+                except Exception as error:
+                    errors[i] = name, reason(error)
+                    continue
+                stays = is_text or token_mask(mask, m, np.random.default_rng([seed, numbers[i]]))
+                partial[m.name][i] = np.where(stays, ids, -1)
+        if errors:
+            raise BadSamples(errors, len(numbers))
         return partial
 
-    def _partial_text(self, m: Sequence, text: str | None) -> np.ndarray | None:
+    def _partial_text(self, m: Sequence, text: str) -> np.ndarray:
         """[MASK] -> -1; the end is open only behind a [MASK]."""
-        if text is None:
-            return None
         if MASK not in text:
             raise ValueError(f"{m.name} {text!r} is given in part, but has no {MASK}")
         pieces = text.split(MASK)
@@ -378,6 +354,8 @@ class Sampler:
                     jax.effects_barrier()
                 finally:
                     _listener.clear()
+        if np.isnan(out.log_probability[:num]).any():
+            raise ValueError(f"{stage.target}: the model's predictions are not finite; are its weights damaged?")
         return Generated(*(x[:num] for x in out))
 
     def _finish(self, m: Modality, generated: Generated, known: Seq[np.ndarray | None]):

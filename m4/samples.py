@@ -37,7 +37,9 @@ def kind_of(tokenizer: Tokenizer) -> str:
     return getattr(tokenizer, "kind", "")
 
 
-def file_of(value: str | Path, kind: str, folder: Path | None = None, *, words_name_files: bool = True) -> Path | None:
+def file_of(
+    value: str | Path, kind: str, folder: Path | None = None, *, words_name_files: bool = True, notice: bool = True
+) -> Path | None:
     """The file that a value names, beside `folder` if that is given; None if the value is the signal itself.
 
     Signals that cannot be written out (images, depth, ...) are always files. Of the others (texts, labels, boxes, ...)
@@ -52,7 +54,7 @@ def file_of(value: str | Path, kind: str, folder: Path | None = None, *, words_n
         return None
     if os.path.isfile(path):
         return path
-    if is_word and " " not in value:
+    if notice and is_word and " " not in value:
         warnings.warn(f"{shown(value)} is taken as a text itself: there is no such file", stacklevel=3)
     return None
 

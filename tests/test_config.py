@@ -97,11 +97,11 @@ LAYERS = [
     ["drawing", "guidance"],
     ["sampling"],
     ["prompts"],
-    ["sampler"],
+    ["results", "sampler"],
     ["in_context", "embeddings"],
     ["evals"],
     ["config"],
-    ["overview", "plan", "generate", "merging", "demo"],
+    ["overview", "plan", "generate", "inputs", "merging", "demo", "demo_server"],
     ["__main__"],
 ]
 
