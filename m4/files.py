@@ -36,6 +36,7 @@ except ImportError:  # Windows: temporaries are never taken for left over, and n
 DIGESTS = "digests.json"
 FORMAT = 2  # of JSON with a digest, under "m4": so that damage to the name of the digest is noticed, too
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12}|\d{1,10})\.tmp")  # the latter of versions before 0.2
+SURROGATE = re.compile("[\ud800-\udfff]")
 # What names from files may not hold: they become paths, rows of tables and keys of JSON.
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|\ud800-\udfff]|^\.|^~|^ | $|^$')
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
@@ -280,7 +281,7 @@ def parse_json(data: bytes | str) -> Any:
     try:
         text = decode_text(data) if isinstance(data, bytes) else data
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
-        _check_strings(value)
+        check_strings(value)
         return value
     except RecursionError as error:
         raise ValueError("not JSON that can be read: it is nested too deeply") from error
@@ -342,17 +343,18 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check_strings(value: Any) -> None:
+def check_strings(value: Any) -> None:
+    """ValueError for a text (also within JSON) that no UTF-8 can hold: JSON can escape half of a surrogate pair."""
     if isinstance(value, str):
-        if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can escape what no text can hold
+        if not value.isascii() and SURROGATE.search(value):
             raise ValueError(f"the text {ascii(value)[:60]} has half a surrogate pair")
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_strings(key)
-            _check_strings(item)
+            check_strings(key)
+            check_strings(item)
     elif isinstance(value, list):
         for item in value:
-            _check_strings(item)
+            check_strings(item)
 
 
 # ---- Locks ----------------------------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ class Results(dict):
         return self.sampler.tokenizer(name).draw(self.signals(name)[i], image=self.image(i))
 
     def write(self, folder: str | Path, i: int = 0, *, alone: bool = False, with_inputs: bool = False) -> None:
-        """Files of all targets of sample i, all of them or none; with its inputs, as they were read, they can be trained
-        on (m4.datasets.generated).
+        """Files of all targets of sample i, all of them or none; with its inputs, as they were read, one can train
+        on them (m4.datasets.generated).
 
         `alone`: they take the place of the whole folder; else others in it stay. ValueError if it cannot be written, or
         if a signal's name would lead elsewhere.

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Shaped
 from PIL import Image, ImageOps
 
 from m4.datasets.files import ALIGNED, EXTENSIONS, LITERAL, PICTURES, decode, extension_of, extent, from_text
-from m4.files import shown
+from m4.files import check_strings, shown
 from m4.modality import Tokenizer
 
 GREY = 128  # of bars beside an image
@@ -106,7 +106,7 @@ def _is_map(kind: str, tokenizer: Tokenizer) -> bool:
 def written_out(kind: str, text: str) -> Any:
     """A signal that is written out: words, or JSON."""
     if kind in ("text", "class"):
-        text.encode()  # UnicodeEncodeError, a ValueError, on half a surrogate pair
+        check_strings(text)
         return text
     return from_text(kind, "json", text)
 

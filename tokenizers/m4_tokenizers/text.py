@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
 import textwrap
 import time
 from collections import Counter
@@ -27,13 +26,13 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from m4.files import check_strings
 from m4.modality import Sequence
 from m4_tokenizers.reading import Reader
 
 Text = str | tuple[str | int, ...]
 PAD, UNK, SOS, EOS = range(4)
 NUM_COORDINATES, NUM_DECLARATIONS = 4, 32
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half of a pair, and broken file names have them
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # one printable character for each of the 256 bytes
 
 
@@ -219,10 +218,7 @@ class TextTokenizer(Reader):
         for text in signals:
             check_text(text)
         parts = [part for text in signals for part in ((text,) if isinstance(text, str) else text)]
-        for part in parts:
-            if isinstance(part, str) and not part.isascii() and SURROGATE.search(part):
-                given = f"{ascii(part)[:60]} has half a surrogate pair"
-                raise ValueError(f"{self.modality.name}: the text {given}, which no UTF-8 can hold")
+        check_strings(parts)
         texts = iter(self._model.encode_batch_fast([p for p in parts if isinstance(p, str)], add_special_tokens=False))
         of_part = iter(
             np.array(next(texts).ids, np.int32) + self._first_id if isinstance(p, str) else self._declared(p)
