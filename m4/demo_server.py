@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from m4.datasets.files import MAX_PIXELS
+from m4.datasets.pictures import MAX_PIXELS
 
 MAX_MESSAGE = 2**22  # bytes of a request that uploads nothing: texts, boxes, settings
 MAX_LAYERS = 4  # of a picture that is painted on; the page makes one
