@@ -23,10 +23,10 @@ def contact_sheet(rows: Seq[tuple[str, Mapping[str, UInt8[np.ndarray, "_ _ 3"]]]
     canvas = Image.new("RGB", (len(titles) * (TILE + GAP) + GAP, HEADER + len(rows) * height + GAP), "white")
     pen = ImageDraw.Draw(canvas)
     for c, title in enumerate(titles):
-        pen.text((GAP + c * (TILE + GAP), 3), title[:20], fill="black")
+        pen.text((GAP + c * (TILE + GAP), 3), _printable(title[:20]), fill="black")
     for r, (name, pictures) in enumerate(rows):
         top = HEADER + GAP + r * height
-        pen.text((GAP, top + TILE), name[:40], fill="grey")
+        pen.text((GAP, top + TILE), _printable(name[:40]), fill="grey")
         for title, picture in pictures.items():
             drawn = Image.fromarray(picture)
             side = TILE / max(drawn.size)
@@ -43,9 +43,13 @@ def labelled(picture: UInt8[np.ndarray, "_ _ 3"] | None, text: str) -> UInt8[np.
         scale = side / max(drawn.size)
         drawn = drawn.resize((round(drawn.width * scale), round(drawn.height * scale)), Image.Resampling.NEAREST)
         tile.paste(drawn, ((TILE - drawn.width) // 2, 0))
-    printable = text.encode("latin-1", "replace").decode("latin-1")  # all that PIL's built-in font has
-    ImageDraw.Draw(tile).text((TILE / 2, TILE - HEADER / 2), printable[:22], fill="black", anchor="mm")
+    ImageDraw.Draw(tile).text((TILE / 2, TILE - HEADER / 2), _printable(text[:22]), fill="black", anchor="mm")
     return np.asarray(tile)
+
+
+def _printable(text: str) -> str:
+    """All that PIL's built-in font has, on one line."""
+    return text.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
 
 
 def write_png(path: Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:

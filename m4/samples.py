@@ -25,6 +25,7 @@ from m4.datasets.files import ALIGNED, EXTENSIONS, LITERAL, PICTURES, decode, ex
 from m4.files import check_strings, shown
 from m4.modality import Tokenizer
 
+MAX_BYTES = 2**32  # of a file of one signal
 GREY = 128  # of bars beside an image
 BARS = {"depth": 0, "relative_depth": 0, "normals": 0, "instances": 0, "mask": False, "edges": 0}  # in other signals
 
@@ -64,6 +65,8 @@ def content(file: Path) -> bytes:
     try:
         if not file.is_file():
             raise ValueError(f"{shown(file)}: {'is not a file' if file.exists() else 'there is no such file'}")
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{shown(file)}: it has {size:,} bytes; allowed: at most {MAX_BYTES:,}")
         return file.read_bytes()
     except OSError as error:
         raise ValueError(f"{shown(file)}: cannot be read ({error.strerror})") from error

@@ -18,6 +18,7 @@ from PIL import Image
 
 from m4 import __main__ as cli
 from m4 import in_context
+from m4.pictures import contact_sheet
 from m4.prompts import BadSamples
 from m4.sampler import Sampler, Stage
 from m4.sampling import MaskGIT
@@ -91,12 +92,15 @@ def spoil(kind: str, file) -> None:
         file.write_bytes(b"")
     if kind == "pipe":
         os.mkfifo(file)
+    if kind == "huge":  # of which the disk holds nothing
+        with open(file, "wb") as empty:
+            empty.truncate(2**40)
     if kind in ("zero", "gone"):
         file.symlink_to("/dev/zero" if kind == "zero" else "nothing.npy")
 
 
 BAD = ["nan", "infinite", "negative", "channels", "empty", "text", "object", "complex", "cut", "nothing", "pipe",
-       "zero", "gone"]  # fmt: skip
+       "zero", "gone", "huge"]  # fmt: skip
 
 
 def test_every_bad_sample_is_listed_and_the_others_are_as_without_it(generate, tmp_path):
@@ -225,6 +229,16 @@ def test_a_plan_that_raises_is_named(text, generate, tmp_path):
     with pytest.raises(ValueError, match=r"plan\.py"):
         generate("--inputs", "caption=a cube", "--plan", tmp_path / "plan.py", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sheet_has_any_names():
+    sheet = contact_sheet(
+        [
+            ("日本\n\ud83d", {"rgb >": np.zeros((8, 8, 3), np.uint8)}),
+            ("b", {"\U0001f9c0": np.ones((4, 4, 3), np.uint8)}),
+        ]
+    )
+    assert sheet.ndim == 3
 
 
 # ---- The library ----------------------------------------------------------------------------------------------------
