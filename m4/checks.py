@@ -23,9 +23,9 @@ BOUNDS = {
 }  # fmt: skip
 
 
-def check_seed(seed: int, name: str = "seed") -> None:
-    """ValueError unless 0 <= seed < 2**63: what every generator of random numbers here takes."""
-    if not 0 <= seed <= MAX_SEED:
+def check_seed(seed: Any, name: str = "seed") -> None:
+    """ValueError unless it is an integer, 0 <= seed < 2**63: what every generator of random numbers here takes."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"{name}={seed} must be {BOUNDS['seed'][1]}")
 
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from m4.checks import check_seed
 from m4.datasets.files import ALIGNED
 from m4.files import remove_leftovers, shown, write_atomically
 from m4.in_context import answer
 from m4.inputs import Sample, beside, pair, read_inputs
 from m4.modality import Sequence
 from m4.pictures import contact_sheet, write_png
-from m4.prompts import MASK, BadSamples, check_plan, check_seed, reason, trim
+from m4.prompts import MASK, BadSamples, check_plan, reason, trim
 from m4.sampler import Results, Sampler, Stage, default_scheme, keep_compiled
 from m4.samples import fit_mask, kind_of, load_mask, read_mask
 from m4.sampling import Autoregressive, Guidance

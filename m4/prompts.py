@@ -24,11 +24,6 @@ MASK = "[MASK]"  # in a text: any number of words that are to be generated
 BUCKET = 16  # prompts are padded to a multiple of so many tokens, for other lengths to find them compiled
 
 
-def check_seed(seed: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} must be an integer from 0 to 2^63 - 1 ({2**63 - 1})")
-
-
 def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kept: Seq[str] = ()) -> None:
     """ValueError for unknown or repeated names, input-only targets, schemes that do not fit, guidance by nothing.
 

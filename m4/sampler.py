@@ -41,7 +41,6 @@ from m4.prompts import (
     BadSamples,
     Context,
     check_plan,
-    check_seed,
     encode_each,
     fill_spans,
     make_prompt,
