@@ -1,0 +1,287 @@
+"""Two minutes of damaged files of every kind that people give m4: each is read, or refused by a ValueError that names
+it; nothing hangs, eats the memory, or gives half of what is there. Counts: pytest -m slow tests/test_fuzz.py -s
+"""
+
+import collections
+import dataclasses
+import io
+import json
+import resource
+import shutil
+import signal
+import tarfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import ROOT
+from PIL import Image
+
+from m4.checkpoints import load_run
+from m4.components import load_tokenizer
+from m4.config import load_config
+from m4.data import TokenShards
+from m4.datasets.files import decode
+from m4.datasets.tars import members
+from m4.datasets.texts import Texts
+from m4.generate import _rows
+from m4.model_file import TensorFile, load_model
+from m4.sampler import Sampler
+from m4.shots import read_shots
+
+pytestmark = pytest.mark.slow
+SECONDS = 120
+LONGEST = 20  # seconds for one try
+MEMORY = 6 << 30  # bytes that one try may take beyond what the process has
+
+
+class Hangs(BaseException):
+    """Not an Exception, for no reader to catch it."""
+
+
+def with_limits(read: Callable[[], Any]) -> Any:
+    def stop(*_):
+        raise Hangs
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LONGEST)
+    try:
+        return read()
+    finally:
+        signal.alarm(0)
+
+
+# ---- What is damaged: bytes by the name of their kind --------------------------------------------------------------
+
+
+def pictures() -> Iterator[tuple[str, bytes]]:
+    rng = np.random.default_rng(0)
+    colour = Image.fromarray(rng.integers(0, 256, (24, 32, 3)).astype(np.uint8))
+    modes = {m: colour.convert(m) for m in ("L", "P", "1", "RGBA", "LA", "CMYK", "RGB")}
+    modes["I;16"] = Image.fromarray(rng.integers(0, 65536, (24, 32)).astype(np.uint16))
+    modes["F"] = Image.fromarray(rng.random((24, 32)).astype(np.float32))
+    for suffix, names in {
+        "png": ("RGB", "L", "P", "1", "RGBA", "LA", "I;16"), "jpg": ("RGB", "L", "CMYK"), "webp": ("RGB", "RGBA"),
+        "tif": ("RGB", "L", "I;16", "F", "CMYK", "1"), "bmp": ("RGB", "L", "P", "1"), "gif": ("P",), "ppm": ("RGB",),
+    }.items():  # fmt: skip
+        for mode in names:
+            stream = io.BytesIO()
+            modes[mode].save(stream, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix))
+            yield f"{mode.replace(';', '')}.{suffix}", stream.getvalue()
+
+
+def arrays() -> Iterator[tuple[str, bytes]]:
+    rng = np.random.default_rng(1)
+    for dtype in ("uint8", "int32", "int64", "float16", "float32", "float64", "bool", "complex64", "U3", ">f4"):
+        for shape in ((16, 16), (16, 16, 3), (7,)):
+            stream = io.BytesIO()
+            np.save(stream, rng.integers(0, 5, shape).astype(dtype), allow_pickle=False)
+            yield f"{dtype.strip('>')}{len(shape)}.npy", stream.getvalue()
+
+
+BOXES = json.dumps([{"bbox": [0.1, 0.2, 0.5, 0.75], "label": "cube"}, {"bbox": [0, 0, 1, 1], "label": "käse"}])
+TABLE = '{"caption": "a red cube"}\n{"rgb": "a.png", "caption": "käse"}\n'
+SHOTS = json.dumps([{"inputs": {"rgb": "a.png"}, "outputs": {"caption": "dax"}}])
+
+
+def a_tar() -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for i in range(4):
+            info = tarfile.TarInfo(f"dir/{i}.txt")
+            info.size = 700
+            tar.addfile(info, io.BytesIO(b"x" * 700))
+    return stream.getvalue()
+
+
+WORDS = (
+    b"null", b"-1", b"1e999", b"NaN", b"[" * 3000, b'"\\ud800"', b"99999999999999999999", b"{}", b"'", b"\xff", b"\n",
+)  # fmt: skip
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """One to four changes: bits, bytes, cuts, repeats, inserted bytes, swapped numbers in text."""
+    for _ in range(int(rng.integers(1, 5))):
+        if not data:
+            return data
+        at, how, size = int(rng.integers(len(data))), int(rng.integers(8)), int(rng.integers(1, 40))
+        if how == 0:
+            data = data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1 :]
+        elif how == 1:
+            data = data[:at] + rng.bytes(size) + data[at + size :]
+        elif how == 2:
+            data = data[:at]
+        elif how == 3:
+            data = data[:at] + data[at : at + size] * int(rng.integers(2, 5)) + data[at:]
+        elif how == 4:
+            data = data[:at] + data[at + size :]
+        elif how == 5:
+            data = data[:at] + bytes(size) + data[at + size :]
+        elif how == 6:  # a word that parsers know, in the place of another
+            words = [
+                b"null",
+                b"-1",
+                b"1e999",
+                b"NaN",
+                b"[" * 3000,
+                b'"\\ud800"',
+                b"99999999999999999999",
+                b"{}",
+                b"'",
+                b"\xff",
+            ]
+            data = data[:at] + words[int(rng.integers(len(words)))] + data[at + size :]
+        else:  # a header's size or count
+            data = data[:at] + int(rng.integers(2**62)).to_bytes(8, "little") + data[at + 8 :]
+    return data
+
+
+# ---- Who reads it ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A file's content, and its reader, which gives all of it or a ValueError; `whole` says whether it is all."""
+
+    file: Path
+    data: bytes
+    read: Callable[[Path], Any]
+    whole: Callable[[Any], bool] = lambda value: True
+
+
+def kinds(root: Path, sampler: Sampler, stored: dict[str, Path]) -> list[Kind]:
+    found = []
+    signals = ("rgb", "depth", "normals", "semseg", "instance", "thermal")
+    for name, data in [*pictures(), *arrays()]:
+        for signal_name in signals:
+            read = lambda p, s=signal_name: decode(s, str(p), p.read_bytes())  # noqa: E731
+            found.append(Kind(root / name, data, read))
+        for signal_name in ("rgb", "depth"):
+            found.append(Kind(root / name, data, lambda p, s=signal_name: sampler.read(s, str(p))))
+    for name, data in {"boxes.json": BOXES, "caption.txt": "a red cube", "caption.json": '["a", "b"]'}.items():
+        signal_name = name.partition(".")[0]
+        read = lambda p, s=signal_name: decode(s, str(p), p.read_bytes())  # noqa: E731
+        found.append(Kind(root / name, data.encode(), read))
+    found.append(Kind(root / "b.json", BOXES.encode(), lambda p: sampler.read("boxes", str(p))))
+    found.append(Kind(root / "table.jsonl", TABLE.encode(), lambda p: _rows([str(p)])))
+    found.append(Kind(root / "shots.json", SHOTS.encode(), read_shots))
+    found.append(Kind(root / "x.tar", a_tar(), lambda p: members(p), lambda value: len(value) in (4, 5)))
+    for suffix, text in {"txt": "one\ntwo\nthree\n", "jsonl": '{"text": "one"}\n{"text": "two"}\n'}.items():
+        found.append(Kind(root / f"texts.{suffix}", text.encode(), lambda p: read_texts(p, root)))
+    for name, file in stored.items():
+        read = {"model": load_model, "tokenizer": load_tokenizer, "header": TensorFile.read}[name.split()[0]]
+        found.append(Kind(root / file.name, file.read_bytes(), read))
+    return found
+
+
+def read_texts(path: Path, root: Path) -> list[Any]:
+    texts = Texts(files=(str(path),), validation_share=0, test_share=0)
+    texts.prepare(root / "data")
+    split = texts.split("train", root / "data")
+    return [split[i] for i in range(len(split))]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A model's folder and token shards, of a tiny kind."""
+    root = tmp_path_factory.mktemp("fuzz")
+    (root / "tokens").mkdir()
+    return root
+
+
+def in_a_folder(root: Path, model: Path) -> Iterator[tuple[Path, Callable[[], Any]]]:
+    """Files that are read with others beside them: a run's config and tokenizers."""
+    for name in ("config.json", "tokenizers/rgb.safetensors", "tokenizers/caption.safetensors"):
+        yield model / name, lambda: load_run(model)
+    yield root / "config.py", lambda: load_config(str(root / "config.py"))
+
+
+def test_whatever_is_read_is_whole_or_refused_by_name(tmp_path, folders, capsys):
+    saved = ROOT / "tests/data/runs_0.1"
+    model = folders / "run"
+    shutil.copytree(saved / "run", model)
+    (folders / "config.py").write_text("config = {'a': [1, 2]}\n")
+    sampler = Sampler.load("scenes", batch_size=1)
+    stored = {
+        "model file": saved / "model.safetensors", "tokenizer rgb": model / "tokenizers/rgb.safetensors",
+        "tokenizer text": model / "tokenizers/caption.safetensors", "header": saved / "model.safetensors",
+    }  # fmt: skip
+    alone = kinds(tmp_path, sampler, stored)
+    rng, counts, start = np.random.default_rng(0), collections.Counter(), time.monotonic()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
+    problems = []
+
+    def check(file: Path, data: bytes, read: Callable[[], Any], whole: Callable[[Any], bool]) -> None:
+        file.write_bytes(data)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                value = with_limits(read)
+            counts["read"] += 1
+            if not whole(value):
+                problems.append((file.name, data[:200], "half of it was read"))
+        except ValueError as error:
+            counts["refused"] += 1
+            if file.name not in str(error):
+                problems.append((file.name, data[:200], f"not named: {error}"))
+        except BaseException:
+            problems.append((file.name, data[:200], traceback.format_exc()[-1500:]))
+
+    try:
+        together = [(file, file.read_bytes(), read) for file, read in in_a_folder(folders, model)]
+        while time.monotonic() - start < SECONDS and len(problems) < 20:
+            kind = alone[int(rng.integers(len(alone)))]
+            check(kind.file, mutated(kind.data, rng), lambda k=kind: k.read(k.file), kind.whole)
+            kind.file.unlink()
+            if counts.total() % 40 == 0:
+                file, data, read = together[int(rng.integers(len(together)))]
+                check(file, mutated(data, rng), read, lambda value: True)
+                file.write_bytes(data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with capsys.disabled():
+        print(f"\n{counts.total()} damaged files in {time.monotonic() - start:.0f} s: {dict(counts)}")
+    assert not problems, "\n\n".join(f"{name} {data!r}\n{what}" for name, data, what in problems)
+
+
+def test_damaged_token_shards(tmp_path, capsys):
+    """Whole, or refused with the shard's name."""
+    from m4.data import Dataset
+    from m4.datasets.folders import Folders
+    from m4.pretokenize import prepare
+    from m4_tokenizers.text import TextRecipe
+
+    (tmp_path / "raw/caption").mkdir(parents=True)
+    for i in range(40):
+        (tmp_path / f"raw/caption/{i}.txt").write_text(f"a red cube and {i} spheres")
+    source = Folders(root=str(tmp_path / "raw"), validation_share=0, test_share=0)
+    (tokens,) = prepare([Dataset(source=source)], [TextRecipe()], tmp_path / "data", seed=0).tokens
+
+    def read() -> list[dict[str, np.ndarray]]:
+        shards = TokenShards(tokens, "train")
+        return [shards[i] for i in range(len(shards))]
+
+    expected, rng, counts = [safetensors.numpy.save(r) for r in read()], np.random.default_rng(0), collections.Counter()
+    files = [p for p in tokens.iterdir() if p.is_file() and p.name.startswith("train")]
+    originals = {p: p.read_bytes() for p in files}
+    start = time.monotonic()
+    while time.monotonic() - start < 20:
+        file = files[int(rng.integers(len(files)))]
+        file.write_bytes(mutated(originals[file], rng))
+        try:
+            assert [safetensors.numpy.save(r) for r in with_limits(read)] == expected
+            counts["read"] += 1
+        except ValueError as error:
+            assert file.name in str(error), error
+            counts["refused"] += 1
+        file.write_bytes(originals[file])
+    with capsys.disabled():
+        print(f"\n{counts.total()} damaged shards and manifests: {dict(counts)}")
