@@ -7,13 +7,13 @@ import dataclasses
 import hashlib
 import os
 import re
-import stat
 import sys
 import unicodedata
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
+from m4.contents import content
 from m4.files import check_name, parse_json, shown
 from m4.samples import file_of
 
@@ -167,17 +167,8 @@ def _lonely(stem: str, folders: Mapping[str, Mapping[str, list[Path]]], name: st
 
 def _table(file: Path) -> list[Sample]:
     """One sample a line, numbered. A line that cannot be read becomes a sample with an error."""
-    try:
-        status = os.stat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{shown(file)} is not a regular file; --inputs takes a .jsonl file")
-        if status.st_size > MAX_TABLE:
-            raise ValueError(f"{shown(file)} has {status.st_size} bytes; allowed for a table of prompts: {MAX_TABLE}")
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise ValueError(f"{shown(file)} cannot be read: {error.strerror}") from error
     rows, errors = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content(file, max_bytes=MAX_TABLE).splitlines(), 1):
         if line.strip():
             try:
                 rows.append(_row(line))

@@ -21,11 +21,11 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 from PIL import Image, ImageOps
 
+from m4.contents import content
 from m4.datasets.files import ALIGNED, EXTENSIONS, LITERAL, PICTURES, decode, extension_of, extent, from_text
 from m4.files import check_strings, shown
 from m4.modality import Tokenizer
 
-MAX_BYTES = 2**32  # of a file of one signal
 GREY = 128  # of bars beside an image
 BARS = {"depth": 0, "relative_depth": 0, "normals": 0, "instances": 0, "mask": False, "edges": 0}  # in other signals
 
@@ -58,18 +58,6 @@ def file_of(
     if notice and is_word and " " not in value:
         warnings.warn(f"{shown(value)} is taken as a text itself: there is no such file", stacklevel=3)
     return None
-
-
-def content(file: Path) -> bytes:
-    """ValueError for what is not there, or is no file, such as a pipe or a device."""
-    try:
-        if not file.is_file():
-            raise ValueError(f"{shown(file)}: {'is not a file' if file.exists() else 'there is no such file'}")
-        if (size := file.stat().st_size) > MAX_BYTES:
-            raise ValueError(f"{shown(file)}: it has {size:,} bytes; allowed: at most {MAX_BYTES:,}")
-        return file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{shown(file)}: cannot be read ({error.strerror})") from error
 
 
 class _Value(NamedTuple):
@@ -308,7 +296,7 @@ def read_mask(file: str | Path, tokenizer: Tokenizer, picture: Any, *, pad: bool
     if isinstance(picture, str | Path):
         signal = tokenizer.modality.signal
         name = shown(picture)
-        size = decode(signal, name, content(Path(picture)), kind_of(tokenizer)).shape[:2]
+        size = decode(signal, name, content(picture), kind_of(tokenizer)).shape[:2]
     else:
         name, size = "its picture", np.shape(picture)[:2]
     check_aspect(mask.shape, size, (path, name))
@@ -320,7 +308,7 @@ def read_mask(file: str | Path, tokenizer: Tokenizer, picture: Any, *, pad: bool
 
 def load_mask(file: str | Path) -> Bool[np.ndarray, "H W"]:
     """The bright part of a picture, in its own pixels: see `m4.datasets.pictures.to_mask`."""
-    return decode("a mask", shown(file), content(Path(file)), "mask")
+    return decode("a mask", shown(file), content(file), "mask")
 
 
 def fit_mask(mask: Bool[np.ndarray, "H W"], tokenizer: Tokenizer, *, pad: bool = False) -> Bool[np.ndarray, "h h"]:

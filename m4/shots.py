@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from m4.contents import content
 from m4.datasets.files import extension_of
 from m4.files import parse_json
 from m4.modality import Features, Modalities, Modality, Sequence, Tokenizer
@@ -129,9 +130,10 @@ def read_shots(file: Path) -> list[Shot]:
     numbers of images. ValueError for anything else.
     """
     like = '[{"inputs": {"rgb": "a.png"}, "outputs": {"caption": "a dax"}}, ...]'
+    data = content(file)
     try:
-        items = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
+        items = parse_json(data)
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}; it should hold {like}") from error
     if not isinstance(items, list) or not items:
         raise ValueError(f"{file} must hold a list of examples, such as {like}")

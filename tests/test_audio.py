@@ -3,6 +3,9 @@
 N sounds, T samples
 """
 
+import io
+import os
+import struct
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +17,7 @@ from test_stamps import assert_same
 
 from m4.components import from_json, load_tokenizer, save_tokenizer, to_json
 from m4.datasets import spoken, stamps
-from m4.datasets.sounds import INSTALL, of_length
+from m4.datasets.sounds import INSTALL, decode_sound, of_length
 from m4.datasets.spoken import RATE, Spoken, compose, read_sound
 from m4.datasets.stamps import SPLITS
 from m4_tokenizers.audio import AudioRecipe, AudioTokenizer, griffin_lim, istft, mel_bands, spread, stft
@@ -210,6 +213,41 @@ def test_files_of_sounds(tokenizer, tmp_path):
     soundfile.write(tmp_path / "c.wav", np.zeros(0), RATE)
     with pytest.raises(ValueError, match=r"c\.wav: it holds no sound"):
         tokenizer.read(str(tmp_path / "c.wav"))
+    os.mkfifo(tmp_path / "d.ogg")
+    with pytest.raises(ValueError, match=r"d\.ogg: a FIFO; allowed: files"):
+        read_sound(tmp_path / "d.ogg", RATE)
+
+
+def wav(samples: np.ndarray, *, rate: int = RATE, announced: int = 0) -> bytes:
+    """`announced`: bytes of sound that the header tells, if not those that there are."""
+    data, floats = samples.tobytes(), samples.dtype.kind == "f"
+    size, length = samples.dtype.itemsize, announced or len(data)
+    header = struct.pack("<IHHIIHH", 16, 3 if floats else 1, 1, rate, rate * size % 2**32, size, 8 * size)
+    chunks = b"WAVEfmt " + header + b"data" + struct.pack("<I", length) + data
+    return b"RIFF" + struct.pack("<I", (36 + length) % 2**32) + chunks
+
+
+@needs_soundfile
+def test_sounds_that_are_cut_or_cannot_be_meant_are_refused():
+    import soundfile
+
+    sound = (voice(0) * 2**15).astype(np.int16)
+    streamed = decode_sound(wav(sound, announced=2**32 - 40))  # by what did not know its length
+    np.testing.assert_allclose(streamed.samples, voice(0), atol=1e-4)
+    flac = io.BytesIO()
+    soundfile.write(flac, sound, RATE, format="flac")
+    endless = bytearray(flac.getvalue())
+    endless[21:26] = bytes([endless[21] | 15]) + b"\xff" * 4
+    for data, message in (
+        (wav(sound, announced=3 * sound.nbytes), f"it is cut: {sound.nbytes} bytes of sound are there"),
+        (wav(sound)[:9000], "it is cut: 8956 bytes of sound are there"),
+        (wav(sound, rate=2**31 - 1), "2,147,483,647 samples a second; allowed: 100 to 1,000,000"),
+        (wav(sound, rate=1), "1 samples a second"),
+        (wav(sound.astype(np.float32)), "where 1 is full scale"),
+        (bytes(endless), "68,719,476,735 samples; allowed: at most"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_sound(data)
 
 
 # ---- Spoken words ---------------------------------------------------------------------------------------------------

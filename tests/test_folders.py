@@ -9,8 +9,10 @@ import os
 import pickle
 import shutil
 import socket
+import struct
 import tracemalloc
 import unicodedata
+import zlib
 
 import numpy as np
 import pytest
@@ -148,6 +150,37 @@ def test_depth_normals_and_maps():
     np.testing.assert_array_equal(decode("semseg", "m.png", picture(millimetres)), millimetres)
 
 
+def bits(depth: int, colour: int, channels: int) -> bytes:
+    """A png of 4 x 2 pixels of so many bits a channel."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    rows = (b"\0" + bytes(range(4 * channels * depth // 8))) * 2
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 2, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_numbers_are_as_stored_or_refused():
+    """What PIL stretches, inverts, halves or drops is no class and no number of a map; as an image it is fine."""
+    deep = picture(noise(5, 7, dtype=np.uint16))
+    for kind in ("classes", "map", ""):
+        np.testing.assert_array_equal(decode("x", "a.png", deep, kind), noise(5, 7, dtype=np.uint16))
+    high_first = picture(Image.frombytes("I;16B", (7, 5), noise(5, 7, dtype=np.uint16).byteswap().tobytes()), "tiff")
+    numbers = decode("x", "a.tif", high_first, "map")
+    assert numbers.dtype.isnative and (numbers == noise(5, 7, dtype=np.uint16)).all()
+    inverted = picture(noise(5, 7), "tiff", tiffinfo={262: 0})
+    signed = picture(noise(5, 7), "tiff", tiffinfo={339: 2})
+    spare = picture(Image.fromarray(noise(5, 7, 3)).convert("RGBX"), "tiff")
+    cases = {
+        "L;2": bits(2, 0, 1), "L;4": bits(4, 0, 1), "RGB;16B": bits(16, 2, 3), "LA;16B": bits(16, 4, 2),
+        "RGBA;16B": bits(16, 6, 4), "L;I": inverted, "8 bits with a sign": signed, "RGBX": spare,
+    }  # fmt: skip
+    for how, data in cases.items():
+        file = "a.png" if data.startswith(b"\x89") else "a.tif"
+        assert decode("rgb", file, data).dtype == np.uint8
+        for kind in ("classes", "instances", "map", *[""] * (file == "a.png")):
+            with pytest.raises(ValueError, match=f"{file}: its pixels are stored as {how}"):
+                decode("x", file, data, kind)
+
+
 def test_texts_boxes_tokens_and_other_signals():
     assert decode("caption", "c.txt", "\ufeff  Ein Würfel \n".encode()) == "Ein Würfel"
     assert decode("caption", "c.json", b'"a cube"') == "a cube"
@@ -180,7 +213,9 @@ def box(*bbox) -> bytes:
         ("rgb", "a.png", b"", r"it is empty \(0 bytes\)"),
         ("rgb", "a.png", b"hello", "no picture that can be read: it begins with b'hello'"),
         ("rgb", "a.webp", b"RIFF\0\0\0\0WAVE", "damaged, or not what its extension says"),
-        ("semseg", "a.png", picture(noise(5, 7), "jpeg"), "its content is jpeg; allowed: png, tiff, bmp, gif"),
+        ("semseg", "a.png", picture(noise(5, 7), "jpeg"), "its content is jpeg; allowed: png, tiff, bmp"),
+        ("semseg", "a.gif", picture(noise(5, 7) % 2 * 7, "gif"), "semseg has the extension 'gif'; allowed: png, tif"),
+        ("depth", "a.npy", npy(np.zeros((5, 7), "m8[s]")), r"timedelta64\[s\] \[5, 7\]; allowed: floats"),
         ("normals", "a.png", picture(noise(5, 7, 3), "webp"), "its content is webp; allowed: png, tiff"),
         ("rgb", "a.png", picture(noise(50, 70))[:900], "damaged, or not what its extension says .*truncated"),
         ("rgb", "a.jpg", picture(noise(50, 70), "jpeg")[:900], "damaged, or not what its extension says .*truncated"),

@@ -510,7 +510,7 @@ def test_masks_that_keep_all_or_nothing_or_have_another_shape(tokenizers, tmp_pa
         assert not keep("none.png").any()
     with pytest.warns(UserWarning, match="all.png: everything stays"):
         assert keep("all.png").all()
-    for name, message in (("bomb.png", "allowed: at most"), ("gone.png", "there is no such file")):
+    for name, message in (("bomb.png", "allowed: at most"), ("gone.png", "No such file")):
         if name == "bomb.png":
             (tmp_path / name).write_bytes(BOMB)
         with pytest.raises(ValueError, match=f"{name}: .*{message}"):
@@ -553,7 +553,7 @@ def test_a_label_is_no_file(tokenizers, tmp_path, monkeypatch):
 
 def test_what_is_no_file_is_refused(tokenizers, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    for path, message in ((tmp_path / "pipe.png", "is not a file"), (tmp_path / "gone.png", "no such file")):
+    for path, message in ((tmp_path / "pipe.png", "a FIFO; allowed: files"), (tmp_path / "gone.png", "No such file")):
         with pytest.raises(ValueError, match=f"{path.name}: .*{message}"):
             read_sample({"rgb": path}, tokenizers)
 

@@ -23,7 +23,7 @@ from m4.files import decode_text, parse_json
 LONGEST = 1.1  # length of a normal that is still a unit vector
 SATURATED = 2**16 - 1  # of 16-bit depth: what sensors and converters write where they know nothing
 PICTURES = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "pbm", "pnm", "pfm")
-EXACT = ("png", "tif", "tiff", "bmp", "gif")
+EXACT = ("png", "tif", "tiff", "bmp")
 SOUNDS = ("wav", "ogg", "oga", "flac", "mp3", "aiff", "opus")
 # What a signal's values are. A tokenizer says which kind it takes (`kind`); else the signal's name does.
 KINDS = {
@@ -106,7 +106,7 @@ def decode(signal: str, file: str, data: bytes, kind: str = "") -> Any:
         normals           png            0..255 -> -1..1 -> float32 [H W 3] unit vectors, zero = unknown (black, grey)
                           npy            floats; those shorter than 1/2 are unknown
         classes,          png, tiff,     int32 [H W]: pixel values or palette indices
-        instances         bmp, gif, npy
+        instances         bmp, npy
         map               png, tiff, npy numbers as stored, [H W] or [H W C] (palette indices)
         features, ids     npy            numbers as stored
         text, class       txt            str: UTF-8, stripped, not empty
@@ -176,7 +176,7 @@ def read_for(examples: Any, tokenizers: Iterable[Any]) -> Any:
 def is_tokens(signal: str, file: str, value: Any, kind: str = "") -> bool:
     """Whether a decoded value is tokens: an npy file of integers, [num_tokens] or [num_crops num_tokens]."""
     kind = kind or kind_of_name(signal)
-    if extension_of(file) != "npy" or not np.issubdtype(value.dtype, np.integer) or kind in ("features", "palette"):
+    if extension_of(file) != "npy" or value.dtype.kind not in "iu" or kind in ("features", "palette"):
         return False
     return value.ndim == 1 or (value.ndim == 2 and kind not in MAPS)
 
@@ -217,11 +217,12 @@ def _from_picture(signal: str, data: bytes, kind: str) -> np.ndarray:
     if kind in ("mask", "edges"):
         return {"mask": to_mask, "edges": to_edges}[kind](open_picture(data))
     if not kind:
-        return np.array(open_picture(data, ("png",), turn=False))
-    picture = open_picture(data, LOSSLESS)
+        return np.array(open_picture(data, ("png",), turn=False, exact=True))
+    picture = open_picture(data, LOSSLESS, exact=kind != "normals")
     if picture.mode not in MODES[kind]:
         raise ValueError(f"{signal} from a picture of mode {picture.mode}; allowed: {', '.join(MODES[kind])}")
     pixels = np.array(picture)
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="))
     if kind == "depth":
         return _from_millimetres(pixels)
     if kind == "relative_depth":

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import os
-import stat
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m4.components import closest
+from m4.contents import content
 from m4.datasets.files import EXTENSIONS, OTHER, decode, extension_of, extent, is_tokens, kind_of_name
 from m4.datasets.rendering import check
 from m4.files import check_name, shown
@@ -53,22 +53,6 @@ class Stored(NamedTuple):
 def is_junk(name: str) -> bool:
     """Whether any part of a path is hidden, or a file manager's."""
     return any(part.startswith(".") or part.lower() in JUNK for part in name.split("/"))
-
-
-def status_of(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise ValueError(f"{shown(path)}: cannot be read ({error.strerror})") from error
-
-
-def check_regular(path: str | Path) -> None:
-    """ValueError unless a path leads to an ordinary file: a FIFO would be waited for, /dev/zero never ends."""
-    mode = status_of(Path(path)).st_mode
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
-        kind = stat.S_IFMT(mode)
-        raise ValueError(f"{shown(path)}: {kinds[kind] if kind in kinds else 'a device'}; allowed: files")
 
 
 def subfolders(folder: Path) -> dict[str, Path]:
@@ -322,8 +306,7 @@ class Folders(Aligned):
         return (Stored(signal, container, name) for name in self.files(folder))
 
     def read(self, stored: Stored) -> bytes:
-        check_regular(stored.path)
-        return Path(stored.path).read_bytes()
+        return content(stored.path)
 
 
 def _difference(id: str, other: str) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m4.components import closest
+from m4.contents import content
 from m4.datasets.files import PICTURES, extension_of
-from m4.datasets.folders import Aligned, Stored, check_regular, subfolders
+from m4.datasets.folders import Aligned, Stored, subfolders
 from m4.files import check_name, shown
 
 DRAWN = "_color"  # what ends so is a drawing of the signal of that name without it
@@ -72,5 +73,4 @@ class Generated(Aligned):
                 yield OfSample(signal, os.fspath(folder), name)
 
     def read(self, stored: Stored) -> bytes:
-        check_regular(stored.path)
-        return Path(stored.path).read_bytes()
+        return content(stored.path)

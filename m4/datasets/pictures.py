@@ -5,6 +5,8 @@ Axes: H rows, W columns.
 
 import contextlib
 import io
+import re
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
@@ -14,7 +16,7 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import SAMPLEFORMAT, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 MAX_PIXELS = 64_000_000  # of a picture; a larger one is refused by its header, before it takes memory
@@ -27,16 +29,22 @@ FORMATS = {  # how their files begin, and what decodes them: no other of PIL's d
     "gif": ((b"GIF87a", b"GIF89a"), GifImageFile),
     "pnm": ((b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"), PpmImageFile),
 }
-# Whose pixels are the numbers that were stored: pnm may scale them, jpeg and webp change them.
-LOSSLESS = ("png", "tiff", "bmp", "gif")
+# Whose pixels are the numbers that were stored: pnm may scale them, jpeg and webp change them, and what writes gif
+# numbers the colours anew.
+LOSSLESS = ("png", "tiff", "bmp")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
+# How PIL unpacks what it changes: grey of 2 or 4 bits is stretched to 8, inverted grey is turned round, of channels of
+# 16 bits the lower half is dropped, and so are channels that have no name.
+CHANGED = re.compile(r"L;[24].*|[1L];I.*|(RGB|LA|CMYK).*;16.*|\w+X+(;.*)?")
 
 
-def open_picture(data: bytes, formats: tuple[str, ...] = (*FORMATS,), *, turn: bool = True) -> Image.Image:
+def open_picture(
+    data: bytes, formats: tuple[str, ...] = (*FORMATS,), *, turn: bool = True, exact: bool = False
+) -> Image.Image:
     """The first picture of a file, decoded and (if asked) upright by its EXIF tag. Its content tells the format.
 
-    ValueError for other formats, and for more than MAX_PIXELS, which the header tells. Damage gives errors of nearly
-    every kind.
+    ValueError for other formats, for more than MAX_PIXELS, which the header tells, and (if `exact`) where its pixels
+    would not be the numbers that are stored. Damage gives errors of nearly every kind.
     """
     found = next((name for name, (starts, _) in FORMATS.items() if data.startswith(starts)), "")
     if found not in formats:
@@ -49,8 +57,22 @@ def open_picture(data: bytes, formats: tuple[str, ...] = (*FORMATS,), *, turn: b
         raise ValueError(f"{given} was given; allowed: at most {MAX_PIXELS:,} pixels")
     if "jpeg" not in formats and picture.info.get("compression") in LOSSY_TIFF:
         raise ValueError(f"a tiff with {picture.info['compression']} inside was given, which changes the numbers")
+    if exact and (how := next((x for x in map(_packing, picture.tile) if CHANGED.fullmatch(x)), _signed(picture))):
+        raise ValueError(f"its pixels are stored as {how}, which would be read as other numbers; store them as npy")
     picture.load()
     return upright(picture) if turn else picture
+
+
+def _packing(tile: Any) -> str:
+    """PIL's name of how the pixels of a part of a picture are stored, as "RGB;16B"."""
+    arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+    return next((x for x in arguments if isinstance(x, str)), "")
+
+
+def _signed(picture: Image.Image) -> str:
+    """What a tiff of 8 bits with a sign is called; PIL leaves the sign out."""
+    tags = picture.tag_v2 if isinstance(picture, TiffImageFile) else {}
+    return "8 bits with a sign" if picture.mode == "L" and SAMPLEFORMAT in tags and 2 in tags[SAMPLEFORMAT] else ""
 
 
 def upright(picture: Image.Image) -> Image.Image:
@@ -93,13 +115,12 @@ def to_mask(picture: Image.Image) -> Bool[np.ndarray, "H W"]:
         visible = pixels[alpha > 0][:, :3]
         if alpha.min() < 255 and (visible == visible[:1]).all():
             return bright(alpha, 127)
-        return bright(np.asarray(Image.fromarray(to_rgb(picture)).convert("L")), 127)
-    if picture.mode == "F":
+    elif picture.mode == "F":
         return bright(_of_floats(picture), 0.5)
-    if picture.mode.startswith("I"):
+    elif picture.mode.startswith("I"):
         grey = _of_16_bits(picture)
         return bright(grey, 127 if grey.max() < 256 else 32767)
-    return bright(np.asarray(picture.convert("L")), 127)
+    return bright(np.asarray(Image.fromarray(to_rgb(picture)).convert("L")), 127)
 
 
 def bright(grey: np.ndarray, middle: float) -> Bool[np.ndarray, "H W"]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from m4.contents import content
 from m4.datasets.built import BuiltSplit, build, encode_all, png
 from m4.datasets.rendering import check
 from m4.datasets.sounds import check_installed, decode_sound, of_length
@@ -38,10 +39,9 @@ def read_sound(path: str | os.PathLike, rate: int) -> Float32[np.ndarray, " T"]:
 
     ValueError if it cannot be read or is empty, or if the package soundfile is missing.
     """
+    data = content(path)
     try:
-        return decode_sound(Path(path).read_bytes()).at(rate)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        return decode_sound(data).at(rate)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from m4.contents import content
 from m4.datasets.built import BuiltSplit, build, encode_all, png
 from m4.datasets.photos import Photos
 from m4.datasets.rendering import check
@@ -67,7 +68,7 @@ class Stamp:
 def read_captions(file: Path) -> dict[str, str]:
     """The first line is English, each of the others is `code.utf8=caption`; languages may lack."""
     try:
-        text = file.read_bytes().decode()
+        text = content(file).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: byte {error.start} ({error.reason})") from error
     english, *lines = re.sub(r"[\x7f-\x9f]", "", text).split("\n")  # stray bytes of another encoding

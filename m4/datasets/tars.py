@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from m4.components import closest
-from m4.datasets.folders import Aligned, Stored, check_regular, is_junk, status_of
+from m4.contents import check_regular, status_of
+from m4.datasets.folders import Aligned, Stored, is_junk
 from m4.files import fingerprint, read_json, shown, write_json
 
 VERSION = 2  # of the index: raise it whenever the same tar gives another, or is refused
