@@ -171,7 +171,7 @@ def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], R
             if len(job.samples) == job.args.num_samples:
                 raise
             for k, (name, message) in error.errors.items():
-                failed[batch[k][0].name] = _of_input(batch[k][0], name, message)
+                failed[batch[k][0].name] = _of_input(batch[k][0].values, name, message)
             batch = [item for k, item in enumerate(batch) if k not in error.errors]
             continue
         yield [sample for sample, *_ in batch], results
@@ -199,9 +199,9 @@ def _generate(job: Job, out: Path) -> tuple[list[str], dict[str, str], list]:
     return done, failed, tiles
 
 
-def _of_input(sample: Sample, name: str, message: str) -> str:
+def _of_input(row: Mapping[str, str | Path], name: str, message: str) -> str:
     """What is wrong, with the input and its file (or the first of its text)."""
-    value = shown(sample.values[name]) if name in sample.values else ""
+    value = shown(row[name]) if name in row else ""
     return message if not value or value in message else f"{name}={value[:200]}: {message}"
 
 
@@ -326,7 +326,10 @@ def _read(sampler: Sampler, row: Mapping[str, str | Path], pad: bool, masked: Co
         if isinstance(tokenizer.modality, Sequence):
             if name in masked and MASK not in signal:
                 raise ValueError(f"{name} is to be completed, and has no {MASK}: {shown(row[name])[:60]}")
-            tokenizer.encode(signal.split(MASK) if name in masked else [signal])  # too long, out of range
+            try:
+                tokenizer.encode(signal.split(MASK) if name in masked else [signal])
+            except Exception as error:  # too long, out of range
+                raise ValueError(_of_input(row, name, reason(error))) from error
     return signals
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Shaped
 from PIL import Image, ImageOps
 
 from m4.contents import content
-from m4.datasets.files import ALIGNED, EXTENSIONS, LITERAL, PICTURES, decode, extension_of, extent, from_text
+from m4.datasets.files import ALIGNED, EXTENSIONS, LITERAL, PICTURES, decode, extension_of, extent, from_text, is_tokens
 from m4.files import check_strings, shown
 from m4.modality import Tokenizer
 
@@ -82,6 +82,8 @@ def _read(name: str, value: Any, tokenizer: Tokenizer, folder: Path | None, word
         return _Value(tokenizer.from_text(str(value)), kind, name)
     path = shown(file)
     decoded = decode(signal, path, content(file), kind)
+    if kind in LITERAL and is_tokens(signal, path, decoded, kind):
+        raise ValueError(f"{path}: tokens ({decoded.dtype} {list(decoded.shape)}), which training alone reads")
     if _is_map(kind, tokenizer):
         is_grid = kind == "features" and decoded.ndim > 1
         return _Value(decoded, kind, path, decoded.shape[:2] if is_grid else extent(signal, path, decoded, kind))

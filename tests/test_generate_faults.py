@@ -103,6 +103,16 @@ BAD = ["nan", "infinite", "negative", "channels", "empty", "text", "object", "co
        "zero", "gone", "huge"]  # fmt: skip
 
 
+def test_what_has_too_many_tokens_is_named_by_its_file(generate, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(2):
+        (tmp_path / f"in/{i}.txt").write_text("word " * 99)
+    with pytest.raises(ValueError, match=r"the first: caption=.*0\.txt: caption of .* is longer than the allowed"):
+        generate("--inputs", f"caption={tmp_path / 'in'}", "--targets", "depth", "--out", tmp_path / "out")
+    rows = (tmp_path / "out/failed.tsv").read_text().splitlines()
+    assert [row.split(": ")[0] for row in rows] == [f"{i}\tcaption={tmp_path}/in/{i}.txt" for i in range(2)]
+
+
 def test_every_bad_sample_is_listed_and_the_others_are_as_without_it(generate, tmp_path):
     """Bit by bit, wherever it stands in a batch."""
     good, mixed = tmp_path / "good", tmp_path / "mixed"

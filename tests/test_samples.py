@@ -556,6 +556,12 @@ def test_what_is_no_file_is_refused(tokenizers, tmp_path):
     for path, message in ((tmp_path / "pipe.png", "a FIFO; allowed: files"), (tmp_path / "gone.png", "No such file")):
         with pytest.raises(ValueError, match=f"{path.name}: .*{message}"):
             read_sample({"rgb": path}, tokenizers)
+    (tmp_path / "null.json").write_bytes(b"null")
+    (tmp_path / "ids.npy").write_bytes(npy(np.arange(3)))
+    for name in ("caption", "boxes", "answer", "metadata", "category"):
+        for file, message in (("null.json", "null is no value"), ("ids.npy", "tokens .*which training alone reads")):
+            with pytest.raises(ValueError, match=f"{file}: {message}"):
+                read_sample({name: tmp_path / file}, tokenizers)
 
 
 def test_a_transparent_picture_of_the_demo_has_a_white_ground():

@@ -308,6 +308,8 @@ def _normalised(vectors: Float32[np.ndarray, "H W 3"]) -> Float32[np.ndarray, "H
 def from_text(kind: str, extension: str, text: str) -> Any:
     """The value of a kind that can be written out, from the text of a file, or of JSON itself ("json")."""
     value = parse_json(text) if extension == "json" else text
+    if value is None:
+        raise ValueError("null is no value; leave the file out")
     if kind in ("text", "class"):
         return _words(value, {"text": "caption", "class": "label"}[kind])
     if kind == "palette":
