@@ -26,10 +26,10 @@ import numpy as np
 from jaxtyping import Int
 
 from m4.datasets.files import extension_of
-from m4.files import parse_json
+from m4.files import parse_json, shown
 from m4.modality import Features, Modalities, Modality, Sequence, Tokenizer
 from m4.packing import ANSWER, Packed, Record, pack, stack
-from m4.samples import read_sample
+from m4.samples import content, read_sample
 from m4.tokens import NUM_SHOTS, MaskedBatch, Targets, pad
 
 
@@ -130,9 +130,10 @@ def read_shots(file: Path) -> list[Shot]:
     """
     like = '[{"inputs": {"rgb": "a.png"}, "outputs": {"caption": "a dax"}}, ...]'
     try:
-        items = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; it should hold {like}") from error
+        items = parse_json(content(file))
+    except ValueError as error:
+        what = str(error).removeprefix(f"{shown(file)}: ")
+        raise ValueError(f"{shown(file)} cannot be read: {what}; it should hold {like}") from error
     if not isinstance(items, list) or not items:
         raise ValueError(f"{file} must hold a list of examples, such as {like}")
     shots = []
