@@ -421,7 +421,7 @@ def test_a_grammar_without_an_end_is_refused():
         (Stage(target="rgb_pixels", scheme=ROAR()), "input only"),
         (Stage(target="depth", scheme=Autoregressive()), "which MaskGIT and ROAR do"),
         (Stage(target="caption", scheme=ROAR()), "which Autoregressive does"),
-        (Stage(target="depth", scheme=MaskGIT(steps=0)), "steps=2.5 of ROAR must be at least 1"),
+        (Stage(target="depth", scheme=MaskGIT(steps=0)), "steps=.* must be at least 1"),
         (Stage(target="depth", scheme=MaskGIT(top_p=0.0)), r"top_p=.* within \(0, 1\]"),
         (Stage(target="depth", scheme=MaskGIT(top_p=1.1)), r"top_p=.* within \(0, 1\]"),
         (Stage(target="depth", scheme=ROAR(temperature=-1)), "at least 0"),
@@ -431,7 +431,7 @@ def test_a_grammar_without_an_end_is_refused():
         (Stage(target="depth", scheme=ROAR(), ensemble=0), "at least 1"),
         (Stage(target="depth", scheme=ROAR(temperature=float("nan"))), "at least 0"),
         (Stage(target="depth", scheme=ROAR(schedule="cosin")), "Did you mean 'cosine'"),
-        (Stage(target="depth", scheme=ROAR(steps=2.5)), "steps=2.5 of ROAR must be at least 1"),
+        (Stage(target="depth", scheme=ROAR(steps=2.5)), "steps=.* must be at least 1"),
         (Stage(target="rgb", scheme=ROAR()), "already given"),
     ],
 )
