@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import os
 import re
 import select
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
+MAX_NOTICES = 5  # of one kind
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -19,7 +23,8 @@ def ends_with_a_sentence() -> Iterator[None]:
     that has gone (`| head`): nothing, 1."""
     _single_precision()
     try:
-        yield
+        with _plain_notices():
+            yield
         sys.stdout.flush()
     except KeyboardInterrupt:
         _end("interrupted", 130)
@@ -45,6 +50,28 @@ def system_error(error: BaseException, path: str = "") -> OSError | None:
             named = re.search(r"writing ([^;]+);", str(error))
             return OSError(code, os.strerror(code), path or (named[1] if named else None))
     return None
+
+
+@contextlib.contextmanager
+def _plain_notices() -> Iterator[None]:
+    """Notices (UserWarning) are lines without the place in the code; of each kind the first `MAX_NOTICES`, and how many
+    more there are."""
+    counts: collections.Counter[tuple[str, int]] = collections.Counter()
+    before = warnings.formatwarning
+
+    def line(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+        if not issubclass(category, UserWarning):
+            return before(message, category, filename, lineno, line)
+        counts[filename, lineno] += 1
+        return f"notice: {message}\n" if counts[filename, lineno] <= MAX_NOTICES else ""
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+        if more := sum(max(0, count - MAX_NOTICES) for count in counts.values()):
+            print(f"{more} more notice(s) like these", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ grids) is checked and travels along as "original:NAME", and so does the header: 
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
 from collections import defaultdict
@@ -42,7 +41,7 @@ from m4.model_file import (
     parameter_shapes,
     write,
 )
-from m4.tensor_file import parse_header
+from m4.tensor_file import literal_like, parse_header
 
 KEPT = "original:"
 # The original's config and what it means when a key is absent.
@@ -66,19 +65,7 @@ def parse_config(file: TensorFile) -> dict[str, Any]:
             continue  # torch's own note, and names of shared tensors that were stored once
         if key not in DEFAULTS:
             raise ValueError(f"{file.path}: unknown config key {key!r}; {closest(key, list(DEFAULTS))}")
-        like = DEFAULTS[key]
-        try:
-            value = text if isinstance(like, str) else ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise ValueError(f"{file.path}: config {key}={text[:80]!r} is no Python literal") from error
-        if isinstance(like, list) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-            raise ValueError(f"{file.path}: config {key}={text[:80]!r} is no list of names")
-        if isinstance(like, int | float) and isinstance(value, int | float) and not 0 <= value < 1e9:
-            raise ValueError(f"{file.path}: config {key}={text[:80]!r} must be at least 0 and less than 1e9")
-        allowed = (int, float) if isinstance(like, float) else type(like)
-        if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(like, bool):
-            raise ValueError(f"{file.path}: config {key}={text[:80]!r} is no {type(like).__name__}")
-        config[key] = value
+        config[key] = literal_like(text, DEFAULTS[key], f"{file.path}: config {key}")
     if not config["domains_in"] or not config["domains_out"]:
         raise ValueError(
             f"{file.path} holds no config: its metadata has {', '.join(file.metadata) or 'no keys at all'}"

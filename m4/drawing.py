@@ -48,10 +48,13 @@ class Sampling:
     min_p: float = 0.0
 
     def check(self, modality: Modality) -> None:
-        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= self.min_p < 1):
-            raise ValueError(
-                f"{self}: temperature and top_k must be at least 0, top_p within (0, 1], min_p within [0, 1)"
-            )
+        allowed = {
+            "temperature": (lambda x: 0 <= x < math.inf, "at least 0"), "top_k": (lambda x: x >= 0, "at least 0"),
+            "top_p": (lambda x: 0 < x <= 1, "within (0, 1]"), "min_p": (lambda x: 0 <= x < 1, "within [0, 1)"),
+        }  # fmt: skip
+        for name, (fits, words) in allowed.items():
+            if not isinstance(value := getattr(self, name), int | float) or not fits(value):
+                raise ValueError(f"{name}={value!r} of {type(self).__name__} must be {words}")
 
     def filtered(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
         """Logits; -inf where a token is filtered out. Of equally likely tokens at a border all are kept."""

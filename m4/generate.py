@@ -78,8 +78,13 @@ def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
     _prepare_folder(out, job)
 
-    started = time.monotonic()
-    done, failed, tiles = _generate(job, out)
+    started, failed = time.monotonic(), {}
+    try:
+        done, tiles = _generate(job, out, failed)
+    except BaseException:
+        with contextlib.suppress(ValueError):  # what ended the run is what is told
+            _write_reports(out, failed, [])
+        raise
     _write_reports(out, failed, tiles if len(job.samples) > 1 else [])
     _say_what_was_done(out, job, done, failed, time.monotonic() - started)
     if not done:
@@ -107,7 +112,7 @@ class Job:
         kinds = {name: kind_of(sampler.input_tokenizer(name)) for name in names}
         samples = beside(samples, table, kinds) if table else samples
         shots = read_shots(Path(args.shots)) if args.shots else []
-        keep = dict(pair("--keep", item) for item in args.keep)
+        keep = _keep(args)
         masked = {n for s in samples for n, v in s.values.items() if isinstance(v, str) and MASK in v}
         # With examples of a task, an input text that is asked for is a question.
         asked = {n for n in names if shots and sampler.modalities.as_input(n).signal == stages[0].target}
@@ -178,11 +183,12 @@ def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], R
         num_done, batch = num_done + len(batch), []
 
 
-def _generate(job: Job, out: Path) -> tuple[list[str], dict[str, str], list]:
-    """Writes each sample's folder as it is done; names of those done, reasons of those that failed, rows of a sheet."""
+def _generate(job: Job, out: Path, failed: dict[str, str]) -> tuple[list[str], list]:
+    """Writes each sample's folder as it is done; names of those done, and rows of a sheet. Reasons of the others go to
+    `failed`."""
     from tqdm import tqdm
 
-    done, failed, tiles, total = [], {}, [], len(job.samples)
+    done, tiles, total = [], [], len(job.samples)
     bar = tqdm(total=total, desc="generating", unit="sample", file=sys.stderr, disable=total <= job.args.batch_size)
     with contextlib.closing(bar):
         for samples, results in _batches(job, failed):
@@ -196,7 +202,7 @@ def _generate(job: Job, out: Path) -> tuple[list[str], dict[str, str], list]:
             done += [sample.name for sample in samples]
             bar.update(len(done) + len(failed) - bar.n)
         bar.update(total - bar.n)
-    return done, failed, tiles
+    return done, tiles
 
 
 def _of_input(row: Mapping[str, str | Path], name: str, message: str) -> str:
@@ -304,7 +310,26 @@ def _guidance(values: Seq[str]) -> Guidance:
         pairs = [pair("--guidance", v) for v in values]
         return Guidance(scale=tuple((name, float(weight)) for name, weight in pairs))
     except ValueError as error:
-        raise ValueError(f"--guidance takes one number, or NAME=WEIGHT ...; got {' '.join(values)}") from error
+        given = " ".join(values)
+        raise ValueError(f"--guidance takes one finite number, or NAME=WEIGHT ... of each name; got {given}") from error
+
+
+def _keep(args: argparse.Namespace) -> dict[str, str]:
+    """What stays, by input. ValueError for shares and masks that no sample could have."""
+    pairs = [pair("--keep", item) for item in args.keep]
+    if len(keep := dict(pairs)) < len(pairs):
+        raise ValueError(f"--keep names an input twice: {' '.join(args.keep)}")
+    for name, value in keep.items():
+        if not value:
+            raise ValueError(f"--keep {name}= needs a picture or a share within [0, 1]")
+        try:
+            share = float(value)
+        except ValueError:
+            load_mask(value)
+            continue
+        if not 0 <= share <= 1:
+            raise ValueError(f"--keep {name}={value}: a share must be within [0, 1]")
+    return keep
 
 
 def _mask(sampler: Sampler, name: str, value: str, row: Mapping[str, str | Path], pad: bool) -> Any:

@@ -40,6 +40,9 @@ class Guidance:
         scales = [w for _, w in self.scale] if isinstance(self.scale, tuple) else [self.scale]
         if not scales or not all(math.isfinite(w) for w in scales):
             raise ValueError(f"{self}: scales must be finite numbers")
+        names = [name for name, _ in self.scale] if isinstance(self.scale, tuple) else []
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self}: each name may have one scale")
 
     def passes(self, inputs: Seq[str], generated: Seq[str], find: Any) -> list[set[str]]:
         """Names that each pass lacks; `find` makes the names of modalities out of the user's."""

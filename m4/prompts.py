@@ -37,6 +37,10 @@ def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kep
     if not stages:
         raise ValueError(f"no targets given; allowed: {', '.join(modalities.signals)}")
     for stage in stages:
+        if not isinstance(stage.target, str) or not hasattr(stage.scheme, "check"):
+            raise ValueError(f"{stage} needs a target's name and a scheme such as MaskGIT")
+        if not isinstance(stage.guidance, Guidance | None):
+            raise ValueError(f"guidance of {stage.target} is {stage.guidance!r}; allowed: a Guidance, or None")
         modality = modalities.as_target(stage.target)
         stage.scheme.check(modality)
         if stage.target in taken and modality.name not in partial:

@@ -253,11 +253,16 @@ def read_sample(
 
 
 def read_samples(inputs: Mapping[str, Seq[Any]], tokenizers: Mapping[str, Tokenizer]) -> dict[str, list[Any]]:
-    """`read_sample` of lists of one length (None: the sample lacks it); a str is never a file of words."""
+    """`read_sample` of lists of one length (None: the sample lacks it); a str is never a file of words.
+    ValueError says the sample's place in the lists."""
     read: dict[str, list[Any]] = {name: [None] * len(signals) for name, signals in inputs.items()}
     for i in range(max(map(len, inputs.values()), default=0)):
         there = {name: signals[i] for name, signals in inputs.items() if signals[i] is not None}
-        for name, signal in read_sample(there, tokenizers, words_name_files=False).items():
+        try:
+            signals = read_sample(there, tokenizers, words_name_files=False)
+        except ValueError as error:
+            raise error if len(read[next(iter(read))]) == 1 else ValueError(f"sample {i}: {error}") from error
+        for name, signal in signals.items():
             read[name][i] = signal
     return read
 

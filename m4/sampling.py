@@ -149,8 +149,10 @@ class _Parallel(Sampling):
             raise ValueError(
                 f"{name} generates grids; {modality.name!r} is a {type(modality).__name__}, which Autoregressive does"
             )
-        if not isinstance(self.steps, int) or self.steps < 1 or not 0 <= self.final_temperature < math.inf:
-            raise ValueError(f"{self}: steps must be at least 1 and final_temperature at least 0")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps={self.steps!r} of {name} must be at least 1")
+        if not 0 <= self.final_temperature < math.inf:
+            raise ValueError(f"final_temperature={self.final_temperature!r} of {name} must be at least 0")
         check_choice(self, "schedule", ("maskgit", "cosine", "linear"))
         check_choice(self, "temperature_schedule", ("constant", "linear", "power"))
 

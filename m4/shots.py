@@ -27,7 +27,7 @@ from jaxtyping import Int
 
 from m4.contents import content
 from m4.datasets.files import extension_of
-from m4.files import parse_json
+from m4.files import parse_json, shown
 from m4.modality import Features, Modalities, Modality, Sequence, Tokenizer
 from m4.packing import ANSWER, Packed, Record, pack, stack
 from m4.samples import read_sample
@@ -134,7 +134,7 @@ def read_shots(file: Path) -> list[Shot]:
     try:
         items = parse_json(data)
     except ValueError as error:
-        raise ValueError(f"{file} cannot be read: {error}; it should hold {like}") from error
+        raise ValueError(f"{shown(file)} cannot be read: {error}; it should hold {like}") from error
     if not isinstance(items, list) or not items:
         raise ValueError(f"{file} must hold a list of examples, such as {like}")
     shots = []

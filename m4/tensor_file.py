@@ -11,6 +11,7 @@ and nothing is ever unpickled.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -178,6 +179,27 @@ def parse_header(text: bytes | str) -> tuple[dict[str, str], dict[str, Entry]]:
             raise TypeError(f"the data_offsets of {name!r} must be two")
         entries[name] = Entry(value["dtype"], tuple(value["shape"]), *value["data_offsets"])
     return metadata, entries
+
+
+def literal_like(text: str, like: Any, what: str) -> Any:
+    """A value of the original's configs, which stand in headers as Python literals: of the type of its default `like`
+    (None: a whole number or None; a str may also stand there as it is). ValueError begins with `what`."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        if not isinstance(like, str):
+            raise ValueError(f"{what}={text[:80]!r} is no Python literal") from error
+        value = text
+    if isinstance(like, str):
+        return value if isinstance(value, str) else text
+    if isinstance(like, list) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        raise ValueError(f"{what}={text[:80]!r} is no list of names")
+    allowed: Any = (int, float) if isinstance(like, float) else int | None if like is None else type(like)
+    if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(like, bool):
+        raise ValueError(f"{what}={text[:80]!r} is no {'whole number' if like is None else type(like).__name__}")
+    if isinstance(value, int | float) and not 0 <= value < 1e9:
+        raise ValueError(f"{what}={text[:80]!r} must be at least 0 and less than 1e9")
+    return value
 
 
 def check_entries(path: Path, data_size: int, entries: dict[str, Entry], dtypes: dict[str, np.dtype]) -> None:

@@ -34,7 +34,7 @@ from m4.prompts import make_prompt  # noqa: E402
 from m4.sampler import run_stage  # noqa: E402
 from m4.sampling import ROAR, Autoregressive, Guidance, MaskGIT, Replay  # noqa: E402
 from m4.tokens import MaskedBatch  # noqa: E402
-from m4_tokenizers import released  # noqa: E402
+from m4_tokenizers import architectures, released  # noqa: E402
 from m4_tokenizers.diffusion import Schedule  # noqa: E402
 from m4_tokenizers.quantizers import VectorQuantizer  # noqa: E402
 
@@ -146,7 +146,7 @@ def channels_first(x: np.ndarray) -> np.ndarray:
 def converted_tokenizer(folder: Path, meta: dict):
     """The fixture's weights in the original's file format, converted and loaded."""
     spec = json.loads((folder / "state_dict.json").read_text())
-    config = {**released.DEFAULTS, **spec["config"]}
+    config = {**architectures.DEFAULTS, **spec["config"]}
     signal = next(name for name, recipe in released.RECIPES.items() if released.fits(recipe, config))
     with tempfile.TemporaryDirectory() as scratch:
         original, ours = Path(scratch) / "original.safetensors", Path(scratch) / "tokenizer.safetensors"

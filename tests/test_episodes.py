@@ -442,18 +442,25 @@ def test_errors_name_the_released_file(bench):
     with pytest.raises(ValueError, match=r"clevr/support.json.*git clone"):
         replace(task, dataset="clevr").prepare(bench)
     (bench / "operator_induction" / "support" / "0.png").unlink()
-    with pytest.raises(ValueError, match=r"support/0.png cannot be read.*unzip.sh"):
+    with pytest.raises(ValueError, match=r"support/0.png: there is no such file.*unzip.sh"):
         [task.draw("test", i, bench) for i in range(20)]
 
 
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("[{", "query.json is not JSON"),
+        ("[{", "query.json: not JSON"),
+        ('[{"operator": "+", "operator": "x"}]', "query.json: .*'operator' is there twice"),
+        ("[" * 5000, "query.json: .*nested too deeply"),
+        ('[{"image": [3], "operator": "+", "question": "?", "answer": 4}]', "query 0 of .*the names of 1 images"),
+        ('[{"image": ["0.png"], "operator": "+", "question": 3, "answer": 4}]', "query 0 of .*3 instead of a question"),
         ("{}", "query.json must hold a list of objects"),
         ('[{"image": ["0.png"], "answer": "4"}]', "query 0 of .*query.json.*KeyError 'operator'"),
         ('[{"image": ["0.png"], "operator": "+", "question": "?"}]', "query 0 of .*query.json.*KeyError 'answer'"),
-        ('[{"image": [], "operator": "+", "question": "?", "answer": 4}]', "query 0 of .*0 images instead of 1"),
+        (
+            '[{"image": [], "operator": "+", "question": "?", "answer": 4}]',
+            "query 0 of .*instead of the names of 1 images",
+        ),
     ],
 )
 def test_broken_released_files_are_named(bench, content, match):

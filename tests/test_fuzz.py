@@ -20,20 +20,30 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import soundfile
 from conftest import ROOT
+from make_checkpoint import write_checkpoint
 from PIL import Image
 
 from m4.checkpoints import load_run
 from m4.components import load_tokenizer
 from m4.config import load_config
+from m4.convert import convert
 from m4.data import TokenShards
 from m4.datasets.files import decode
 from m4.datasets.tars import members
 from m4.datasets.texts import Texts
-from m4.generate import _rows
+from m4.evals.episodes import vl_icl
+from m4.evals.episodes.vl_icl import VLICL
+from m4.inputs import read_inputs
 from m4.model_file import TensorFile, load_model
 from m4.sampler import Sampler
-from m4.shots import read_shots
+from m4.samples import load_mask, read_sample
+from m4.shots import Episode, read_shots
+from m4_tokenizers import released
+from m4_tokenizers.answers import AnswerRecipe
+from m4_tokenizers.architectures import read_presets
+from m4_tokenizers.metadata import MetadataRecipe
 
 pytestmark = pytest.mark.slow
 SECONDS = 120
@@ -87,7 +97,22 @@ def arrays() -> Iterator[tuple[str, bytes]]:
 
 BOXES = json.dumps([{"bbox": [0.1, 0.2, 0.5, 0.75], "label": "cube"}, {"bbox": [0, 0, 1, 1], "label": "käse"}])
 TABLE = '{"caption": "a red cube"}\n{"rgb": "a.png", "caption": "käse"}\n'
+FACTS = '{"brightness": 120.5, "n_humans": 2}'
+ANSWERS = json.dumps([{"concept": "a cube", "kind": "point", "target": [0.25, 0.75]}])
+PLAN = """from m4.sampler import Stage, default_scheme
+from m4.sampling import MaskGIT
+
+plan = [Stage(target="depth", scheme=MaskGIT(steps=4, temperature=0.5))]
+"""
 SHOTS = json.dumps([{"inputs": {"rgb": "a.png"}, "outputs": {"caption": "dax"}}])
+
+
+def sounds() -> Iterator[tuple[str, bytes]]:
+    wave = np.sin(np.arange(800) / 7) / 2
+    for suffix, subtype in (("wav", "PCM_16"), ("wav", "FLOAT"), ("flac", "PCM_16"), ("ogg", "VORBIS")):
+        stream = io.BytesIO()
+        soundfile.write(stream, wave, 8000, format=suffix, subtype=subtype)
+        yield f"{subtype}.{suffix}", stream.getvalue()
 
 
 def a_tar() -> bytes:
@@ -100,6 +125,7 @@ def a_tar() -> bytes:
     return stream.getvalue()
 
 
+TINY = {f"vit_xs_{side}": {"dim_tokens": 64, "depth": n, "num_heads": 4} for side, n in (("enc", 3), ("dec", 2))}
 WORDS = (
     b"null", b"-1", b"1e999", b"NaN", b"[" * 3000, b'"\\ud800"', b"99999999999999999999", b"{}", b"'", b"\xff", b"\n",
 )  # fmt: skip
@@ -124,19 +150,7 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
         elif how == 5:
             data = data[:at] + bytes(size) + data[at + size :]
         elif how == 6:  # a word that parsers know, in the place of another
-            words = [
-                b"null",
-                b"-1",
-                b"1e999",
-                b"NaN",
-                b"[" * 3000,
-                b'"\\ud800"',
-                b"99999999999999999999",
-                b"{}",
-                b"'",
-                b"\xff",
-            ]
-            data = data[:at] + words[int(rng.integers(len(words)))] + data[at + size :]
+            data = data[:at] + WORDS[int(rng.integers(len(WORDS)))] + data[at + size :]
         else:  # a header's size or count
             data = data[:at] + int(rng.integers(2**62)).to_bytes(8, "little") + data[at + 8 :]
     return data
@@ -155,29 +169,47 @@ class Kind:
     whole: Callable[[Any], bool] = lambda value: True
 
 
-def kinds(root: Path, sampler: Sampler, stored: dict[str, Path]) -> list[Kind]:
-    found = []
-    signals = ("rgb", "depth", "normals", "semseg", "instance", "thermal")
-    for name, data in [*pictures(), *arrays()]:
-        for signal_name in signals:
-            read = lambda p, s=signal_name: decode(s, str(p), p.read_bytes())  # noqa: E731
-            found.append(Kind(root / name, data, read))
-        for signal_name in ("rgb", "depth"):
-            found.append(Kind(root / name, data, lambda p, s=signal_name: sampler.read(s, str(p))))
-    for name, data in {"boxes.json": BOXES, "caption.txt": "a red cube", "caption.json": '["a", "b"]'}.items():
-        signal_name = name.partition(".")[0]
-        read = lambda p, s=signal_name: decode(s, str(p), p.read_bytes())  # noqa: E731
-        found.append(Kind(root / name, data.encode(), read))
-    found.append(Kind(root / "b.json", BOXES.encode(), lambda p: sampler.read("boxes", str(p))))
-    found.append(Kind(root / "table.jsonl", TABLE.encode(), lambda p: _rows([str(p)])))
-    found.append(Kind(root / "shots.json", SHOTS.encode(), read_shots))
-    found.append(Kind(root / "x.tar", a_tar(), lambda p: members(p), lambda value: len(value) in (4, 5)))
+def of_training(signal_name: str) -> Callable[[Path], Any]:
+    return lambda p: decode(signal_name, str(p), p.read_bytes())
+
+
+def kinds(root: Path, sampler: Sampler, stored: dict[str, Path]) -> dict[str, list[Kind]]:
+    """By group, of which each is tried as often."""
+    found = collections.defaultdict(list)
+    for group, files in {"pictures": pictures(), "arrays": arrays()}.items():
+        for name, data in files:
+            for signal_name in ("rgb", "depth", "normals", "semseg", "instance", "thermal", "mask", "edges", "palette"):
+                found[group].append(Kind(root / name, data, of_training(signal_name)))
+            for signal_name in ("rgb", "depth"):
+                read = lambda p, s=signal_name: sampler.read(s, p)  # noqa: E731
+                found[group].append(Kind(root / name, data, read))
+            found[group].append(Kind(root / name, data, load_mask))
+    for name, data in sounds():
+        found["sounds"].append(Kind(root / name, data, of_training("audio")))
+    words = {"boxes.json": BOXES, "caption.txt": "a red cube", "caption.json": '["a", "b"]',
+             "palette.json": "[[255, 0, 0], [0, 128, 255]]"}  # fmt: skip
+    for name, data in words.items():
+        found["words"].append(Kind(root / name, data.encode(), of_training(name.partition(".")[0])))
+    facts = MetadataRecipe().fit([{"metadata": {"brightness": 3}}], seed=0)
+    answers = AnswerRecipe(max_length=96).fit([{"boxes": {"bbox": np.zeros((1, 4)), "label": ["a cube"]}}], seed=0)
+    readers = {"boxes": sampler.tokenizer("boxes"), "metadata": facts, "answer": answers}
+    for name, data in {"boxes": BOXES, "metadata": FACTS, "answer": ANSWERS}.items():
+        read = lambda p, t=readers[name], n=name: t.encode([read_sample({n: p}, {n: t})[n]])  # noqa: E731
+        found["words"].append(Kind(root / f"{name}2.json", data.encode(), read))
+    found["table"].append(Kind(root / "table.jsonl", TABLE.encode(), lambda p: read_inputs([str(p)])))
+    found["shots"].append(Kind(root / "shots.json", SHOTS.encode(), read_shots))
+    found["plan"].append(Kind(root / "plan.py", PLAN.encode(), lambda p: load_config(str(p), "plan")))
+    found["tar"].append(Kind(root / "x.tar", a_tar(), lambda p: members(p), lambda value: len(value) in (4, 5)))
     for suffix, text in {"txt": "one\ntwo\nthree\n", "jsonl": '{"text": "one"}\n{"text": "two"}\n'}.items():
-        found.append(Kind(root / f"texts.{suffix}", text.encode(), lambda p: read_texts(p, root)))
+        found["texts"].append(Kind(root / f"texts.{suffix}", text.encode(), lambda p: read_texts(p, root)))
+    convert_it = lambda p: convert(p, root / "converted")  # noqa: E731
+    tokenizer_to_ours = lambda p: released.convert(p, root / "converted", signal="rgb", presets=TINY)  # noqa: E731
+    readers = {"model": load_model, "tokenizer": load_tokenizer, "header": TensorFile.read, "original": convert_it,
+               "released": tokenizer_to_ours}  # fmt: skip
     for name, file in stored.items():
-        read = {"model": load_model, "tokenizer": load_tokenizer, "header": TensorFile.read}[name.split()[0]]
-        found.append(Kind(root / file.name, file.read_bytes(), read))
-    return found
+        found[name.split()[0]].append(Kind(root / file.name, file.read_bytes(), readers[name.split()[0]]))
+    found["presets"].append(Kind(root / "presets.json", json.dumps(TINY).encode(), read_presets))
+    return dict(found)
 
 
 def read_texts(path: Path, root: Path) -> list[Any]:
@@ -195,11 +227,38 @@ def folders(tmp_path_factory) -> Path:
     return root
 
 
+BENCH = {
+    "operator_induction/support.json": [
+        {"image": [f"operator_induction/{i}.png"], "question": "?", "answer": [1, 2, i]} for i in range(8)
+    ],
+    "operator_induction/query.json": [
+        {"image": ["operator_induction/0.png"], "question": "?", "operator": "x", "answer": 3}
+    ],
+}
+
+
+def a_bench(root: Path) -> Path:
+    """A data set of VL-ICL Bench."""
+    for name, entries in BENCH.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps(entries))
+    for i in range(8):
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(root / f"operator_induction/{i}.png")
+    return root
+
+
+def from_bench(root: Path) -> Episode:
+    vl_icl._read.cache_clear()
+    return VLICL(folder=str(root), dataset="operator_induction", size=8).draw("test", 0, root)
+
+
 def in_a_folder(root: Path, model: Path) -> Iterator[tuple[Path, Callable[[], Any]]]:
     """Files that are read with others beside them: a run's config and tokenizers."""
     for name in ("config.json", "tokenizers/rgb.safetensors", "tokenizers/caption.safetensors"):
         yield model / name, lambda: load_run(model)
     yield root / "config.py", lambda: load_config(str(root / "config.py"))
+    for name in (*BENCH, "operator_induction/0.png"):
+        yield a_bench(root / "bench") / name, lambda: from_bench(root / "bench")
 
 
 def test_whatever_is_read_is_whole_or_refused_by_name(tmp_path, folders, capsys):
@@ -211,15 +270,21 @@ def test_whatever_is_read_is_whole_or_refused_by_name(tmp_path, folders, capsys)
     stored = {
         "model file": saved / "model.safetensors", "tokenizer rgb": model / "tokenizers/rgb.safetensors",
         "tokenizer text": model / "tokenizers/caption.safetensors", "header": saved / "model.safetensors",
+        "original model": tmp_path / "original.safetensors", "released tokenizer": tmp_path / "vq.safetensors",
     }  # fmt: skip
+    for name in ("fm_qknorm", "tokenizers/vq_euclidean"):
+        spec = json.loads((ROOT / f"tests/parity/{name}/state_dict.json").read_text())
+        write_checkpoint(spec, stored["original model" if name == "fm_qknorm" else "released tokenizer"])
     alone = kinds(tmp_path, sampler, stored)
+    heavy = ["model", "original", "released", "with others"]  # a few tenths of a second each
+    light = [group for group in alone if group not in heavy]
     rng, counts, start = np.random.default_rng(0), collections.Counter(), time.monotonic()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
-    problems = []
+    problems, tried = [], collections.Counter()
 
-    def check(file: Path, data: bytes, read: Callable[[], Any], whole: Callable[[Any], bool]) -> None:
+    def check(group: str, file: Path, data: bytes, read: Callable[[], Any], whole: Callable[[Any], bool]) -> None:
         file.write_bytes(data)
         try:
             with warnings.catch_warnings():
@@ -234,21 +299,25 @@ def test_whatever_is_read_is_whole_or_refused_by_name(tmp_path, folders, capsys)
                 problems.append((file.name, data[:200], f"not named: {error}"))
         except BaseException:
             problems.append((file.name, data[:200], traceback.format_exc()[-1500:]))
+        tried[group] += 1
 
     try:
         together = [(file, file.read_bytes(), read) for file, read in in_a_folder(folders, model)]
         while time.monotonic() - start < SECONDS and len(problems) < 20:
-            kind = alone[int(rng.integers(len(alone)))]
-            check(kind.file, mutated(kind.data, rng), lambda k=kind: k.read(k.file), kind.whole)
-            kind.file.unlink()
-            if counts.total() % 40 == 0:
+            groups = heavy if tried.total() % 20 == 0 else light
+            group = groups[int(rng.integers(len(groups)))]
+            if group == "with others":
                 file, data, read = together[int(rng.integers(len(together)))]
-                check(file, mutated(data, rng), read, lambda value: True)
+                check(group, file, mutated(data, rng), read, lambda value: True)
                 file.write_bytes(data)
+            else:
+                kind = alone[group][int(rng.integers(len(alone[group])))]
+                check(group, kind.file, mutated(kind.data, rng), lambda k=kind: k.read(k.file), kind.whole)
+                kind.file.unlink()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     with capsys.disabled():
-        print(f"\n{counts.total()} damaged files in {time.monotonic() - start:.0f} s: {dict(counts)}")
+        print(f"\n{counts.total()} damaged files in {time.monotonic() - start:.0f} s: {dict(counts)}; of {dict(tried)}")
     assert not problems, "\n\n".join(f"{name} {data!r}\n{what}" for name, data, what in problems)
 
 

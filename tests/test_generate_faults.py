@@ -233,12 +233,78 @@ def test_large_seeds_are_seeds_of_their_own(generate, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["raise RuntimeError('on fire')", "1 / 0", "import nothing_of_this_name", "plan = [",
-                                  "plan = 3", "raise KeyError('x')", "assert False", "plan = undefined"])  # fmt: skip
+                                  "plan = 3", "raise KeyError('x')", "assert False", "plan = undefined", "exit()",
+                                  "import sys; sys.exit('x')", "raise GeneratorExit", "# \0"])  # fmt: skip
 def test_a_plan_that_raises_is_named(text, generate, tmp_path):
     (tmp_path / "plan.py").write_text(text)
     with pytest.raises(ValueError, match=r"plan\.py"):
         generate("--inputs", "caption=a cube", "--plan", tmp_path / "plan.py", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("stage", "words"), [
+    ("target=3, scheme=MaskGIT(steps=2)", "needs a target's name"),
+    ("target='rgb', scheme=None", "needs a target's name"),
+    ("target='rgb', scheme=MaskGIT(temperature='1')", "temperature='1' of MaskGIT must be at least 0"),
+    ("target='rgb', scheme=MaskGIT(top_p=float('nan'))", r"top_p=nan of MaskGIT must be within \(0, 1\]"),
+    ("target='rgb', scheme=MaskGIT(steps=0)", "steps=0 of MaskGIT must be at least 1"),
+    ("target='rgb', scheme=MaskGIT(), guidance=3", "guidance of rgb is 3"),
+    ("target='rgb', scheme=MaskGIT(), guidance=Guidance(scale=(('a', 1.0), ('a', 2.0)))", "each name may have one"),
+])  # fmt: skip
+def test_a_plan_whose_stages_make_no_sense_is_refused(stage, words, generate, tmp_path):
+    text = f"from m4.guidance import Guidance\nfrom m4.sampler import MaskGIT, Stage\nplan = [Stage({stage})]"
+    (tmp_path / "plan.py").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        generate("--inputs", "caption=a cube", "--plan", tmp_path / "plan.py", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("keep", "words"), [
+    (["rgb=2"], "rgb=2: a share must be within"), (["rgb=nan"], "a share must be within"),
+    (["rgb="], "needs a picture"),
+    (["rgb=gone.png"], "gone.png: there is no such file"), (["rgb=0.5", "rgb=0.2"], "names an input twice"),
+    (["rgb=README.md"], "README.md: a mask has the extension"),
+])  # fmt: skip
+def test_a_bad_mask_for_all_samples_fails_once(keep, words, generate, tmp_path):
+    for name in ("a", "b"):
+        shutil.copy(ROOT / "tests/data/scene.png", tmp_path / f"{name}.png")
+    with pytest.raises(ValueError, match=words):
+        generate("--inputs", f"rgb={tmp_path}", "--targets", "rgb", "--keep", *keep, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_ends_early_still_lists_what_failed(generate, monkeypatch, tmp_path):
+    folder, out = tmp_path / "depth", tmp_path / "out"
+    folder.mkdir()
+    spoil("nan", folder / "a.npy")
+    np.save(folder / "b.npy", depth_map(1))
+
+    def full(self, *args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(ValueError, match="No space left"):
+        generate("--inputs", f"depth={folder}", "--targets", "rgb", "--steps", "2", "--batch-size", "2", "--out", out)
+    assert (out / "failed.tsv").read_text().startswith("a\t") and samples(out) == []
+
+
+def test_shots_from_a_pipe_do_not_hang(generate, tmp_path):
+    os.mkfifo(tmp_path / "shots.json")
+    with pytest.raises(ValueError, match="shots.json cannot be read: is not a file"):
+        generate("--inputs", "caption=a", "--targets", "boxes", "--shots", tmp_path / "shots.json", "--out", tmp_path)
+
+
+def test_notices_are_plain_lines_and_few():
+    code = """if True:
+        import warnings
+        from m4.commands import ends_with_a_sentence
+        with ends_with_a_sentence():
+            for i in range(8):
+                warnings.warn(f"{i}.png: resized")
+    """
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines() == [
+        *(f"notice: {i}.png: resized" for i in range(5)), "3 more notice(s) like these",
+    ]  # fmt: skip
 
 
 def test_a_sheet_has_any_names():
@@ -262,6 +328,10 @@ def test_a_sampler_names_its_bad_samples(load):
     assert [*error.value.errors] == [1, 3] and error.value.errors[1][0] == "depth"
     with pytest.raises(BadSamples, match="^depth: "):
         sampler({"depth": bad}, ["caption"])
+    with pytest.raises(ValueError, match="^sample 1: gone.png: there is no such file"):
+        sampler({"rgb": [np.zeros((64, 64, 3), np.uint8), "gone.png"]}, ["caption"])
+    with pytest.raises(ValueError, match="^gone.png: there is no such file"):
+        sampler({"rgb": "gone.png"}, ["caption"])
     with pytest.raises(BadSamples, match="sample 1, caption: "):
         sampler({"caption": ["a [MASK]", "large red cube " * 60 + "[MASK]"]}, ["caption"])
     with pytest.raises(BadSamples, match="^rgb: "):

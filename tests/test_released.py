@@ -15,7 +15,7 @@ from test_convert import fixture
 
 from m4.components import load_tokenizer, save_tokenizer
 from m4.model_file import TensorFile, make_header, write
-from m4_tokenizers import released
+from m4_tokenizers import architectures, released
 from m4_tokenizers.__main__ import main
 
 VQVAES = [
@@ -59,7 +59,7 @@ def test_parity_of_every_array(name):
 def test_there_and_back_with_equal_bytes(name, tmp_path):
     folder = fixture(f"tokenizers/{name}")
     spec, meta = (json.loads((folder / f"{f}.json").read_text()) for f in ("state_dict", "meta"))
-    config = {**released.DEFAULTS, **spec["config"]}
+    config = {**architectures.DEFAULTS, **spec["config"]}
     signal = next(n for n, recipe in released.RECIPES.items() if released.fits(recipe, config))
     source, ours, again, back = (tmp_path / f"{n}.safetensors" for n in ("original", "m4", "again", "back"))
     write_checkpoint(spec, source)
@@ -91,6 +91,9 @@ def small(tmp_path: Path, change) -> Path:
         (lambda t, c: c.update(enc_type="vit_q_enc"), "does not fit|unknown architecture"),
         (lambda t, c: c.update(quant_type="fsq"), "quant_type='fsq'"),
         (lambda t, c: c.update(patch_sice=8), "unknown config key 'patch_sice'.*patch_size"),
+        (lambda t, c: c.update(n_channels="many"), "config n_channels='many' is no (int|Python literal)"),
+        (lambda t, c: c.update(codebook_size=0), "config is of no tokenizer|changed.safetensors"),
+        (lambda t, c: c.update(enc_type="BottleneckMLP/B_9999999-Wi_16"), "depth = 9,999,999, which no file"),
         (lambda t, c: c.clear(), "holds no tokenizer's config"),
     ],
 )
@@ -99,6 +102,21 @@ def test_what_does_not_fit_is_named(change, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         released.convert(path, tmp_path / "out.safetensors", signal="pose")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 5000, "nested too deeply"),
+        ("[1]", "an object of architectures"),
+        ('{"unet_x": {"patch_size": 4}}', "model_channels of 'unet_x' is missing"),
+        ('{"a": {"dim_tokens": 64, "depth": 10000000, "num_heads": 4}}', "depth of 'a' is 10000000"),
+    ],
+)
+def test_a_file_of_architectures_is_named(text, words, tmp_path):
+    (tmp_path / "presets.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"presets\.json: .*{words}"):
+        architectures.read_presets(tmp_path / "presets.json")
 
 
 def test_command_says_what_a_checkpoint_may_be(tmp_path, capsys):

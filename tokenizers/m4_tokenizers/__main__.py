@@ -1,7 +1,6 @@
 """`python -m m4_tokenizers VERB`: train, evaluate, table, convert."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -41,6 +40,7 @@ def convert(argv: list[str]) -> None:
     name leave it open; --image-size makes it one for images of another size.
     """
     from m4_tokenizers import released
+    from m4_tokenizers.architectures import read_presets
 
     parser = _parser("convert", convert.__doc__)
     parser.add_argument("source", metavar="IN", type=Path)
@@ -49,7 +49,7 @@ def convert(argv: list[str]) -> None:
     parser.add_argument("--image-size", type=int, default=0, help="pixels a side; default: the checkpoint's own")
     parser.add_argument("--presets", type=Path, help="JSON file: architectures by enc_type / dec_type")
     args = parser.parse_args(argv)
-    presets = json.loads(args.presets.read_text()) if args.presets else {}
+    presets = read_presets(args.presets) if args.presets else {}
     print(released.convert(args.source, args.out, signal=args.signal, image_size=args.image_size, presets=presets))
 
 

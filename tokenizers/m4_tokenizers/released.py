@@ -9,7 +9,6 @@
 A converted file keeps the original's header and spare tensors, so that the way back gives the same bytes.
 """
 
-import ast
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,8 +19,10 @@ import numpy as np
 from flax import nnx
 
 from m4.components import closest, load_tokenizer, save_tokenizer
+from m4.files import shown
 from m4.model_file import DTYPES, TensorFile, check_names, write
 from m4.tensor_file import parse_header
+from m4_tokenizers.architectures import PRESETS, parse_config, preset
 from m4_tokenizers.depth import RelativeDepthRecipe
 from m4_tokenizers.diffusion import DiffusionDecoder, Schedule
 from m4_tokenizers.edges import EdgesRecipe
@@ -35,53 +36,6 @@ from m4_tokenizers.semseg import SemanticRecipe
 from m4_tokenizers.unet import UNet, UViT
 from m4_tokenizers.vq import VQRecipe
 
-# The original's config and what it means when a key is absent.
-DEFAULTS = {
-    "image_size": 224, "image_size_enc": None, "n_channels": 3, "n_labels": None, "enc_type": "vit_b_enc",
-    "patch_proj": True, "post_mlp": False, "patch_size": 16, "quant_type": "lucid", "codebook_size": 16384,
-    "num_codebooks": 1, "latent_dim": 32, "norm_codes": True, "norm_latents": False, "dec_type": "vit_b_dec",
-    "out_conv": False, "image_size_dec": None, "patch_size_dec": None, "undo_std": False, "sync_codebook": False,
-    "ema_decay": 0.99, "threshold_ema_dead_code": 0.25, "code_replacement_policy": "batch_random",
-    "commitment_weight": 1.0, "kmeans_init": False, "ckpt_path": None, "ignore_keys": [], "freeze_enc": False,
-    "num_train_timesteps": 1000, "cls_free_guidance_dropout": 0.0, "masked_cfg": False, "masked_cfg_low": 0,
-    "masked_cfg_high": None, "scheduler": "ddpm", "beta_schedule": "squaredcos_cap_v2",
-    "prediction_type": "v_prediction", "clip_sample": False, "thresholding": True, "conditioning": "concat",
-    "dec_transformer_dropout": 0.2, "zero_terminal_snr": True,
-}  # fmt: skip
-_SIZES = {"s": (512, 8, 8), "b": (768, 12, 12), "l": (1024, 24, 16)}
-_MIDDLES = {"b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16)}
-
-
-def _uvit(size: str, factor: str, variant: str) -> dict[str, Any]:
-    width, depth, heads = _MIDDLES[size]
-    return {
-        "patch_size": 4, "block_out_channels": (128, 256, 512) if variant == "extraconv" else (128, 256),
-        "layers_per_block": 2, "downsample_before_mid": factor == "f16" and variant != "extraconv",
-        "mid_layers": depth + (variant == "longskip"), "mid_num_heads": heads, "mid_dim": width,
-        "mid_use_long_skip": variant == "longskip",
-    }  # fmt: skip
-
-
-# The architectures that the original knows by name.
-PRESETS: dict[str, dict[str, Any]] = {
-    **{
-        f"vit_{name}_{side}": {"dim_tokens": width, "depth": depth, "num_heads": heads}
-        for name, (width, depth, heads) in _SIZES.items()
-        for side in ("enc", "dec")
-    },
-    "unet_patched": {
-        "patch_size": 4, "model_channels": 256, "num_res_blocks": 3, "attention_resolutions": (4, 8),
-        "channel_mult": (1, 2, 2, 2),
-    },
-    **{
-        f"uvit_{size}_p4_{factor}{variant and '_' + variant}": _uvit(size, factor, variant)
-        for size, factor, variant in [
-            ("b", "f16", ""), ("l", "f16", ""), ("h", "f16", ""), ("b", "f16", "longskip"), ("l", "f16", "longskip"),
-            ("b", "f8", ""), ("l", "f8", ""), ("b", "f16", "extraconv"), ("l", "f16", "extraconv"),
-        ]
-    },
-}  # fmt: skip
-
 # What a checkpoint may be the tokenizer of. `default`: where its config leaves no other choice.
 RECIPES: dict[str, type[VQRecipe]] = {
     "rgb": ImageRecipe, "normals": NormalsRecipe, "depth": RelativeDepthRecipe, "edges": EdgesRecipe,
@@ -89,31 +43,6 @@ RECIPES: dict[str, type[VQRecipe]] = {
     "dinov2": FeatureMapRecipe, "imagebind": FeatureMapRecipe, "clip_global": VectorRecipe,
     "dinov2_global": VectorRecipe, "imagebind_global": VectorRecipe, "pose": PoseRecipe,
 }  # fmt: skip
-
-
-def parse_config(file: TensorFile) -> dict[str, Any]:
-    """The original's config from the metadata strings, one Python literal (or plain word) each."""
-    config = dict(DEFAULTS)
-    for key, text in file.metadata.items():
-        if key == "format":
-            continue
-        if key not in DEFAULTS:
-            raise ValueError(f"{file.path}: unknown config key {key!r}; {closest(key, list(DEFAULTS))}")
-        try:
-            config[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            if not isinstance(DEFAULTS[key], str):
-                raise ValueError(f"{file.path}: config {key}={text[:80]!r} is no Python literal") from error
-            config[key] = text
-    if "enc_type" not in file.metadata:
-        raise ValueError(f"{file.path} holds no tokenizer's config: its metadata has {', '.join(file.metadata)}")
-    return config
-
-
-def _preset(name: str, presets: Mapping[str, Any]) -> dict[str, Any]:
-    if name not in presets:
-        raise ValueError(f"unknown architecture {name!r}; {closest(name, list(presets))}")
-    return presets[name]
 
 
 def _bottleneck(name: str) -> dict[str, int]:
@@ -124,20 +53,20 @@ def _bottleneck(name: str) -> dict[str, int]:
     return {"depth": int(match[1]), "width": int(match[2])}
 
 
-def _vit(c: dict[str, Any], preset: dict[str, Any], image_size: int, patch_size: int) -> dict[str, Any]:
+def _vit(c: dict[str, Any], sizes: dict[str, Any], image_size: int, patch_size: int) -> dict[str, Any]:
     return {
         "patch_size": patch_size if c["patch_proj"] else 1,
         "table_size": image_size // patch_size,
-        "width": preset["dim_tokens"],
-        "depth": preset["depth"],
-        "num_heads": preset["num_heads"],
+        "width": sizes["dim_tokens"],
+        "depth": sizes["depth"],
+        "num_heads": sizes["num_heads"],
         "post_mlp": c["post_mlp"],
     }
 
 
 def network(c: dict[str, Any], presets: Mapping[str, Any], token_patch_size: int) -> UNet | UViT:
     """The denoising network that a config names."""
-    name, p = c["dec_type"], _preset(c["dec_type"], presets)
+    name, p = c["dec_type"], preset(c["dec_type"], presets)
     if name.startswith("unet"):
         levels = [r.bit_length() - 1 for r in p["attention_resolutions"]]
         return UNet(
@@ -216,13 +145,13 @@ def recipe_of(c: dict[str, Any], *, signal: str, image_size: int = 0, presets: M
         size = ""
     else:
         size_enc = c["image_size_enc"] or c["image_size"]
-        fields["encoder"] = ViTEncoder(**_vit(c, _preset(c["enc_type"], presets), size_enc, c["patch_size"]))
+        fields["encoder"] = ViTEncoder(**_vit(c, preset(c["enc_type"], presets), size_enc, c["patch_size"]))
         base = image_size or c["image_size"]
         fields["image_size"] = base if c["patch_proj"] else base // c["patch_size"]
         size = f"@{base}"
         if c["dec_type"].startswith("vit"):
             patch_size_dec = c["patch_size_dec"] or c["patch_size"]
-            vit = _vit(c, _preset(c["dec_type"], presets), c["image_size_dec"] or c["image_size"], patch_size_dec)
+            vit = _vit(c, preset(c["dec_type"], presets), c["image_size_dec"] or c["image_size"], patch_size_dec)
             fields["decoder"] = ViTDecoder(**vit, num_convolutions=2 * c["out_conv"])
         else:
             schedule = Schedule(
@@ -440,7 +369,11 @@ def convert(source: Path, out: Path, *, signal: str = "", image_size: int = 0, p
         return _back(file, out)
     config = parse_config(file)
     signal = signal or guess_signal(config, file.path)
-    recipe = recipe_of(config, signal=signal, image_size=image_size, presets=presets)
+    try:
+        recipe = recipe_of(config, signal=signal, image_size=image_size, presets=presets)
+    except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{shown(file.path)}: its config is of no tokenizer that m4 has: {error}") from error
+    _check_depths(recipe, file)
     expected, loaded = {}, []
     # UViT's lowest sampler has two names for one convolution; a file may hold either, or both.
     alias = lambda name: name.replace("sample_mid.conv.", "sample_mid.Conv2d_0.")  # noqa: E731
@@ -468,6 +401,17 @@ def convert(source: Path, out: Path, *, signal: str = "", image_size: int = 0, p
     save_tokenizer(recipe.tokenizer_class(recipe=recipe, model=model, card=card, kept=kept), out)
     total = sum(int(np.prod(e.shape)) for e in file.entries.values())
     return f"{out}: tokenizer of {signal}, {len(file.entries)} tensors, {total:,} numbers"
+
+
+def _check_depths(recipe: VQRecipe, file: TensorFile) -> None:
+    """ValueError where a config claims more blocks than its file has tensors, before they are made."""
+    for part in (recipe.encoder, recipe.decoder, getattr(recipe.decoder, "network", None)):
+        for name in ("depth", "num_blocks"):
+            if getattr(part, name, 0) > len(file.entries):
+                raise ValueError(
+                    f"{shown(file.path)}: its config says {name} = {getattr(part, name):,}, which no file of "
+                    f"{len(file.entries):,} tensors can hold"
+                )
 
 
 def _original_shape(recipe: VQRecipe, dotted: str, ours: tuple[int, ...], given: tuple[int, ...] | None):

@@ -7,7 +7,6 @@ Entries of some of its data sets have more, by which their examples are chosen; 
 """
 
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from m4.datasets.files import decode
 from m4.datasets.rendering import check
 from m4.evals.episodes.draws import balanced, generator, shuffled
 from m4.evals.episodes.words import same_text
+from m4.files import parse_json, shown
+from m4.samples import content
 from m4.shots import Episode, Shot
 
 Entry = dict[str, Any]
@@ -129,7 +131,7 @@ class VLICL:
         query, choose = queries[index % len(queries)], DATASETS[self.dataset][2]
         try:
             entries, query, candidates = choose(query, self._read("support"), self.max_shots, rng)
-            texts = [(entry["question"], str(entry["answer"])) for entry in (*entries, query)]
+            texts = [(_text(entry["question"]), str(entry["answer"])) for entry in (*entries, query)]
             pictures = [self._paths(entry) for entry in (*entries, query)]
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
@@ -144,8 +146,8 @@ class VLICL:
         if not self.images or (self.output == "rgb" and "image" not in entry):
             return []
         paths = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
-        if len(paths) != self.images:
-            raise ValueError(f"{len(paths)} images instead of {self.images}")
+        if len(paths) != self.images or not all(isinstance(path, str) for path in paths):
+            raise ValueError(f"{ascii(paths)[:60]} instead of the names of {self.images} images")
         return paths
 
     def _shot(self, question: str, answer: str, paths: list[str]) -> Shot:
@@ -159,11 +161,9 @@ class VLICL:
         """uint8 [size size 3]."""
         file = Path(self.folder, path)
         try:
-            picture = Image.open(file).convert("RGB")
-        except OSError as error:
-            raise ValueError(
-                f"{file} cannot be read ({error}); the images come out of the archives: {DOWNLOAD}"
-            ) from error
+            picture = Image.fromarray(decode("rgb", shown(file), content(file)))
+        except ValueError as error:
+            raise ValueError(f"{error}; the images come out of the archives: {DOWNLOAD}") from error
         return np.asarray(picture.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def correct(self, answer: str, episode: Episode) -> bool:
@@ -173,14 +173,21 @@ class VLICL:
         return same_text(answer, episode.query.outputs["caption"])
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{ascii(value)[:60]} instead of a question")
+    return value
+
+
 @functools.cache
 def _read(file: Path) -> list[Entry]:
+    if not file.exists():
+        raise ValueError(f"{shown(file)}: there is no such file; {DOWNLOAD}")
+    data = content(file)
     try:
-        entries = json.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}); {DOWNLOAD}") from error
+        entries = parse_json(data)
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{shown(file)}: {error}") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{file} must hold a list of objects, one for each example")
     return entries
