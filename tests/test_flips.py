@@ -81,7 +81,8 @@ def of_run(root: Path, config: Any) -> dict[str, Kind]:
     from m4.config import save_or_check
     from train import main
 
-    main(dataclasses.replace(config, evaluations=(), num_steps=2, save_every=2))
+    with contextlib.ExitStack() as end:
+        main(dataclasses.replace(config, evaluations=(), num_steps=2, save_every=2), end)
     prepared = prepare(config.datasets, config.tokenizers, config.data_dir, seed=config.seed)
     (tokens,) = prepared.tokens
     trainer = Trainer(config, MeshConfig(data=1).make(jax.devices()[:1]))
