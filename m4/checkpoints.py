@@ -53,8 +53,8 @@ def tokenizer_file(folder: Path, modality: Modality) -> Path:
 
 
 def keep_tokenizers(folder: Path, modalities: Modalities, files: Mapping[str, Path]) -> None:
-    """Copies the tokenizers of a run's data folder (by modality) into its own folder. What is there already and computes
-    something else, or is damaged, is replaced, with a line that says so."""
+    """Copies the tokenizers of a run's data folder (by modality) into its own folder. What is there already and
+    computes something else, or is damaged, is replaced, with a line that says so."""
     for m in modalities:
         own, data = tokenizer_file(folder, m), files[m.name].read_bytes()
         if own.exists() and own.read_bytes() != data:

@@ -32,7 +32,7 @@ def check_seed(seed: Any, name: str = "seed") -> None:
 
 
 def in_float32(value: float) -> float:
-    """What steps compute with: float32 cannot hold large numbers, devices take the smallest for 0, and 1 - 1e-9 is 1."""
+    """What steps compute with: in float32 1e39 is infinite, 1 - 1e-9 is 1, and what devices take for 0 is 0."""
     with np.errstate(over="ignore"):
         number = float(np.float32(value))
     return 0.0 if abs(number) < np.finfo(np.float32).tiny else number

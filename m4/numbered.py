@@ -278,8 +278,8 @@ class Checkpoints:
         self._read_back()
 
     def _read_back(self) -> None:
-        """ValueError unless the first save of a job, of which a small part is enough, can be read as any other would be:
-        a folder in which no checkpoint can be read again is found out now, not after the last step."""
+        """ValueError unless a small part of a job's first save can be read again: that nothing in this folder can is
+        found out now, not after the last step."""
         if self._first is None:
             return
         (step, name, saved), self._first, self._is_read_back = self._first, None, True
