@@ -129,7 +129,7 @@ def test_kills_of_training(whole, tmp_path):
     rng, watched = np.random.default_rng(1), tmp_path / "run"
     shutil.copytree(whole / "data", tmp_path / "data")
     for _ in range(10):
-        kill(train(watched, tmp_path / "data"), watched / "checkpoints", rng, changes=30, delay=0.3)
+        kill(train(watched, tmp_path / "data"), watched / "checkpoints", rng, changes=12, delay=0.1)
     finish(train(watched, tmp_path / "data"))
     assert equal(load_run(watched).model, load_run(whole / "run").model)
     assert (watched / "metrics.json").read_bytes() == (whole / "run" / "metrics.json").read_bytes()
