@@ -12,7 +12,6 @@ from m4.config import from_cli, save_or_check, use_workdir
 from m4.data import Stream
 from m4.distillation import load_teacher
 from m4.evals.suite import check_evaluations, evaluate, sample_gallery
-from m4.files import write_atomically
 from m4.health import Health
 from m4.metrics import Metrics
 from m4.pretokenize import prepare
@@ -44,8 +43,6 @@ def main(c, end: contextlib.ExitStack) -> None:
     prepared = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, team=team)
     if team.index == 0:
         check_evaluations(c)
-    for m in c.modalities if team.index == 0 else ():
-        write_atomically(checkpoints.tokenizer_file(c.folder, m), prepared.tokenizer_files[m.name].read_bytes())
 
     # The model, its optimizer and the example stream: from the last checkpoint, else from the start.
     if teacher is not None:
@@ -68,6 +65,8 @@ def main(c, end: contextlib.ExitStack) -> None:
             state = trainer.with_params(state, params)
             print(f"weights of {c.init_from}:\n{report}", flush=True)
     first_step = saved.latest
+    if team.index == 0:
+        checkpoints.keep_tokenizers(c.folder, c.modalities, prepared.tokenizer_files)
 
     # What a step costs, counted, and what the devices can do.
     flops_per_step = c.batch_size * flops.model_flops(

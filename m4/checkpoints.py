@@ -25,7 +25,18 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from m4.components import closest, config_in, load_tokenizer, packaged, save_tokenizer, to_json, tokenizer_hash
-from m4.files import check_digests, remove_leftovers, replacing_together, shown, write_json
+from m4.files import (
+    DIGESTS,
+    check_digests,
+    digest,
+    read_json,
+    remove_leftovers,
+    replacing_together,
+    say,
+    shown,
+    write_atomically,
+    write_json,
+)
 from m4.modality import Features, Modalities, Modality, Tokenizer
 from m4.model import Model
 from m4.model_file import STACKS, TensorFile, abstract, load_model, model_in, parameters, save_model
@@ -39,6 +50,33 @@ def tokenizer_file(folder: Path, modality: Modality) -> Path:
     """Where a run keeps a tokenizer: by signal, and by name for Features (the signal's tokens have the other file)."""
     stem = modality.name if isinstance(modality, Features) else modality.signal
     return folder / "tokenizers" / f"{stem}.safetensors"
+
+
+def keep_tokenizers(folder: Path, modalities: Modalities, files: Mapping[str, Path]) -> None:
+    """Copies the tokenizers of a run's data folder (by modality) into its own folder. What is there already and
+    computes something else, or is damaged, is replaced, with a line that says so."""
+    for m in modalities:
+        own, data = tokenizer_file(folder, m), files[m.name].read_bytes()
+        if own.exists() and own.read_bytes() != data:
+            try:
+                is_same = tokenizer_hash(load_tokenizer(own)) == tokenizer_hash(load_tokenizer(files[m.name]))
+                why = "" if is_same else f"{shown(own)} holds another tokenizer of {m.name} than this run's"
+            except ValueError as error:
+                why = str(error)
+            if why:
+                say(f"{why}; it is replaced by {shown(files[m.name])}")
+        write_atomically(own, data)
+
+
+def replace_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
+    """Writes a tokenizer over its file. Where that is part of an exported model, the model's digests then have it."""
+    folder, name = file.parent.parent, f"{file.parent.name}/{file.name}"
+    listed = read_json(folder / DIGESTS)["files"] if (folder / DIGESTS).exists() else {}
+    if name in listed:
+        check_digests(folder, [name])
+    save_tokenizer(tokenizer, file)
+    if name in listed:
+        write_json(folder / DIGESTS, {"files": {**listed, name: {"size": file.stat().st_size, "sha256": digest(file)}}})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 MAX_SEED = 2**63 - 1
 # What fields of these names must hold, in whatever dataclass of a config; others must be finite.
 BOUNDS = {
@@ -29,9 +31,17 @@ def check_seed(seed: Any, name: str = "seed") -> None:
         raise ValueError(f"{name}={seed} must be {BOUNDS['seed'][1]}")
 
 
+def in_float32(value: float) -> float:
+    """What steps compute with: in float32 1e39 is infinite, 1 - 1e-9 is 1, and what devices take for 0 is 0."""
+    with np.errstate(over="ignore"):
+        number = float(np.float32(value))
+    return 0.0 if abs(number) < np.finfo(np.float32).tiny else number
+
+
 def check_numbers(value: Any, where: str = "") -> None:
     """ValueError for a number within a dataclass, tuple or mapping that is not finite, beyond 64 bits, out of the
-    BOUNDS of its field, or not whole where its field is an `int`. `where`: how messages begin, "optimizer"."""
+    BOUNDS of its field (both as float32 has it), or not whole where its field is an `int`. `where`: how messages begin,
+    "optimizer"."""
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             item, place = getattr(value, field.name), f"{where}.{field.name}" if where else field.name
@@ -41,15 +51,17 @@ def check_numbers(value: Any, where: str = "") -> None:
             # A number alone: a field of this name may hold something else in a user's own class.
             if field.name in BOUNDS and isinstance(item, int | float):
                 is_allowed, allowed = BOUNDS[field.name]
-                if not is_allowed(item):
-                    raise ValueError(f"{place}={item} must be {allowed}")
+                number = in_float32(item) if isinstance(item, float) else item
+                if not is_allowed(number):
+                    which = f", and is {number} in float32" if number != item and is_allowed(item) else ""
+                    raise ValueError(f"{place}={item} must be {allowed}{which}")
     elif isinstance(value, Mapping):
         for key, item in value.items():
             check_numbers(item, f"{where}[{key!r}]")
     elif isinstance(value, tuple | list):
         for i, item in enumerate(value):
             check_numbers(item, f"{where}[{i}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where}={value} must be a finite number")
+    elif isinstance(value, float) and not math.isfinite(in_float32(value)):
+        raise ValueError(f"{where}={value} must be a finite number" + ", in float32 too" * math.isfinite(value))
     elif isinstance(value, int) and where.rpartition(".")[2] != "seed" and abs(value) >= 2**63:
         raise ValueError(f"{where}={value} is beyond what 64 bits hold")

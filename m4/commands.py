@@ -34,6 +34,8 @@ def ends_with_a_sentence() -> Iterator[None]:
         sys.exit(1)
     except (ValueError, OSError) as error:
         _end(f"error: {error_sentence(error)}", 1)
+    except MemoryError as error:
+        _end(f"error: out of memory. {error}".strip(), 1)
     except Exception as error:
         if (cause := system_error(error)) is None:
             raise

@@ -19,7 +19,7 @@ from m4.checks import check_numbers
 from m4.components import closest, config_in, packaged, to_json
 from m4.contrastive import Contrast
 from m4.data import Dataset
-from m4.files import locked, write_json
+from m4.files import locked, remove_leftovers, write_json
 from m4.losses import Weighting
 from m4.masking import Masking
 from m4.modality import Modalities, Sequence
@@ -235,8 +235,8 @@ def from_cli(description: str, argv: list[str] | None = None) -> Any:
 
 @contextlib.contextmanager
 def use_workdir(config: Config) -> Iterator[None]:
-    """The run's folder for this job alone (its process 0 holds the lock). ValueError if another has it, or if nothing
-    can be written there."""
+    """The run's folder for this job alone (its process 0 holds the lock), without what killed jobs left. ValueError if
+    another has it, or if nothing can be written there."""
     if jax.process_index():
         yield
         return
@@ -247,6 +247,8 @@ def use_workdir(config: Config) -> Iterator[None]:
             raise ValueError(
                 f"cannot write into workdir {config.folder}: {error.strerror}; give another --workdir"
             ) from error
+        for folder in (config.folder, config.folder / "tokenizers"):
+            remove_leftovers(folder)
         yield
 
 

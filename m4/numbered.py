@@ -199,6 +199,8 @@ class Checkpoints:
         self._choose()
         self._open()
         self._batches: list[list[int]] = []  # [number of steps, batch size] of all steps so far
+        self._first: tuple[int, str, Any] | None = None  # a part of the first save, until it is read back
+        self._is_read_back = False
 
     def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(
@@ -259,6 +261,9 @@ class Checkpoints:
         texts = {"data": ocp.args.JsonSave(data), "config": ocp.args.JsonSave(config)}
         with _writing(self.folder):
             self.manager.save(step, args=ocp.args.Composite(**arrays, **texts))
+        if not self._is_read_back and self._first is None and jax.process_count() == 1:
+            smallest = min(parts, key=lambda name: sum(x.nbytes for x in jax.tree.leaves(parts[name])))
+            self._first = step, smallest, jax.device_get(parts[smallest])
         self._forget_damaged()
 
     def check(self) -> None:
@@ -270,6 +275,20 @@ class Checkpoints:
         """Waits for the save in flight, if there is one; raises its error."""
         with _writing(self.folder):
             self.manager.wait_until_finished()
+        self._read_back()
+
+    def _read_back(self) -> None:
+        """ValueError unless a small part of a job's first save can be read again: that nothing in this folder can is
+        found out now, not after the last step."""
+        if self._first is None:
+            return
+        (step, name, saved), self._first, self._is_read_back = self._first, None, True
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=device), saved)
+        restored = read_step(self.folder, step, {name: ocp.args.StandardRestore(like), "data": ocp.args.JsonRestore()})
+        for x, y in zip(jax.tree.leaves(saved), jax.tree.leaves(restored[name]), strict=True):
+            if not np.array_equal(x, y, equal_nan=True):
+                raise explain(self.folder, step, ValueError(f"{name} is read back as something else"))
 
     def _forget_damaged(self) -> None:
         """Deletes what was put aside, of steps that are whole again."""

@@ -421,6 +421,8 @@ def test_a_build_removes_what_killed_ones_left_and_notices_damage(tmp_path):
         except ValueError as error:
             assert file.name in str(error)
             noticed += 1
+        else:
+            assert ".array_record" in file.name, f"{file.name}: all else has its digest"
         file.write_bytes(whole)
     assert noticed
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import pickle
 import shutil
 import tarfile
 import time
@@ -81,7 +82,8 @@ def of_run(root: Path, config: Any) -> dict[str, Kind]:
     from m4.config import save_or_check
     from train import main
 
-    main(dataclasses.replace(config, evaluations=(), num_steps=2, save_every=2))
+    with contextlib.ExitStack() as end:
+        main(dataclasses.replace(config, evaluations=(), num_steps=2, save_every=2), end)
     prepared = prepare(config.datasets, config.tokenizers, config.data_dir, seed=config.seed)
     (tokens,) = prepared.tokens
     trainer = Trainer(config, MeshConfig(data=1).make(jax.devices()[:1]))
@@ -96,6 +98,12 @@ def of_run(root: Path, config: Any) -> dict[str, Kind]:
     def read_shards() -> list[Any]:
         shards = TokenShards(tokens, "train")
         return plain([shards[i] for i in range(len(shards))])
+
+    def read_scenes() -> list[Any]:
+        (source,) = {d.source for d in config.datasets}
+        splits = [source.split(name, root / "data") for name in ("train", "test")]
+        examples = [split[i] for split in splits for i in range(len(split))]
+        return [np.frombuffer(pickle.dumps(sorted(example.items())), np.uint8) for example in examples]
 
     def restore() -> list[Any]:
         with contextlib.closing(Checkpoints(root / "run" / "checkpoints")) as saved:
@@ -115,6 +123,7 @@ def of_run(root: Path, config: Any) -> dict[str, Kind]:
         return plain(load_small(fresh, root / "small" / "lora.safetensors"))
 
     return {
+        "rendered scenes": Kind(root / "data" / "scenes", read_scenes),
         "checkpoint": Kind(root / "run" / "checkpoints", restore),
         "config.json": Kind(root / "run", read_run, "config.json"),
         "tokenizers of a run": Kind(root / "run" / "tokenizers", read_run),

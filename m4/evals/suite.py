@@ -25,7 +25,7 @@ from m4.checkpoints import TrainedModel, load_run
 from m4.checks import check_seed
 from m4.components import to_json, tokenizer_hash
 from m4.datasets.files import read_for
-from m4.files import digest, read_json, write_atomically, write_json
+from m4.files import digest, read_json, remove_leftovers, write_atomically, write_json
 from m4.model import Model
 from m4.model_file import parameters
 from m4.pictures import contact_sheet, write_png
@@ -102,6 +102,7 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
         first, *_ = splits
         sheets.append(gallery(splits[first], predictions, directions, sampler))
     out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)  # of killed processes
     stamp.unlink(missing_ok=True)  # first: a kill between two of these leaves nothing that is taken for whole
     write_png(out / "gallery.png", stacked(sheets))
     write_atomically(out / "metrics.json", json.dumps(results, indent=1).encode())

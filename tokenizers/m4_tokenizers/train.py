@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from m4.checkpoints import replace_tokenizer
 from m4.checks import check_numbers
 from m4.components import closest, load_tokenizer, save_tokenizer, to_json
 from m4.config import load_config
@@ -126,7 +127,7 @@ def evaluate(argv: Seq[str], *, description: str) -> None:
     write_atomically(out / f"{name}.json", json.dumps(tokenizer.card, indent=1).encode())
     write_png(out / f"{name}.png", sheet([*map(load_tokenizer, args.beside), tokenizer], examples[:8]))
     if args.write:
-        save_tokenizer(tokenizer, args.file)
+        replace_tokenizer(tokenizer, args.file)
     print(json.dumps(tokenizer.card))
 
 
