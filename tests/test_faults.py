@@ -73,7 +73,7 @@ KINDS = {
         ("rgb", "png", picture(sixteen(7, shape=(16, 16, 3)))),
         {
             "another shape": ("png", picture(sixteen(7, shape=(20, 16, 3))), r"uint8 \[20, 16, 3\]"),
-            "damaged": ("png", b"\x89PNG", "damaged, or not what its extension says"),
+            "damaged": ("png", b"\x89PNG", "damaged, or no picture that can be read"),
             "empty": ("png", b"", "it is empty"),
         },
     ),
@@ -125,7 +125,7 @@ KINDS = {
         BoxRecipe(),
         ("boxes", "json", boxes()),
         {
-            "an empty label": ("json", boxes(""), "a box needs a label"),
+            "an empty label": ("json", boxes(""), "has an empty label"),
             "outside": ("json", boxes(bbox=(0, 0, 1, 2)), "outside"),
             "a lone surrogate": ("json", boxes("\ud83d"), "half a surrogate pair"),
         },
@@ -133,12 +133,12 @@ KINDS = {
     "answers": (
         AnswerRecipe(kinds=("box",)),
         ("boxes", "json", boxes()),
-        {"an empty label": ("json", boxes(""), "at least one character|a box needs a label")},
+        {"an empty label": ("json", boxes(""), "at least one character|has an empty label")},
     ),
     "palette": (
         PaletteRecipe(num_colors=2),
         ("rgb", "png", picture(np.random.default_rng(0).integers(0, 255, (16, 16, 3)).astype(np.uint8))),
-        {"damaged": ("png", b"PNG", "damaged, or not what its extension says")},
+        {"damaged": ("png", b"PNG", "damaged, or no picture that can be read")},
     ),
 }
 

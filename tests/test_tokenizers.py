@@ -263,7 +263,7 @@ def test_any_image_mode_is_read(image, tmp_path):
         turned = image.read(str(tmp_path / "turned.jpg")).astype(int)
     assert turned[-1].mean() > turned[0].mean() + 50
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
-    with pytest.raises(ValueError, match="broken.png: no picture that can be read"):
+    with pytest.raises(ValueError, match="broken.png: damaged, or no picture that can be read"):
         image.read(str(tmp_path / "broken.png"))
 
 
