@@ -80,7 +80,7 @@ def test_every_config_holds_together(path, monkeypatch, tmp_path):
 
 LAYERS = [
     ["errors", "files"],
-    ["tensor_file"],
+    ["contents", "tensor_file"],
     ["checks", "commands", "components", "modality", "tokens", "workers"],
     ["datasets"],
     ["samples"],
