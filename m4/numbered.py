@@ -345,8 +345,8 @@ class Checkpoints:
 
 def _batches(step: int, data: Any, config: Any) -> list[list[int]]:
     """[number of steps, batch size] of a run up to a step. ValueError unless the saved position is what they read."""
-    if "next_example" not in data:
-        return []
+    if "next_example" not in data or not ("batches" in data or "batch_size" in config):
+        return []  # not saved by a run
     batches = data["batches"] if "batches" in data else [[step, config["batch_size"]]]  # version 0.1 had one size
     read = sum(count * size for count, size in batches)
     if sum(count for count, _ in batches) != step or read != data["next_example"]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from m4.datasets.files import MAX_PIXELS, to_rgb
+from m4.datasets.pictures import MAX_PIXELS, to_rgb
 from m4.datasets.rendering import check
 from m4.files import fingerprint
 
