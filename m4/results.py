@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from m4.files import check_name, replacing_folder, replacing_together, shown
-
-if TYPE_CHECKING:
-    from m4.sampler import Sampler
 
 
 class Results(dict):
     """Signals by target: lists, or single ones if single ones were given.
 
     `tokens`: ids by target's modality, one array a sample. `history`: by target's modality the step in which each token
-    was decoded. `inputs` as they were read.
+    was decoded. `inputs` as they were read. `sampler`: the m4.sampler.Sampler that made them, for its tokenizers.
     """
 
-    def __init__(self, sampler: Sampler, targets: Seq[str], inputs: Mapping[str, list[Any]], single: bool):
+    def __init__(self, sampler: Any, targets: Seq[str], inputs: Mapping[str, list[Any]], single: bool):
         super().__init__({name: [] for name in targets})
         self.sampler, self.inputs, self.single = sampler, inputs, single
         self.tokens: dict[str, list[np.ndarray]] = {}
