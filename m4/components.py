@@ -1,7 +1,7 @@
 """What a file may name, and how it comes back: dataclasses as JSON, tokenizers as safetensors. Never a pickle.
 
-A name is either an entry point of the group `m4.components` (how a user's own package joins in) or module:class of a
-dataclass within m4 or m4_tokenizers. No code is ever read from a run's folder.
+A name is either an entry point of the group `m4.components` (how a user's own package joins in) or that of a dataclass
+within m4 or m4_tokenizers, never a module: files may move. No code is ever read from a run's folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
+import re
 import types
 import typing
 from collections.abc import Sequence as Seq
@@ -27,6 +29,40 @@ from m4.tensor_file import DTYPES, OTHERS, SEAL, TensorFile, sealed
 
 if TYPE_CHECKING:
     from m4.modality import Tokenizer
+
+
+# Modules of version 0.1 by class. `tokenizer_hash` goes on hashing module:class for these, so that what was prepared and
+# saved with a tokenizer goes on knowing it.
+_MODULES_0_1 = {
+    name: module
+    for module, names in {
+        "m4.modality": "Grid Sequence Features",
+        "m4_tokenizers.answers": "AnswerRecipe",
+        "m4_tokenizers.audio": "AudioRecipe",
+        "m4_tokenizers.boxes": "BoxRecipe",
+        "m4_tokenizers.classes": "ClassRecipe",
+        "m4_tokenizers.depth": "DepthRecipe RelativeDepthRecipe",
+        "m4_tokenizers.diffusion": "Schedule DiffusionDecoder",
+        "m4_tokenizers.edges": "EdgesRecipe",
+        "m4_tokenizers.features": "FeatureMapRecipe VectorRecipe PoseRecipe",
+        "m4_tokenizers.image": "ImageRecipe PixelPatchesRecipe",
+        "m4_tokenizers.instances": "MaskRecipe",
+        "m4_tokenizers.losses": "SquaredError AbsoluteError Huber CosineDistance CrossEntropy Perceptual Adversarial",
+        "m4_tokenizers.maps": "MapRecipe",
+        "m4_tokenizers.metadata": "Whole Bins Steps MetadataRecipe",
+        "m4_tokenizers.networks": "ViTEncoder ViTDecoder VectorEncoder VectorDecoder PatchEncoder PatchDecoder",
+        "m4_tokenizers.normals": "NormalsRecipe",
+        "m4_tokenizers.palette": "PaletteRecipe",
+        "m4_tokenizers.quantizers": (
+            "VectorQuantizer LearnedVectorQuantizer Memcodes FiniteScalarQuantizer LookupFreeQuantizer"
+        ),
+        "m4_tokenizers.semseg": "SemanticRecipe",
+        "m4_tokenizers.stored": "TokenizerFile IdsRecipe",
+        "m4_tokenizers.text": "Layout TextRecipe WordPieceRecipe",
+        "m4_tokenizers.unet": "UNet UViT",
+    }.items()
+    for name in names.split()
+}
 
 
 def check_choice(value: Any, field: str, allowed: Seq[str]) -> None:
@@ -46,28 +82,40 @@ def components() -> dict[str, importlib.metadata.EntryPoint]:
     return {e.name: e for e in importlib.metadata.entry_points(group="m4.components")}
 
 
+@functools.cache
+def classes() -> dict[str, str]:
+    """Name of each public class of m4 and m4_tokenizers -> its module, read from the sources: nothing is imported."""
+    modules = {}
+    for package in ("m4", "m4_tokenizers"):
+        spec = importlib.util.find_spec(package)
+        for root in map(Path, spec.submodule_search_locations or ()) if spec else ():
+            for path in sorted(root.rglob("*.py")):
+                module = ".".join((package, *path.relative_to(root).with_suffix("").parts))
+                for name in re.findall(r"^class ([A-Z]\w*)", path.read_text(encoding="utf-8"), re.MULTILINE):
+                    modules[name] = module
+    return modules
+
+
 def component_class(name: Any) -> type:
-    """The class behind a name written by `to_json` or `save_tokenizer`."""
+    """The class behind a name written by `to_json` or `save_tokenizer`; m4 0.1 wrote module:class."""
     if isinstance(name, str) and name in components():
         try:
             return components()[name].load()
         except (ImportError, AttributeError) as error:
             raise ValueError(f"component {name!r} cannot be loaded: {error}") from error
-    module, _, attribute = str(name).partition(":")
-    if module.split(".")[0] in ("m4", "m4_tokenizers") and attribute:
-        try:
-            cls = getattr(importlib.import_module(module), attribute, None)
-        except ImportError:
-            cls = None
+    module, _, attribute = str(name).rpartition(":")
+    if module.split(".")[0] in ("", "m4", "m4_tokenizers") and attribute in classes():
+        cls = getattr(importlib.import_module(classes()[attribute]), attribute)
         if dataclasses.is_dataclass(cls):
             return cls
     raise ValueError(f"unknown component {str(name)[:80]!r}; {closest(str(name)[:80], sorted(components()))}")
 
 
 def _name_of(cls: type) -> str:
+    """An entry point's name, else the name of the class, which stays when files move."""
     value = f"{cls.__module__}:{cls.__qualname__}"
     names = [name for name, entry in components().items() if entry.value == value]
-    return names[0] if names else value
+    return names[0] if names else cls.__qualname__
 
 
 def to_json(value: Any) -> Any:
@@ -175,10 +223,21 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     write_atomically(path, sealed(data))
 
 
+def _named_as_in_0_1(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_named_as_in_0_1(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    named = {k: _named_as_in_0_1(v) for k, v in value.items()}
+    if "component" in named and named["component"] in _MODULES_0_1:
+        named["component"] = f"{_MODULES_0_1[named['component']]}:{named['component']}"
+    return named
+
+
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """12 hex digits of what a tokenizer computes: its class, config and arrays, without its card, which has timings."""
     config, arrays = tokenizer.state()
-    digest = hashlib.sha256(json.dumps([_name_of(type(tokenizer)), config], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_named_as_in_0_1([_name_of(type(tokenizer)), config]), sort_keys=True).encode())
     digest.update(safetensors.numpy.save({key: np.ascontiguousarray(array) for key, array in arrays.items()}))
     return digest.hexdigest()[:12]
 

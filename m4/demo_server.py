@@ -150,18 +150,20 @@ class Guard:
         refused = self.hosts.refusal(scope)
         if refused and scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008, "reason": refused})
-        if refused:
-            return await PlainTextResponse(refused, status_code=403)(scope, receive, send)
         is_upload = scope["path"].rstrip("/").endswith(UPLOADS)
         limit = _length(Headers(scope=scope), self.room.max_bytes if is_upload else MAX_MESSAGE)
+        body = _Body(receive, limit)
+        send = body.read_before_errors(send)
+        if refused:
+            return await PlainTextResponse(refused, status_code=403)(scope, body, send)
         if limit < 0:
-            return await PlainTextResponse("the request is too large", status_code=413)(scope, receive, send)
+            return await PlainTextResponse("the request is too large", status_code=413)(scope, body, send)
         reserved = limit if is_upload else 0
         if not self.room.reserve(reserved):
             full = f"uploads and results may take {self.room.max_bytes >> 20} MiB, which are in use; try again later"
-            return await PlainTextResponse(full, status_code=413)(scope, receive, send)
+            return await PlainTextResponse(full, status_code=413)(scope, body, send)
         try:
-            await self.app(scope, _at_most(limit, receive), _unframed(send))
+            await self.app(scope, body, _unframed(send))
         finally:
             self.room.free(reserved)
 
@@ -174,19 +176,34 @@ def _length(headers: Headers, most: int) -> int:
     return int(length) if length.isdecimal() and len(length) < 20 and int(length) <= most else -1
 
 
-def _at_most(limit: int, receive: Receive) -> Receive:
-    seen = 0
+class _Body:
+    """What a request sends, `limit` bytes at most."""
 
-    async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
+    def __init__(self, receive: Receive, limit: int):
+        self.receive, self.limit, self.seen, self.is_read = receive, limit, 0, False
+
+    async def __call__(self) -> Message:
+        message = await self.receive()
         if message["type"] == "http.request":
-            seen += len(message["body"]) if "body" in message else 0
-            if seen > limit:
+            self.seen += len(message["body"]) if "body" in message else 0
+            self.is_read = not message.get("more_body", False)
+            if self.seen > self.limit:
                 raise HTTPException(413, "the request is too large")
+        else:
+            self.is_read = True  # the other side is gone
         return message
 
-    return counted
+    def read_before_errors(self, send: Send) -> Send:
+        """A client that is still sending meets a closed connection, and never reads why it was refused."""
+
+        async def after_the_body(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                with contextlib.suppress(HTTPException):
+                    while not self.is_read and self.seen <= self.limit:
+                        await self()
+            await send(message)
+
+        return after_the_body
 
 
 def _unframed(send: Send) -> Send:

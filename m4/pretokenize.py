@@ -29,7 +29,7 @@ from m4.data import VERSION, Dataset, TokenShards
 from m4.files import fingerprint, locked, remove_leftovers, say, shown, write_atomically
 from m4.modality import Modalities, Recipe, Tokenizer
 from m4.records import is_tokenized, name_of, named_error
-from m4.shards import Job, limit, raw_examples
+from m4.shards import ShardWriter, limit, raw_examples
 from m4.team import Others, Team
 
 EXAMPLES_PER_SHARD = 2048
@@ -260,7 +260,7 @@ def pretokenize(
     manifest_file = folder / f"{split}.json"
     if manifest_file.exists():
         return
-    job = Job(dataset, dict(tokenizer_files), folder, split, data_dir, seed, EXAMPLES_PER_SHARD)
+    job = ShardWriter(dataset, dict(tokenizer_files), folder, split, data_dir, seed, EXAMPLES_PER_SHARD)
     what, lock = f"token shards of {shown(folder)}", folder / f".{split}-{team.index}-of-{team.count}.lock"
     with locked(lock, f"writing {what}", wait=True):  # of another run on the same data
         if not manifest_file.exists():
@@ -277,7 +277,7 @@ def pretokenize(
         lock.unlink(missing_ok=True)  # whoever gets it after this finds the manifest
 
 
-def _write_mine(job: Job, team: Team) -> None:
+def _write_mine(job: ShardWriter, team: Team) -> None:
     """The shards of this process that are not there, or not whole."""
     for folder in (job.folder, job.folder / "tokenizers"):
         remove_leftovers(folder)
@@ -300,6 +300,6 @@ def _write_mine(job: Job, team: Team) -> None:
                 job.write(i, bar)
 
 
-def _write(job: Job, index: int) -> None:
+def _write(job: ShardWriter, index: int) -> None:
     with tqdm(disable=True) as bar:
         job.write(index, bar)

@@ -51,7 +51,7 @@ from m4.prompts import (
 )
 from m4.results import Results
 from m4.samples import read_sample, read_samples
-from m4.sampling import ROAR, Autoregressive, Generated, MaskGIT, Prompt, Replay, Scheme, Stage
+from m4.sampling import ROAR, Autoregressive, GeneratedTokens, MaskGIT, Prompt, Replay, Scheme, Stage
 from m4.sharding import MeshConfig
 
 
@@ -68,7 +68,7 @@ def default_scheme(modality: Modality, of_grids: Literal["maskgit", "roar"] = "m
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5, 6))
-def _run(graph, params, scheme, modality, guidance, static, tell, prompt, arrays, replay) -> Generated:
+def _run(graph, params, scheme, modality, guidance, static, tell, prompt, arrays, replay) -> GeneratedTokens:
     model = nnx.merge(graph, params)
     model.unstack()
     return scheme.generate(model, modality, prompt, guidance, static, arrays, replay, tell)
@@ -77,7 +77,7 @@ def _run(graph, params, scheme, modality, guidance, static, tell, prompt, arrays
 def run_stage(
     graph: Any, params: Any, scheme: Scheme, modality: Modality, prompt: Prompt, seeds: Int[np.ndarray, "B k"],
     guidance: Guidance | None = None, replay: Replay | None = None, tell: Callable | None = None,
-) -> Generated:  # fmt: skip
+) -> GeneratedTokens:  # fmt: skip
     """One stage on the device; `graph` and `params` are `nnx.split(model)`; tell(ids, known) hears of every step."""
     static, arrays = scheme.prepare(modality, prompt, seeds)
     return _run(graph, params, scheme, modality, guidance, static, tell, prompt, arrays, replay or Replay())
@@ -316,7 +316,7 @@ class Sampler:
             out.history.setdefault(m.name, []).extend(history)
         return out
 
-    def _on_device(self, stage, m, prompt: Prompt, numbers: list[int], indices, listener) -> Generated:
+    def _on_device(self, stage, m, prompt: Prompt, numbers: list[int], indices, listener) -> GeneratedTokens:
         """One compilation serves every batch: a short one is filled up with its last row.
 
         With a listener, by one device: what it hears of comes in order.
@@ -355,9 +355,9 @@ class Sampler:
                     _listener.clear()
         if np.isnan(out.log_probability[:num]).any():
             raise ValueError(f"{stage.target}: the model's predictions are not finite; are its weights damaged?")
-        return Generated(*(x[:num] for x in out))
+        return GeneratedTokens(*(x[:num] for x in out))
 
-    def _finish(self, m: Modality, generated: Generated, known: Seq[np.ndarray | None]):
+    def _finish(self, m: Modality, generated: GeneratedTokens, known: Seq[np.ndarray | None]):
         """Ids as tokenizers take them, their log-probabilities, and the step in which each was decoded."""
         if not isinstance(m, Sequence):
             return list(generated.ids), generated.log_probability, list(generated.step)

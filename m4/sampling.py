@@ -61,7 +61,7 @@ class Prompt(NamedTuple):
         return inputs, {name: x.reshape(-1, *x.shape[2:]) for name, x in self.features.items()}
 
 
-class Generated(NamedTuple):
+class GeneratedTokens(NamedTuple):
     """Ids, the log-probability with which each was drawn, and the step (from 0) in which; -1: it was given."""
 
     ids: Int[Array, "B n"]
@@ -89,7 +89,7 @@ class Scheme(Protocol):
     def generate(
         self, model: Model, modality: Modality, prompt: Prompt, guidance: Guidance | None,
         static: Any, arrays: Any, replay: Replay, tell: Callable | None,
-    ) -> Generated: ...  # fmt: skip
+    ) -> GeneratedTokens: ...  # fmt: skip
 
 
 Schedule = Literal["maskgit", "cosine", "linear"]
@@ -204,7 +204,7 @@ class _Parallel(Sampling):
     by_confidence = False
     choice_temperature = 0.0
 
-    def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> Generated:
+    def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> GeneratedTokens:
         batch, num = prompt.given.shape
         shuffle, by_step = arrays
         inputs, features = prompt.rows()
@@ -278,7 +278,7 @@ class _Parallel(Sampling):
             carry, _ = jax.lax.scan(one, carry, part)
             first += length
         ids, _, log_probability, decoded_in, _ = carry
-        return Generated(ids, log_probability, decoded_in)
+        return GeneratedTokens(ids, log_probability, decoded_in)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -339,7 +339,7 @@ class Autoregressive(Sampling):
             raise ValueError(f"{self}: {modality.name} needs at least {least} ids by its grammar")
         return length, uniform(seeds, length, ())
 
-    def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> Generated:
+    def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> GeneratedTokens:
         length, grammar = static, prompt.grammar if self.constrained else None
         inputs, features = prompt.rows()
         batch, passes = len(prompt.given), prompt.num_passes
@@ -407,7 +407,7 @@ class Autoregressive(Sampling):
             },
         )
         steps = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        return Generated(end["ids"], end["log_probability"], steps)
+        return GeneratedTokens(end["ids"], end["log_probability"], steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

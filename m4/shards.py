@@ -65,7 +65,7 @@ def limit(skip_bad: float, count: int, num_examples: int) -> str:
 
 
 @dataclasses.dataclass
-class Job:
+class ShardWriter:
     """The shards of one split of one data set."""
 
     dataset: Dataset

@@ -1,6 +1,7 @@
 """Eight simulated devices, checked shapes and a compilation cache for every test."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -9,10 +10,11 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # 8 devices on few cores can deadlock otherwise
 # Devices that share busy cores wait longer for each other than XLA's 40 s.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+flags = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0"  # compiles in half the time
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault("NPROC", "16")  # XLA's threads: with few, 8 devices can wait for each other for ever
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "m4_jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # hundreds of small programs a test
 
 import jax
 
@@ -28,13 +30,20 @@ with install_import_hook(["m4.nn", "m4.model", "m4.losses", "m4.masking"], "bear
     import m4.losses
     import m4.masking
     import m4.model
-    import m4.nn  # noqa: F401
+    import m4.nn
 
+import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
+import io  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+import m4.__main__  # noqa: E402
+import train  # noqa: E402
+from m4.commands import ends_with_a_sentence  # noqa: E402
+from m4.config import from_cli  # noqa: E402
+from m4.files import locked  # noqa: E402
 from m4.masking import Masking, Strategy  # noqa: E402
 from m4.modality import Features, Grid, Modalities, Sequence  # noqa: E402
 from m4.model import ModelConfig  # noqa: E402
@@ -140,15 +149,48 @@ def run(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(*args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
+def called(main, *args: str) -> subprocess.CompletedProcess:
+    """A command in this process, which is sooner: for those that end before they compute."""
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), contextlib.chdir(ROOT):
+        try:
+            with ends_with_a_sentence():
+                main(list(args))
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(args, code, out.getvalue(), errors.getvalue())
+
+
+def call_train(*args: str) -> subprocess.CompletedProcess:
+    def main(argv: list[str]) -> None:
+        with contextlib.ExitStack() as end:
+            train.main(from_cli("", ["tests/tiny_config.py", *argv]), end)
+
+    return called(main, *args)
+
+
+def call_m4(*args: str) -> subprocess.CompletedProcess:
+    return called(m4.__main__.main, *args)
 
 
 @pytest.fixture(scope="session")
-def whole_run(tmp_path_factory, data_dir):
-    """An uninterrupted run with evaluation."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = run("--workdir", str(workdir), "--data-dir", str(data_dir))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return workdir
+def shared(tmp_path_factory) -> Path:
+    """A folder of all worker processes of this session."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(shared):
+    return shared / "data"
+
+
+@pytest.fixture(scope="session")
+def whole_run(shared, data_dir, tmp_path_factory):
+    """An uninterrupted run with evaluation, made once; each worker process has a copy."""
+    workdir = shared / "whole"
+    with locked(shared / "whole.lock", "the run", wait=True):
+        if not (workdir / "gallery.png").exists():
+            done = run("--workdir", str(workdir), "--data-dir", str(data_dir))
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return Path(shutil.copytree(workdir, tmp_path_factory.mktemp("runs") / "whole"))

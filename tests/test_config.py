@@ -4,10 +4,12 @@ import ast
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import m4
 from m4.components import component_class, from_json, packaged, to_json
 from m4.config import from_cli, load_config
 from m4.data import Dataset
@@ -34,6 +36,24 @@ def test_unknown_field_and_component_are_named(quickstart):
     for name in ("os:system", "m4.components:write_atomically", "m4.nothing_here"):
         with pytest.raises((ValueError, ModuleNotFoundError)):
             component_class(name)
+
+
+def test_saved_names_are_those_of_classes(quickstart):
+    """Not of modules, so that files may move; what 0.1 wrote is read for good."""
+    import m4_tokenizers
+
+    text = json.dumps(to_json(quickstart))
+    assert not re.search(r'"component": "[^"]*[.:]', text)
+    packages = [m4, m4_tokenizers]
+    names = [
+        name
+        for package in packages
+        for file in Path(package.__path__[0]).rglob("*.py")
+        for name in re.findall(r"^class ([A-Z]\w*)", file.read_text(), re.MULTILINE)
+    ]
+    assert len(names) == len(set(names)) > 200, [n for n in names if names.count(n) > 1]
+    assert component_class("ModelConfig") is component_class("m4.model:ModelConfig") is type(quickstart.model)
+    assert component_class("m4.old.place:ModelConfig") is type(quickstart.model)
 
 
 def test_command_line_overrides_fields(quickstart):

@@ -197,6 +197,12 @@ def test_uploads_have_room_and_no_more(server):
     assert codes == [200] * 4 + [413] * 2
 
 
+def test_what_is_refused_is_read_first(server):
+    """Else a client that is still sending meets a closed connection, not the reason."""
+    sent = [status(upload(server, bytes([i]) * 900_000, Host="evil.example")) for i in range(20)]
+    assert sent == [403] * 20
+
+
 def test_old_files_make_room_for_new_ones_and_those_in_use_stay(tmp_path):
     room = demo_server.Room(tmp_path, 1000)
     for i, age in enumerate((500, 400, 300, 0)):

@@ -343,14 +343,14 @@ def test_a_shard_that_was_damaged_before_the_manifest_is_named(tmp_path, monkeyp
     (tmp_path / "words.txt").write_text("".join(f"line {i}\n" for i in range(40)))
     dataset = Dataset(source=Texts(files=(str(tmp_path / "words.txt"),), **WHOLE))
     monkeypatch.setattr(pretokenize, "EXAMPLES_PER_SHARD", 16)
-    finish = pretokenize.Job.finish
+    finish = pretokenize.ShardWriter.finish
 
     def damaged(self, manifest_file):
         (self.folder / self.names[1]).write_bytes(b"")
         finish(self, manifest_file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretokenize.Job, "finish", damaged)
+        patch.setattr(pretokenize.ShardWriter, "finish", damaged)
         with pytest.raises(ValueError, match="train-00001-of-00003.array_record was damaged meanwhile; start again"):
             prepare([dataset], [TextRecipe()], tmp_path / "data", seed=0)
     (shards,) = prepare([dataset], [TextRecipe()], tmp_path / "data", seed=0).shards("train")

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, call_m4, environment
 from PIL import Image
 
 
@@ -147,7 +147,8 @@ def test_plans_editing_guidance_and_streams(whole_run, tmp_path):
 def test_bad_input_is_named(inputs, targets, message, whole_run, tmp_path):
     (tmp_path / "empty").mkdir()
     inputs = [i.replace("EMPTY", str(tmp_path / "empty")) for i in inputs]
-    done = m4("generate", str(whole_run), "--inputs", *inputs, "--targets", *targets, "--out", str(tmp_path / "out"))
+    out = str(tmp_path / "out")
+    done = call_m4("generate", str(whole_run), "--inputs", *inputs, "--targets", *targets, "--out", out)
     assert done.returncode != 0
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not list((tmp_path / "out").glob("*/*"))

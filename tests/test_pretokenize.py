@@ -4,8 +4,6 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Sequence as Seq
@@ -14,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ROOT, environment
+from conftest import call_m4
 from PIL import Image
 
 from m4 import pretokenize, shards
@@ -548,8 +546,7 @@ def test_ids_outside_the_vocabulary_are_refused(modalities):
 )
 def test_bad_arguments_are_named(arguments, message, tmp_path):
     arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    command = [sys.executable, "-m", "m4", "pretokenize", "tests/tiny_config.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    done = call_m4("pretokenize", "tests/tiny_config.py", *arguments)
     assert done.returncode != 0 and message in done.stderr + done.stdout, done.stderr
 
 

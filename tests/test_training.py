@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, command, environment, run
+from conftest import ROOT, call_train, command, environment, run
 from flax import nnx
 
 from m4 import checkpoints, losses, sharding
@@ -127,7 +127,7 @@ def test_gradients_that_stay_not_finite_end_the_run(data_dir, tmp_path):
         (["--model.width", "30"], "multiple of num_heads"),
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
         (["--mesh.fsdp", "3"], "does not use"),
-        (["--micro-batches", "3"], "must be a multiple of data x fsdp x micro_batches = 3"),
+        (["--micro-batches", "3"], "must be a multiple of data x fsdp x micro_batches = 24"),
         (["--profile", "9", "3"], "must be the first and the last step"),
         (["--init-from", "runs/nothing"], "runs/nothing"),
         (["--datasets.0.source.variant", "simpel"], "simple"),
@@ -136,7 +136,7 @@ def test_gradients_that_stay_not_finite_end_the_run(data_dir, tmp_path):
     ],
 )
 def test_bad_config_is_named_before_compute(args, message, tmp_path):
-    done = run("--workdir", str(tmp_path / "x"), "--data-dir", str(tmp_path / "d"), *args)
+    done = call_train("--workdir", str(tmp_path / "x"), "--data-dir", str(tmp_path / "d"), *args)
     assert done.returncode != 0 and message in done.stderr + done.stdout
     assert not (tmp_path / "d").exists()
 
