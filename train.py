@@ -5,27 +5,33 @@ import functools
 
 import jax
 
-from m4 import checkpoints, flops, sharding
-from m4.commands import ends_with_a_sentence, finishing
-from m4.components import to_json, tokenizer_hash
+from m4.checkpoints.numbered import Checkpoints
+from m4.checkpoints.runs import check_tokenizers, keep_tokenizers
+from m4.checkpoints.warm_start import load_weights
+from m4.command_line import ends_with_a_sentence, finishing
 from m4.config import from_cli, save_or_check, use_workdir
-from m4.data import Stream
-from m4.distillation import load_teacher
-from m4.evals.suite import check_evaluations, evaluate, sample_gallery
-from m4.health import Health
-from m4.metrics import Metrics
-from m4.pretokenize import prepare
-from m4.step import Trainer, TrainState
-from m4.team import Team
+from m4.data.pretokenize import prepare
+from m4.data.stream import Stream
+from m4.distributed.hosts import join_processes, stop_signal
+from m4.distributed.mesh import check_sizes, part_of_batch, shard_batch
+from m4.distributed.worker_group import Team
+from m4.evaluation.conditional_generation import check_evaluations, evaluate, sample_gallery
+from m4.registry import to_json
+from m4.tokens.tokenizer import tokenizer_hash
+from m4.training import flops
+from m4.training.distillation import load_teacher
+from m4.training.health import Health
+from m4.training.metrics import Metrics
+from m4.training.trainer import Trainer, TrainState
 
 
 def main(c, end: contextlib.ExitStack) -> None:
     # Everything that can be wrong is found before compute is spent.
     c.check()
-    sharding.join_processes()
+    join_processes()
     mesh = c.mesh.make()
-    sharding.check_sizes(c.batch_size, c.masking.num_targets, c.micro_batches, c.model.width, mesh)
-    part, num_parts = sharding.part_of_batch(mesh)
+    check_sizes(c.batch_size, c.masking.num_targets, c.micro_batches, c.model.width, mesh)
+    part, num_parts = part_of_batch(mesh)
     trainer = Trainer(c, mesh)
     teacher = load_teacher(trainer) if c.teacher else None
     num_trained = trainer.num_trained
@@ -34,12 +40,12 @@ def main(c, end: contextlib.ExitStack) -> None:
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
     team = Team(index=jax.process_index(), count=jax.process_count())
-    saved = checkpoints.Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every, c.skip_damaged)
+    saved = Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every, c.skip_damaged)
     sources = [source for source in (c.init_from, c.teacher) if source and not saved.latest]
     if sources:
         tokenizers = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, splits=(), team=team).tokenizers
         for source in sources:
-            checkpoints.check_tokenizers(source, tokenizers)
+            check_tokenizers(source, tokenizers)
     prepared = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, team=team)
     if team.index == 0:
         check_evaluations(c)
@@ -50,7 +56,7 @@ def main(c, end: contextlib.ExitStack) -> None:
     stream = Stream(
         prepared.shards("train"), c.datasets, c.masking, c.modalities, batch_size=c.batch_size, seed=c.seed,
         process_index=part, process_count=num_parts, num_workers=c.num_workers,
-        place=functools.partial(sharding.shard_batch, mesh=mesh),
+        place=functools.partial(shard_batch, mesh=mesh),
     )  # fmt: skip
     hashes = {name: tokenizer_hash(tokenizer) for name, tokenizer in prepared.tokenizers.items()}
     if saved.latest:
@@ -61,12 +67,12 @@ def main(c, end: contextlib.ExitStack) -> None:
     else:
         state = trainer.init()
         if c.init_from:
-            params, report = checkpoints.load_weights(state.params, trainer.model, c.init_from)
+            params, report = load_weights(state.params, trainer.model, c.init_from)
             state = trainer.with_params(state, params)
             print(f"weights of {c.init_from}:\n{report}", flush=True)
     first_step = saved.latest
     if team.index == 0:
-        checkpoints.keep_tokenizers(c.folder, c.modalities, prepared.tokenizer_files)
+        keep_tokenizers(c.folder, c.modalities, prepared.tokenizer_files)
 
     # What a step costs, counted, and what the devices can do.
     flops_per_step = c.batch_size * flops.model_flops(
@@ -88,7 +94,7 @@ def main(c, end: contextlib.ExitStack) -> None:
     )  # fmt: skip
     health = Health(c.folder, saved, max_skipped=c.max_skipped)
     before, stop, due = None, "", False
-    with sharding.stop_signal() as stop_asked, finishing(stream.close, saved.close, metrics.close, kept=saved.kept):
+    with stop_signal() as stop_asked, finishing(stream.close, saved.close, metrics.close, kept=saved.kept):
         for step in range(first_step + 1, c.num_steps + 1):
             if step == c.profile[0]:
                 jax.profiler.start_trace(str(c.folder / "profile"))

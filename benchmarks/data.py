@@ -23,11 +23,13 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 from examples import random_example
 
-from m4 import fourm
-from m4.data import VERSION, Dataset, Stream, TokenShards
-from m4.masking import Masking, Strategy
-from m4.modality import Features, Modalities
-from m4.records import compact
+from m4.data.dataset import Dataset
+from m4.data.stream import Stream
+from m4.data.token_shards import VERSION, TokenShards
+from m4.interchange import fourm
+from m4.masking.dirichlet import Masking, Strategy
+from m4.tokens.modality import Features, Modalities
+from m4.tokens.records import compact
 
 
 def write(folder: Path, modalities: Modalities, names: list[str], count: int) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from m4.modality import Features, Grid, Modalities
+from m4.tokens.modality import Features, Grid, Modalities
 
 
 def random_example(modalities: Modalities, rng: np.random.Generator) -> dict[str, np.ndarray]:

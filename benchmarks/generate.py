@@ -20,12 +20,14 @@ import measure
 import numpy as np
 from flax import nnx
 
-from m4 import fourm
-from m4.modality import Modalities
-from m4.model import Model
-from m4.prompts import make_prompt
-from m4.sampler import run_stage
-from m4.sampling import ROAR, Autoregressive, Guidance, MaskGIT
+from m4.inference.autoregressive import Autoregressive
+from m4.inference.guidance import Guidance
+from m4.inference.parallel import ROAR, MaskGIT
+from m4.inference.prompts import make_prompt
+from m4.inference.sampler import run_stage
+from m4.interchange import fourm
+from m4.model.encoder_decoder import Model
+from m4.tokens.modality import Modalities
 
 SETTINGS = {
     "caption64": ("caption", Autoregressive(max_length=63)),

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 
-from m4 import fourm, losses
-from m4.modality import Modalities
+from m4.interchange import fourm
+from m4.objectives import cross_entropy as losses
+from m4.tokens.modality import Modalities
 
 
 def seconds(function, *args) -> float:

@@ -23,9 +23,9 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.examples import random_example
-from m4 import fourm
-from m4.masking import Masking, Strategy
-from m4.modality import Features, Modalities
+from m4.interchange import fourm
+from m4.masking.dirichlet import Masking, Strategy
+from m4.tokens.modality import Features, Modalities
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.text import TextRecipe
 

@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-from m4 import Sampler, in_context
-from m4.checkpoints import load_run
-from m4.evals.episodes.words import draw_words
+from m4.checkpoints.runs import load_run
+from m4.in_context import prompting as in_context
+from m4.in_context.tasks.nonce_words import draw_words
+from m4.inference.sampler import Sampler
 
 
 def main() -> None:

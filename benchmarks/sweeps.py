@@ -16,10 +16,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from PIL import Image, ImageDraw
 
-from m4.checkpoints import load_run
-from m4.evals.attributes import ForegroundOverlap, ObjectColours
-from m4.sampler import Sampler, Stage
-from m4.sampling import ROAR, Guidance, MaskGIT
+from m4.checkpoints.runs import load_run
+from m4.evaluation.measures.attributes import ForegroundOverlap, ObjectColours
+from m4.inference.guidance import Guidance
+from m4.inference.parallel import ROAR, MaskGIT
+from m4.inference.sampler import Sampler
+from m4.inference.scheme import Stage
 
 STEPS, SCALES, MEMBERS = (1, 2, 4, 8, 16, 32), (1.0, 1.5, 2.0, 3.0, 5.0, 8.0), (1, 2, 4, 8, 16)
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")

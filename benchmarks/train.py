@@ -1,8 +1,8 @@
 """Speed and memory of the training step: python benchmarks/train.py --setting 4m_tiny_mod7
 
-Prints one JSON line: medians over the steps of a run's own step (m4.step), memory of the whole process on CPU and of
-the device elsewhere; "mfu" counts model FLOPs only. Batches are masked beforehand and taken in turn, so that masking
-and data loading are not measured (benchmarks of their own measure those).
+Prints one JSON line: medians over the steps of a run's own step (m4.training.trainer), memory of the whole process on
+CPU and of the device elsewhere; "mfu" counts model FLOPs only. Batches are masked beforehand and taken in turn, so that
+masking and data loading are not measured (benchmarks of their own measure those).
 
     python benchmarks/train.py --setting 4m_large_mod7_bf16 --num-inputs 256 --num-targets 256
 
@@ -26,14 +26,15 @@ import measure
 import numpy as np
 from examples import random_example
 
-from m4 import flops, fourm
 from m4.config import Config
-from m4.data import Dataset
-from m4.masking import Masking, Strategy
-from m4.modality import Modalities
-from m4.optim import OptimizerConfig
-from m4.sharding import MeshConfig, shard_batch
-from m4.step import Trainer
+from m4.data.dataset import Dataset
+from m4.distributed.mesh import MeshConfig, shard_batch
+from m4.interchange import fourm
+from m4.masking.dirichlet import Masking, Strategy
+from m4.tokens.modality import Modalities
+from m4.training import flops
+from m4.training.optimizer import OptimizerConfig
+from m4.training.trainer import Trainer
 from m4_tokenizers.stored import IdsRecipe
 
 SETTINGS = {  # name: (size, dtype, batch size)

@@ -10,10 +10,10 @@ Expected cost, planned and not measured: 238,419 steps, 3.4e20 model FLOPs:
 
 import dataclasses
 
-from m4 import fourm
 from m4.config import Config, load_config
-from m4.data import Dataset
-from m4.masking import Masking, Strategy
+from m4.data.dataset import Dataset
+from m4.interchange import fourm
+from m4.masking.dirichlet import Masking, Strategy
 from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.stored import IdsRecipe
 

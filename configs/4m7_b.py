@@ -8,11 +8,11 @@ Expected cost, planned and not measured: 238,419 steps, 3.3e20 model FLOPs:
 38 chip-days of TPU v5e at 50% MFU, or 8 H100-days at 45%.
 """
 
-from m4 import fourm
 from m4.config import Config
-from m4.data import Dataset
-from m4.masking import Masking, Strategy
-from m4.optim import OptimizerConfig
+from m4.data.dataset import Dataset
+from m4.interchange import fourm
+from m4.masking.dirichlet import Masking, Strategy
+from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.stored import IdsRecipe
 

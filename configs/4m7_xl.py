@@ -10,9 +10,9 @@ Expected cost, planned and not measured: 238,419 steps, 4.3e21 model FLOPs:
 
 import dataclasses
 
-from m4 import fourm
 from m4.config import Config, load_config
-from m4.sharding import MeshConfig
+from m4.distributed.mesh import MeshConfig
+from m4.interchange import fourm
 
 base: Config = load_config("configs/4m7_b.py")
 config = dataclasses.replace(

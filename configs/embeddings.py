@@ -10,14 +10,14 @@ better than those of pixels and of an untrained encoder (README, "The encoder").
 """
 
 from m4.config import Config
-from m4.contrastive import Contrast
-from m4.data import Dataset
-from m4.datasets.scenes import Scenes
-from m4.datasets.stamps import Stamps
-from m4.evals.retrieval import Retrieval
-from m4.masking import Masking, Strategy
-from m4.model import ModelConfig
-from m4.optim import OptimizerConfig
+from m4.data.dataset import Dataset
+from m4.data.sources.scenes import Scenes
+from m4.data.sources.stamps import Stamps
+from m4.evaluation.retrieval import Retrieval
+from m4.masking.dirichlet import Masking, Strategy
+from m4.model.config import ModelConfig
+from m4.objectives.contrastive import Contrast
+from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import PixelPatchesRecipe

@@ -12,16 +12,16 @@ without examples and 0.314 with shuffled labels (all figures: README, "In-contex
 import dataclasses
 
 from m4.config import load_config
-from m4.data import Dataset
-from m4.evals.episodes.counting import Counting
-from m4.evals.episodes.fast_binding import FastBinding
-from m4.evals.episodes.operators import OperatorInduction
-from m4.evals.episodes.renamed import Renamed
-from m4.evals.episodes.source import EpisodeSource
-from m4.evals.fewshot import FewShot
-from m4.masking import Strategy
-from m4.optim import OptimizerConfig
-from m4.shots import ShotMasking
+from m4.data.dataset import Dataset
+from m4.evaluation.few_shot import FewShot
+from m4.in_context.tasks.counting import Counting
+from m4.in_context.tasks.fast_binding import FastBinding
+from m4.in_context.tasks.operators import OperatorInduction
+from m4.in_context.tasks.renamed_signal import Renamed
+from m4.in_context.tasks.source import EpisodeSource
+from m4.masking.dirichlet import Strategy
+from m4.masking.episodes import ShotMasking
+from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.stored import tokenizers_of
 from m4_tokenizers.text import TextRecipe
 

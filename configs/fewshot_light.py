@@ -11,11 +11,11 @@ kinds under new names, 2 of them, 4 examples: 0.867 right where chance is 0.5, a
 import dataclasses
 
 from m4.config import load_config
-from m4.data import Dataset
-from m4.evals.episodes.fast_binding import FastBinding
-from m4.evals.episodes.source import EpisodeSource
-from m4.evals.fewshot import FewShot
-from m4.shots import ShotMasking
+from m4.data.dataset import Dataset
+from m4.evaluation.few_shot import FewShot
+from m4.in_context.tasks.fast_binding import FastBinding
+from m4.in_context.tasks.source import EpisodeSource
+from m4.masking.episodes import ShotMasking
 
 fewshot = load_config("configs/fewshot.py")
 in_text = load_config("configs/fewshot.py", "in_text")

@@ -13,13 +13,13 @@ nothing.
 import dataclasses
 
 from m4.config import load_config
-from m4.data import Dataset
-from m4.datasets.stamps import CATEGORIES, Stamps
-from m4.evals.classes import ClassAccuracy, ClassMapAccuracy
-from m4.evals.suite import Direction
-from m4.masking import Strategy
-from m4.optim import OptimizerConfig
-from m4.sampling import MaskGIT
+from m4.data.dataset import Dataset
+from m4.data.sources.stamps import CATEGORIES, Stamps
+from m4.evaluation.conditional_generation import Direction
+from m4.evaluation.measures.classes import ClassAccuracy, ClassMapAccuracy
+from m4.inference.parallel import MaskGIT
+from m4.masking.dirichlet import Strategy
+from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.classes import ClassRecipe
 from m4_tokenizers.networks import PatchEncoder
 from m4_tokenizers.semseg import SemanticRecipe

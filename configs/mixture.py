@@ -9,11 +9,11 @@ data/texts.txt, one document a line (or --datasets.2.source.files). What it read
 import dataclasses
 
 from m4.config import Config, load_config
-from m4.data import Dataset
-from m4.datasets.scenes import Scenes
-from m4.datasets.stamps import Stamps
-from m4.datasets.texts import Texts
-from m4.masking import Masking, Strategy
+from m4.data.dataset import Dataset
+from m4.data.sources.scenes import Scenes
+from m4.data.sources.stamps import Stamps
+from m4.data.sources.texts import Texts
+from m4.masking.dirichlet import Masking, Strategy
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe

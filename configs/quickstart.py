@@ -8,16 +8,17 @@ painting many colours whatever the caption (see "shuffled" in the README).
 """
 
 from m4.config import Config
-from m4.data import Dataset
-from m4.datasets.scenes import Scenes
-from m4.evals.attributes import CaptionAttributes, ForegroundOverlap, ObjectColours
-from m4.evals.boxes import BoxAccuracy
-from m4.evals.depth import DepthAccuracy
-from m4.evals.suite import Direction
-from m4.masking import Masking, Strategy
-from m4.model import ModelConfig
-from m4.optim import OptimizerConfig
-from m4.sampling import Autoregressive, MaskGIT
+from m4.data.dataset import Dataset
+from m4.data.sources.scenes import Scenes
+from m4.evaluation.conditional_generation import Direction
+from m4.evaluation.measures.attributes import CaptionAttributes, ForegroundOverlap, ObjectColours
+from m4.evaluation.measures.boxes import BoxAccuracy
+from m4.evaluation.measures.depth import DepthAccuracy
+from m4.inference.autoregressive import Autoregressive
+from m4.inference.parallel import MaskGIT
+from m4.masking.dirichlet import Masking, Strategy
+from m4.model.config import ModelConfig
+from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe

@@ -12,11 +12,11 @@ see README, "The encoder"); of old tasks caption -> picture loses 0.001, the oth
 import dataclasses
 
 from m4.config import load_config
-from m4.contrastive import Contrast
-from m4.data import Dataset
-from m4.evals.retrieval import Retrieval
-from m4.masking import Strategy
-from m4.optim import OptimizerConfig
+from m4.data.dataset import Dataset
+from m4.evaluation.retrieval import Retrieval
+from m4.masking.dirichlet import Strategy
+from m4.objectives.contrastive import Contrast
+from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.stored import tokenizers_of
 
 quickstart = load_config("configs/quickstart.py")

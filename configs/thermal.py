@@ -11,14 +11,14 @@ picture 0.339 (from random parameters -0.169 and 0.060); of old tasks picture ->
 import dataclasses
 
 from m4.config import load_config
-from m4.data import Dataset
-from m4.datasets.thermal import ThermalScenes
-from m4.evals.attributes import ForegroundOverlap
-from m4.evals.maps import MapAccuracy
-from m4.evals.suite import Direction
-from m4.masking import Strategy
-from m4.optim import OptimizerConfig
-from m4.sampling import MaskGIT
+from m4.data.dataset import Dataset
+from m4.data.sources.thermal import ThermalScenes
+from m4.evaluation.conditional_generation import Direction
+from m4.evaluation.measures.attributes import ForegroundOverlap
+from m4.evaluation.measures.maps import MapAccuracy
+from m4.inference.parallel import MaskGIT
+from m4.masking.dirichlet import Strategy
+from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.maps import MapRecipe
 from m4_tokenizers.networks import PatchEncoder
 from m4_tokenizers.stored import tokenizers_of

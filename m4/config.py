@@ -15,18 +15,19 @@ from typing import Any
 import jax
 import tyro
 
-from m4.checks import check_numbers
-from m4.components import closest, config_in, packaged, to_json
-from m4.contrastive import Contrast
-from m4.data import Dataset
+from m4.checkpoints.hub import packaged
+from m4.data.dataset import Dataset
+from m4.distributed.mesh import MeshConfig
+from m4.errors import check_numbers, closest
 from m4.files import locked, remove_leftovers, write_json
-from m4.losses import Weighting
-from m4.masking import Masking
-from m4.modality import Modalities, Sequence
-from m4.model import ModelConfig
-from m4.optim import OptimizerConfig
-from m4.prompts import check_plan
-from m4.sharding import MeshConfig
+from m4.inference.prompts import check_plan
+from m4.masking.dirichlet import Masking
+from m4.model.config import ModelConfig
+from m4.objectives.contrastive import Contrast
+from m4.objectives.cross_entropy import Weighting
+from m4.registry import config_in, to_json
+from m4.tokens.modality import Modalities, Sequence
+from m4.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,19 +35,20 @@ class Config:
     """One run. A config file exposes `config`; a variant is `dataclasses.replace(config, ...)`.
 
     datasets: what is read, by weight (each evaluation scores the first that has its signals); tokenizers: recipes, in
-    the model's modality order (m4.modality.Recipe); evaluations: directions to score (m4.evals.suite.Direction), on all
-    of eval_splits, the first also in pictures; fewshot: what `evaluate --suite fewshot` measures
-    (m4.evals.fewshot.FewShot); retrieval: what `--suite retrieval` does (an m4.evals.retrieval.Retrieval, or several).
-    batch_size is the global number of examples a step; num_workers processes on each host read and mask them
-    (0: threads). contrast: a second loss, between embeddings of inputs (m4.contrastive).
-    micro_batches: parts of a batch that are computed one after the other, for memory; the gradient is the same.
-    average_decay: of an exponential moving average of the parameters, which is then what is evaluated (0: none).
-    init_from: a run's folder, a model file or a model of the package, whose weights are loaded before the first step;
-    teacher: one whose distributions are learned, as the share `distill` of the loss (m4.distillation; "": the data).
-    keep_last, keep_every: which checkpoints stay. skip_damaged: goes on from the newest checkpoint that is whole, where
-    a newer one is damaged. max_skipped: the run stops when so many steps in a row had gradients
-    that are not finite. gallery_every: steps between pictures of samples (0: at the end alone); profile: first and last
-    step of a profile for TensorBoard or Perfetto (0 0: none); wandb: a project of Weights & Biases.
+    the model's modality order (m4.tokens.tokenizer.Recipe); evaluations: directions to score
+    (m4.evaluation.conditional_generation.Direction), on all of eval_splits, the first also in pictures; fewshot: what
+    `evaluate --suite fewshot` measures (m4.evaluation.few_shot.FewShot); retrieval: what `--suite retrieval` does (an
+    m4.evaluation.retrieval.Retrieval, or several). batch_size is the global number of examples a step; num_workers
+    processes on each host read and mask them (0: threads). contrast: a second loss, between embeddings of inputs
+    (m4.objectives.contrastive). micro_batches: parts of a batch that are computed one after the other, for memory; the
+    gradient is the same. average_decay: of an exponential moving average of the parameters, which is then what is
+    evaluated (0: none). init_from: a run's folder, a model file or a model of the package, whose weights are loaded
+    before the first step; teacher: one whose distributions are learned, as the share `distill` of the loss
+    (m4.training.distillation; "": the data). keep_last, keep_every: which checkpoints stay. skip_damaged: goes on from
+    the newest checkpoint that is whole, where a newer one is damaged. max_skipped: the run stops when so many steps in
+    a row had gradients that are not finite. gallery_every: steps between pictures of samples (0: at the end alone);
+    profile: first and last step of a profile for TensorBoard or Perfetto (0 0: none); wandb: a project of Weights &
+    Biases.
     """
 
     name: str
@@ -177,6 +179,8 @@ FREE_TO_CHANGE = (
     "profile",
     "wandb",
 )
+
+
 # What is said of those that change what is learned; num_steps may only grow.
 CHANGES = {
     "batch_size": "the run goes on at the same example of the stream, with batches of the new size",

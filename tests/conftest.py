@@ -10,8 +10,8 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # 8 devices on few cores can deadlock otherwise
 # Devices that share busy cores wait longer for each other than XLA's 40 s.
-flags = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0"  # compiles in half the time
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # compiles in half the time
 os.environ.setdefault("NPROC", "16")  # XLA's threads: with few, 8 devices can wait for each other for ever
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "m4_jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # hundreds of small programs a test
@@ -26,11 +26,14 @@ from absl import flags  # noqa: E402
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags in worker processes
 from jaxtyping import install_import_hook  # noqa: E402
 
-with install_import_hook(["m4.nn", "m4.model", "m4.losses", "m4.masking"], "beartype.beartype"):
-    import m4.losses
-    import m4.masking
-    import m4.model
-    import m4.nn
+with install_import_hook(
+    ["m4.model.layers", "m4.model.encoder_decoder", "m4.objectives.cross_entropy", "m4.masking.dirichlet"],
+    "beartype.beartype",
+):
+    import m4.masking.dirichlet
+    import m4.model.encoder_decoder
+    import m4.model.layers
+    import m4.objectives.cross_entropy
 
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
@@ -41,13 +44,13 @@ import pytest  # noqa: E402
 
 import m4.__main__  # noqa: E402
 import train  # noqa: E402
-from m4.commands import ends_with_a_sentence  # noqa: E402
+from m4.command_line import ends_with_a_sentence  # noqa: E402
 from m4.config import from_cli  # noqa: E402
 from m4.files import locked  # noqa: E402
-from m4.masking import Masking, Strategy  # noqa: E402
-from m4.modality import Features, Grid, Modalities, Sequence  # noqa: E402
-from m4.model import ModelConfig  # noqa: E402
-from m4.tokens import normalized  # noqa: E402
+from m4.masking.dirichlet import Masking, Strategy  # noqa: E402
+from m4.model.config import ModelConfig  # noqa: E402
+from m4.tokens.batch import normalized  # noqa: E402
+from m4.tokens.modality import Features, Grid, Modalities, Sequence  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,16 +24,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tokenizers"), str(ROOT / "tests" / "parit
 
 import make_checkpoint  # noqa: E402
 
-from m4 import fourm, losses  # noqa: E402
-from m4.components import load_tokenizer  # noqa: E402
-from m4.convert import convert  # noqa: E402
-from m4.modality import Features, Grid, Sequence  # noqa: E402
-from m4.model import Encoded, Model  # noqa: E402
-from m4.model_file import load_model  # noqa: E402
-from m4.prompts import make_prompt  # noqa: E402
-from m4.sampler import run_stage  # noqa: E402
-from m4.sampling import ROAR, Autoregressive, Guidance, MaskGIT, Replay  # noqa: E402
-from m4.tokens import MaskedBatch  # noqa: E402
+from m4.checkpoints.model_file import load_model  # noqa: E402
+from m4.inference.autoregressive import Autoregressive  # noqa: E402
+from m4.inference.guidance import Guidance  # noqa: E402
+from m4.inference.parallel import ROAR, MaskGIT  # noqa: E402
+from m4.inference.prompts import make_prompt  # noqa: E402
+from m4.inference.sampler import run_stage  # noqa: E402
+from m4.inference.scheme import Replay  # noqa: E402
+from m4.interchange import fourm  # noqa: E402
+from m4.interchange.fourm_convert import convert  # noqa: E402
+from m4.model.encoder_decoder import Encoded, Model  # noqa: E402
+from m4.objectives import cross_entropy as losses  # noqa: E402
+from m4.tokens.batch import MaskedBatch  # noqa: E402
+from m4.tokens.modality import Features, Grid, Sequence  # noqa: E402
+from m4.tokens.tokenizer import load_tokenizer  # noqa: E402
 from m4_tokenizers import architectures, released  # noqa: E402
 from m4_tokenizers.diffusion import Schedule  # noqa: E402
 from m4_tokenizers.quantizers import VectorQuantizer  # noqa: E402

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m4.adapters import load_small, merged, save_small
+from m4.adaptation.adapter_files import load_small, save_small
+from m4.adaptation.lora import merged
 from m4.config import Config
-from m4.model import Model
-from m4.model_file import TensorFile, parameters
-from m4.nn import LoRA
-from m4.optim import OptimizerConfig
-from m4.sharding import MeshConfig
-from m4.step import Trainer
+from m4.distributed.mesh import MeshConfig
+from m4.model.encoder_decoder import Model
+from m4.model.lora import LoRA
+from m4.model.parameters import parameters
+from m4.tensor_file import TensorFile
+from m4.training.optimizer import OptimizerConfig
+from m4.training.trainer import Trainer
 from m4_tokenizers.stored import IdsRecipe
 
 KINDS = {

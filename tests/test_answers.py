@@ -10,11 +10,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m4.components import from_json, load_tokenizer, save_tokenizer, to_json
-from m4.modality import Modalities, Recipe, Tokenizer
-from m4.model import Model
-from m4.sampler import Sampler, make_prompt, run_stage
-from m4.sampling import Autoregressive
+from m4.inference.autoregressive import Autoregressive
+from m4.inference.prompts import make_prompt
+from m4.inference.sampler import Sampler, run_stage
+from m4.model.encoder_decoder import Model
+from m4.registry import from_json, to_json
+from m4.tokens.modality import Modalities
+from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenizer
 from m4_tokenizers.answers import KINDS, AnswerRecipe, AnswerTokenizer, utf8_steps
 from m4_tokenizers.text import EOS
 

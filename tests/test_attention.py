@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m4 import kernels, losses
-from m4.kernels import cudnn, on_mesh, splash
-from m4.model import Model
-from m4.nn import BATCH, Visible, attend
-from m4.sharding import MeshConfig
-from m4.tokens import Targets
+from m4.distributed.constraints import BATCH
+from m4.distributed.mesh import MeshConfig
+from m4.model import kernels
+from m4.model.attention import attend
+from m4.model.encoder_decoder import Model
+from m4.model.kernels import cudnn, on_mesh, splash
+from m4.model.visibility import Visible
+from m4.objectives import cross_entropy as losses
+from m4.tokens.batch import Targets
 
 interpreted = functools.partial(splash, interpret=True)
 

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 from test_stamps import assert_same
 
-from m4.components import from_json, load_tokenizer, save_tokenizer, to_json
-from m4.datasets import spoken, stamps
-from m4.datasets.sounds import INSTALL, decode_sound, of_length
-from m4.datasets.spoken import RATE, Spoken, compose, read_sound
-from m4.datasets.stamps import SPLITS
+from m4.data.sources import spoken, stamps
+from m4.data.sources.sounds import INSTALL, decode_sound, of_length
+from m4.data.sources.spoken import RATE, Spoken, compose, read_sound
+from m4.data.sources.stamps import SPLITS
+from m4.registry import from_json, to_json
+from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers.audio import AudioRecipe, AudioTokenizer, griffin_lim, istft, mel_bands, spread, stft
 from m4_tokenizers.networks import PatchDecoder, PatchEncoder
 

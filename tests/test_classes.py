@@ -5,16 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from m4.components import load_tokenizer, save_tokenizer
 from m4.config import load_config
-from m4.data import Dataset
-from m4.datasets.scenes import Scenes
-from m4.datasets.thermal import ThermalScenes
-from m4.evals.classes import ClassAccuracy, ClassMapAccuracy
-from m4.evals.depth import DepthAccuracy
-from m4.evals.maps import MapAccuracy
-from m4.evals.suite import Direction, examples_of, stacked
-from m4.sampling import MaskGIT
+from m4.data.dataset import Dataset
+from m4.data.sources.scenes import Scenes
+from m4.data.sources.thermal import ThermalScenes
+from m4.evaluation.conditional_generation import Direction, examples_of, stacked
+from m4.evaluation.measures.classes import ClassAccuracy, ClassMapAccuracy
+from m4.evaluation.measures.depth import DepthAccuracy
+from m4.evaluation.measures.maps import MapAccuracy
+from m4.inference.parallel import MaskGIT
+from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers.classes import ClassRecipe
 from m4_tokenizers.maps import MapRecipe
 

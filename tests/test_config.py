@@ -10,10 +10,11 @@ import pytest
 from conftest import ROOT
 
 import m4
-from m4.components import component_class, from_json, packaged, to_json
+from m4.checkpoints.hub import packaged
 from m4.config import from_cli, load_config
-from m4.data import Dataset
-from m4.modality import Features, Grid, Modalities
+from m4.data.dataset import Dataset
+from m4.registry import component_class, from_json, to_json
+from m4.tokens.modality import Features, Grid, Modalities
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_unknown_field_and_component_are_named(quickstart):
         from_json({**content, "batchsize": 1})
     with pytest.raises(ValueError, match="unknown component 'dept'.*Did you mean 'depth'"):
         component_class("dept")
-    for name in ("os:system", "m4.components:write_atomically", "m4.nothing_here"):
+    for name in ("os:system", "m4.registry:write_atomically", "m4.nothing_here"):
         with pytest.raises((ValueError, ModuleNotFoundError)):
             component_class(name)
 
@@ -52,7 +53,11 @@ def test_saved_names_are_those_of_classes(quickstart):
         for name in re.findall(r"^class ([A-Z]\w*)", file.read_text(), re.MULTILINE)
     ]
     assert len(names) == len(set(names)) > 200, [n for n in names if names.count(n) > 1]
-    assert component_class("ModelConfig") is component_class("m4.model:ModelConfig") is type(quickstart.model)
+    assert (
+        component_class("ModelConfig")
+        is component_class("m4.model.encoder_decoder:ModelConfig")
+        is type(quickstart.model)
+    )
     assert component_class("m4.old.place:ModelConfig") is type(quickstart.model)
 
 

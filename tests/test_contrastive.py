@@ -11,22 +11,24 @@ from conftest import mask_keys
 from flax import nnx
 from PIL import Image
 
-from m4 import sharding
-from m4.checkpoints import TrainedModel, write_run
-from m4.components import from_json, to_json
+from m4.checkpoints.runs import TrainedModel, write_run
 from m4.config import Config
-from m4.contrastive import Contrast, encoder_outputs, group_embeddings, info_nce
-from m4.data import Dataset
-from m4.datasets.scenes import Scenes
-from m4.evals import retrieval
-from m4.evals.retrieval import Retrieval, by_chance, measure, shuffled_partners
+from m4.data.dataset import Dataset
+from m4.data.sources.scenes import Scenes
+from m4.distributed import mesh as sharding
+from m4.distributed.mesh import MeshConfig
+from m4.evaluation import retrieval
+from m4.evaluation.retrieval import Retrieval, by_chance, measure, shuffled_partners
 from m4.files import read_json, write_json
-from m4.masking import Masking, Strategy
-from m4.modality import Modalities
-from m4.model import Model, ModelConfig
-from m4.sharding import MeshConfig
-from m4.step import Trainer
-from m4.tokens import normalized
+from m4.masking.dirichlet import Masking, Strategy
+from m4.model.config import ModelConfig
+from m4.model.encoder_decoder import Model
+from m4.model.pooling import encoder_outputs
+from m4.objectives.contrastive import Contrast, group_embeddings, info_nce
+from m4.registry import from_json, to_json
+from m4.tokens.batch import normalized
+from m4.tokens.modality import Modalities
+from m4.training.trainer import Trainer
 from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.stored import IdsRecipe
 from m4_tokenizers.text import TextRecipe

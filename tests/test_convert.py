@@ -22,12 +22,15 @@ from conftest import ROOT, environment
 from flax import nnx
 from make_checkpoint import make_tensors, metadata_of, write_checkpoint
 
-from m4 import fourm, losses
-from m4.components import load_tokenizer, save_tokenizer
-from m4.convert import convert, layout, original_rows
-from m4.modality import Features, Modalities
-from m4.model import Model
-from m4.model_file import TensorFile, load_model, make_header, parameters, save_model, write
+from m4.checkpoints.model_file import load_model, save_model
+from m4.interchange import fourm
+from m4.interchange.fourm_convert import convert, layout, original_rows
+from m4.model.encoder_decoder import Model
+from m4.model.parameters import parameters
+from m4.objectives import cross_entropy as losses
+from m4.tensor_file import TensorFile, make_header, write
+from m4.tokens.modality import Features, Modalities
+from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.text import WordPieceRecipe
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m4.components import from_json, to_json
-from m4.datasets.crops import Crop, Cropped, Crops
-from m4.datasets.scenes import Scenes
+from m4.data.sources.crops import Crop, Cropped, Crops
+from m4.data.sources.scenes import Scenes
+from m4.registry import from_json, to_json
 
 
 def coordinates(height: int, width: int) -> dict:

@@ -16,15 +16,27 @@ import safetensors.numpy
 from conftest import environment
 from flax import nnx
 
-from m4.adapters import load_small, save_small
-from m4.checkpoints import TrainedModel, export, keep_tokenizers, load_run, replace_tokenizer, tokenizer_file, write_run
-from m4.components import from_json, load_tokenizer, packaged, save_tokenizer, to_json, tokenizer_hash
+from m4.adaptation.adapter_files import load_small, save_small
+from m4.checkpoints.hub import packaged
+from m4.checkpoints.model_file import load_model, save_model
+from m4.checkpoints.numbered import Checkpoints
+from m4.checkpoints.runs import (
+    TrainedModel,
+    export,
+    keep_tokenizers,
+    load_run,
+    replace_tokenizer,
+    tokenizer_file,
+    write_run,
+)
 from m4.files import digest, read_json, write_json
-from m4.modality import Grid, Modalities
-from m4.model import Model, ModelConfig
-from m4.model_file import TensorFile, load_model, save_model
-from m4.numbered import Checkpoints
-from m4.step import TrainState
+from m4.model.config import ModelConfig
+from m4.model.encoder_decoder import Model
+from m4.registry import from_json, to_json
+from m4.tensor_file import TensorFile
+from m4.tokens.modality import Grid, Modalities
+from m4.tokens.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
+from m4.training.trainer import TrainState
 
 SMALL = ModelConfig(width=16, num_heads=2, encoder_depth=1, decoder_depth=1, hidden=16)
 # Names that patterns, shells and formats would take for more than letters.
@@ -436,7 +448,8 @@ def test_claims_that_no_file_can_hold_are_refused_before_anything_is_made(tmp_pa
     ]
     changes += [{"model": value} for value in (None, [], "x", about["modalities"][0], {"component": "os:system"})]
     changes += [
-        {"model": {**about["model"], "component": name}} for name in ("m4.nothing:X", "m4.model:Nothing", 3, None, "")
+        {"model": {**about["model"], "component": name}}
+        for name in ("m4.nothing:X", "m4.model.encoder_decoder:Nothing", 3, None, "")
     ]
     for key, value in [
         ("vocab_size", 10**12),

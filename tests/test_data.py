@@ -17,10 +17,12 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import environment
 
-from m4 import data
-from m4.data import VERSION, Dataset, Stream, TokenShards
+from m4.data import stream as data
+from m4.data.dataset import Dataset
+from m4.data.stream import Stream
+from m4.data.token_shards import VERSION, TokenShards
 from m4.files import fingerprint
-from m4.masking import Strategy
+from m4.masking.dirichlet import Strategy
 
 
 def write_shards(folder, records, *, per_shard=16, split="train", hashes=None):
@@ -329,7 +331,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def consumer(tmp_path, folder, masking, modalities, make_example):
-    from m4.components import to_json
+    from m4.registry import to_json
 
     write_shards(tmp_path / "words", [{"caption": make_example(i)["caption"]} for i in range(30)])
     (tmp_path / "setting.json").write_text(json.dumps([to_json(masking), [to_json(m) for m in modalities]]))

@@ -18,7 +18,7 @@ import zlib
 import pytest
 from conftest import ROOT, environment
 
-from m4 import demo_server
+from m4.demo import server as demo_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

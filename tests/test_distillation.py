@@ -10,19 +10,20 @@ import pytest
 from conftest import ROOT, mask_keys, run
 from flax import nnx
 
-from m4 import losses, sharding
-from m4.checkpoints import check_tokenizers, load_run, write_run
+from m4.checkpoints.model_file import save_model
+from m4.checkpoints.runs import check_tokenizers, load_run, write_run
+from m4.commands.plan import abstract_batch
 from m4.config import Config, load_config
-from m4.data import Dataset
-from m4.distillation import load_teacher
-from m4.losses import Taught
-from m4.masking import Masking, Strategy
-from m4.modality import Features, Grid, Modalities
-from m4.model import Model
-from m4.model_file import save_model
-from m4.plan import abstract_batch
-from m4.sharding import MeshConfig
-from m4.step import Trainer
+from m4.data.dataset import Dataset
+from m4.distributed import mesh as sharding
+from m4.distributed.mesh import MeshConfig
+from m4.masking.dirichlet import Masking, Strategy
+from m4.model.encoder_decoder import Model
+from m4.objectives import cross_entropy as losses
+from m4.objectives.cross_entropy import Taught
+from m4.tokens.modality import Features, Grid, Modalities
+from m4.training.distillation import load_teacher
+from m4.training.trainer import Trainer
 from m4_tokenizers.stored import IdsRecipe
 
 

@@ -6,11 +6,12 @@ import pytest
 from flax import nnx
 
 import m4
-from m4.embeddings import features
-from m4.evals import probes
-from m4.modality import Modalities
-from m4.model import Model, ModelConfig
-from m4.sampler import Sampler
+from m4.evaluation import probes
+from m4.inference.sampler import Sampler
+from m4.model.config import ModelConfig
+from m4.model.encoder_decoder import Model
+from m4.representations.embed import features
+from m4.tokens.modality import Modalities
 from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.text import TextRecipe
 

@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m4.components import from_json, to_json
-from m4.datasets.rendering import NAMES, VARIANTS
-from m4.datasets.scenes import Scenes
-from m4.datasets.stamps import Stamps
-from m4.evals.episodes import counting, operators
-from m4.evals.episodes.bank import bank
-from m4.evals.episodes.counting import TEST_VALUES, Counting
-from m4.evals.episodes.describing import Captioning, Grounding, overlap
-from m4.evals.episodes.fast_binding import HELD_OUT, FastBinding, FastBindingRgb, SceneKinds, StampKinds
-from m4.evals.episodes.matching import PairMatching
-from m4.evals.episodes.operators import OPERATORS, OperatorInduction
-from m4.evals.episodes.questions import Entailment, Questions, ask
-from m4.evals.episodes.reading import BOXES, Reading
-from m4.evals.episodes.renamed import Renamed
-from m4.evals.episodes.source import EpisodeSource, raw_examples
-from m4.evals.episodes.vl_icl import VLICL
-from m4.evals.episodes.words import made_up_words, same_text
-from m4.shots import Shot
+from m4.data.sources.rendering import NAMES, VARIANTS
+from m4.data.sources.scenes import Scenes
+from m4.data.sources.stamps import Stamps
+from m4.in_context.tasks import counting, operators
+from m4.in_context.tasks.captioning import Captioning, Grounding, overlap
+from m4.in_context.tasks.counting import TEST_VALUES, Counting
+from m4.in_context.tasks.fast_binding import HELD_OUT, FastBinding, FastBindingRgb, SceneKinds, StampKinds
+from m4.in_context.tasks.image_cache import bank
+from m4.in_context.tasks.matching import PairMatching
+from m4.in_context.tasks.nonce_words import made_up_words, same_text
+from m4.in_context.tasks.operators import OPERATORS, OperatorInduction
+from m4.in_context.tasks.questions import Entailment, Questions, ask
+from m4.in_context.tasks.renamed_signal import Renamed
+from m4.in_context.tasks.source import EpisodeSource
+from m4.in_context.tasks.text_recognition import BOXES, Reading
+from m4.in_context.tasks.vl_icl import VLICL
+from m4.masking.episodes import Shot, raw_examples
+from m4.registry import from_json, to_json
 
 KINDS = SceneKinds(scenes=Scenes(variant="kinds", num_train=240, num_validation=1, num_test=1, num_heldout=240))
 SCENES = Scenes(variant="simple", num_train=240, num_validation=1, num_test=240, num_heldout=120)

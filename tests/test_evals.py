@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from m4.evals.attributes import CaptionAttributes, ForegroundOverlap
-from m4.evals.boxes import BoxAccuracy, mean_average_precision
-from m4.evals.depth import DepthAccuracy
+from m4.evaluation.measures.attributes import CaptionAttributes, ForegroundOverlap
+from m4.evaluation.measures.boxes import BoxAccuracy, mean_average_precision
+from m4.evaluation.measures.depth import DepthAccuracy
 
 ONE = {"bbox": np.array([[0.1, 0.1, 0.5, 0.5]], np.float32), "label": ["cube"]}
 OTHER = {"bbox": np.array([[0.2, 0.6, 0.6, 0.9]], np.float32), "label": ["sphere"]}
@@ -56,7 +56,7 @@ def test_caption_score():
 
 
 def test_foreground_overlap_of_the_true_picture_is_nearly_one():
-    from m4.datasets.rendering import scene
+    from m4.data.sources.rendering import scene
 
     examples = [scene("simple", 5, "test", i) for i in range(8)]
     measure = ForegroundOverlap()

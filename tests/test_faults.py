@@ -18,15 +18,19 @@ import pytest
 from conftest import ROOT, environment
 from test_folders import NOT_UTF8, npy, picture, write
 
-from m4 import pretokenize, team, workers
-from m4.components import load_tokenizer
-from m4.data import Dataset, TokenShards
-from m4.datasets.folders import Folders
-from m4.datasets.scenes import Scenes
-from m4.datasets.texts import Texts
+from m4.data import pretokenize
+from m4.data.dataset import Dataset
+from m4.data.pretokenize import prepare
+from m4.data.shard_writer import ShardWriter
+from m4.data.sources.folders import Folders
+from m4.data.sources.scenes import Scenes
+from m4.data.sources.texts import Texts
+from m4.data.token_shards import TokenShards
+from m4.distributed import worker_group as team
+from m4.distributed import workers
+from m4.distributed.worker_group import Others, Team, roll_call
 from m4.files import read_json
-from m4.pretokenize import prepare
-from m4.team import Others, Team, roll_call
+from m4.tokens.tokenizer import load_tokenizer
 from m4_tokenizers.answers import AnswerRecipe
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
@@ -343,14 +347,14 @@ def test_a_shard_that_was_damaged_before_the_manifest_is_named(tmp_path, monkeyp
     (tmp_path / "words.txt").write_text("".join(f"line {i}\n" for i in range(40)))
     dataset = Dataset(source=Texts(files=(str(tmp_path / "words.txt"),), **WHOLE))
     monkeypatch.setattr(pretokenize, "EXAMPLES_PER_SHARD", 16)
-    finish = pretokenize.ShardWriter.finish
+    finish = ShardWriter.finish
 
     def damaged(self, manifest_file):
         (self.folder / self.names[1]).write_bytes(b"")
         finish(self, manifest_file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretokenize.ShardWriter, "finish", damaged)
+        patch.setattr(ShardWriter, "finish", damaged)
         with pytest.raises(ValueError, match="train-00001-of-00003.array_record was damaged meanwhile; start again"):
             prepare([dataset], [TextRecipe()], tmp_path / "data", seed=0)
     (shards,) = prepare([dataset], [TextRecipe()], tmp_path / "data", seed=0).shards("train")

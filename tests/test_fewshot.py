@@ -11,17 +11,18 @@ from flax import nnx
 from PIL import Image
 from tqdm import tqdm
 
-from m4.components import from_json, to_json
-from m4.datasets.scenes import Scenes
-from m4.evals import fewshot
-from m4.evals.episodes.fast_binding import FastBinding, SceneKinds
-from m4.evals.episodes.operators import OperatorInduction
-from m4.evals.episodes.source import EpisodeSource
-from m4.evals.fewshot import CONTROLS, FewShot, nearest_mean, summary
-from m4.modality import Modalities
-from m4.model import Model, ModelConfig
-from m4.sampler import Sampler
-from m4.shots import Episode, Shot, ShotMasking
+from m4.data.sources.scenes import Scenes
+from m4.evaluation import few_shot as fewshot
+from m4.evaluation.few_shot import CONTROLS, FewShot, nearest_mean, summary
+from m4.in_context.tasks.fast_binding import FastBinding, SceneKinds
+from m4.in_context.tasks.operators import OperatorInduction
+from m4.in_context.tasks.source import EpisodeSource
+from m4.inference.sampler import Sampler
+from m4.masking.episodes import Episode, Shot, ShotMasking
+from m4.model.config import ModelConfig
+from m4.model.encoder_decoder import Model
+from m4.registry import from_json, to_json
+from m4.tokens.modality import Modalities
 from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.text import TextRecipe
 

@@ -21,19 +21,20 @@ from conftest import ROOT
 from flax import nnx
 
 from m4 import files
-from m4.adapters import load_small, save_small
-from m4.checkpoints import Checkpoints, export, load_run
-from m4.components import load_tokenizer
+from m4.adaptation.adapter_files import load_small, save_small
+from m4.checkpoints.model_file import load_model, save_model
+from m4.checkpoints.numbered import Checkpoints
+from m4.checkpoints.runs import export, load_run
 from m4.config import load_config
-from m4.data import TokenShards
-from m4.datasets.tars import Tars
-from m4.datasets.texts import Texts
-from m4.model import Model
-from m4.model_file import load_model, save_model
-from m4.nn import LoRA
-from m4.pretokenize import prepare
-from m4.sharding import MeshConfig
-from m4.step import Trainer
+from m4.data.pretokenize import prepare
+from m4.data.sources.tars import Tars
+from m4.data.sources.texts import Texts
+from m4.data.token_shards import TokenShards
+from m4.distributed.mesh import MeshConfig
+from m4.model.encoder_decoder import Model
+from m4.model.lora import LoRA
+from m4.tokens.tokenizer import load_tokenizer
+from m4.training.trainer import Trainer
 
 NUM_TRIES = 600
 

@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from m4.components import from_json, to_json
-from m4.datasets.files import decode
-from m4.datasets.folders import Folders
-from m4.datasets.pictures import MAX_PIXELS
+from m4.data.sources.files import decode
+from m4.data.sources.folders import Folders
+from m4.data.sources.pictures import MAX_PIXELS
+from m4.registry import from_json, to_json
 
 
 def npy(array) -> bytes:

@@ -25,21 +25,23 @@ from conftest import ROOT
 from make_checkpoint import write_checkpoint
 from PIL import Image
 
-from m4.checkpoints import load_run
-from m4.components import load_tokenizer
+from m4.checkpoints.model_file import load_model
+from m4.checkpoints.runs import load_run
 from m4.config import load_config
-from m4.convert import convert
-from m4.data import TokenShards
-from m4.datasets.files import decode
-from m4.datasets.tars import members
-from m4.datasets.texts import Texts
-from m4.evals.episodes import vl_icl
-from m4.evals.episodes.vl_icl import VLICL
-from m4.inputs import read_inputs
-from m4.model_file import TensorFile, load_model
-from m4.sampler import Sampler
-from m4.samples import load_mask, read_sample
-from m4.shots import Episode, read_shots
+from m4.data.samples import load_mask, read_sample
+from m4.data.sources.files import decode
+from m4.data.sources.tars import members
+from m4.data.sources.texts import Texts
+from m4.data.token_shards import TokenShards
+from m4.in_context.shots import read_shots
+from m4.in_context.tasks import vl_icl
+from m4.in_context.tasks.vl_icl import VLICL
+from m4.inference.inputs import read_inputs
+from m4.inference.sampler import Sampler
+from m4.interchange.fourm_convert import convert
+from m4.masking.episodes import Episode
+from m4.tensor_file import TensorFile
+from m4.tokens.tokenizer import load_tokenizer
 from m4_tokenizers import released
 from m4_tokenizers.answers import AnswerRecipe
 from m4_tokenizers.architectures import read_presets
@@ -99,7 +101,7 @@ BOXES = json.dumps([{"bbox": [0.1, 0.2, 0.5, 0.75], "label": "cube"}, {"bbox": [
 TABLE = '{"caption": "a red cube"}\n{"rgb": "a.png", "caption": "käse"}\n'
 FACTS = '{"brightness": 120.5, "n_humans": 2}'
 ANSWERS = json.dumps([{"concept": "a cube", "kind": "point", "target": [0.25, 0.75]}])
-PLAN = """from m4.sampler import Stage, default_scheme
+PLAN = """from m4.inference.sampler import Stage, default_scheme
 from m4.sampling import MaskGIT
 
 plan = [Stage(target="depth", scheme=MaskGIT(steps=4, temperature=0.5))]
@@ -323,9 +325,9 @@ def test_whatever_is_read_is_whole_or_refused_by_name(tmp_path, folders, capsys)
 
 def test_damaged_token_shards(tmp_path, capsys):
     """Whole, or refused with the shard's name."""
-    from m4.data import Dataset
-    from m4.datasets.folders import Folders
-    from m4.pretokenize import prepare
+    from m4.data.dataset import Dataset
+    from m4.data.pretokenize import prepare
+    from m4.data.sources.folders import Folders
     from m4_tokenizers.text import TextRecipe
 
     (tmp_path / "raw/caption").mkdir(parents=True)

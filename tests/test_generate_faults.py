@@ -17,12 +17,13 @@ from conftest import ROOT, environment
 from PIL import Image
 
 from m4 import __main__ as cli
-from m4 import in_context
+from m4.in_context import prompting as in_context
+from m4.inference.parallel import MaskGIT
+from m4.inference.prompts import BadSamples
+from m4.inference.sampler import Sampler
+from m4.inference.scheme import Stage
+from m4.masking.episodes import Shot
 from m4.pictures import contact_sheet
-from m4.prompts import BadSamples
-from m4.sampler import Sampler, Stage
-from m4.sampling import MaskGIT
-from m4.shots import Shot
 
 MODELS: dict = {}
 
@@ -252,7 +253,8 @@ def test_a_plan_that_raises_is_named(text, generate, tmp_path):
     ("target='rgb', scheme=MaskGIT(), guidance=Guidance(scale=(('a', 1.0), ('a', 2.0)))", "each name may have one"),
 ])  # fmt: skip
 def test_a_plan_whose_stages_make_no_sense_is_refused(stage, words, generate, tmp_path):
-    text = f"from m4.guidance import Guidance\nfrom m4.sampler import MaskGIT, Stage\nplan = [Stage({stage})]"
+    imports = "from m4.inference.guidance import Guidance\nfrom m4.inference.parallel import MaskGIT\n"
+    text = f"{imports}from m4.inference.scheme import Stage\nplan = [Stage({stage})]"
     (tmp_path / "plan.py").write_text(text)
     with pytest.raises(ValueError, match=words):
         generate("--inputs", "caption=a cube", "--plan", tmp_path / "plan.py", "--out", tmp_path / "out")

@@ -16,20 +16,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m4 import sharding
+from m4.checkpoints.model_file import save_model
 from m4.config import Config
-from m4.contrastive import Contrast
-from m4.data import Dataset, Mask
-from m4.distillation import load_teacher
-from m4.masking import Masking, Strategy
-from m4.modality import Features, Grid, Sequence
-from m4.model import Model, ModelConfig
-from m4.model_file import save_model
-from m4.nn import LoRA
-from m4.optim import OptimizerConfig
-from m4.sharding import MeshConfig
-from m4.shots import ShotMasking
-from m4.step import Trainer
+from m4.data.dataset import Dataset
+from m4.data.stream import Mask
+from m4.distributed import mesh as sharding
+from m4.distributed.mesh import MeshConfig
+from m4.masking.dirichlet import Masking, Strategy
+from m4.masking.episodes import ShotMasking
+from m4.model.config import ModelConfig
+from m4.model.encoder_decoder import Model
+from m4.model.lora import LoRA
+from m4.objectives.contrastive import Contrast
+from m4.tokens.modality import Features, Grid, Sequence
+from m4.training.distillation import load_teacher
+from m4.training.optimizer import OptimizerConfig
+from m4.training.trainer import Trainer
 from m4_tokenizers.stored import IdsRecipe
 
 FILE = Path(__file__).parent / "golden.json"

@@ -8,17 +8,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m4.checkpoints import load_run, load_weights
+from m4.checkpoints.model_file import save_model
+from m4.checkpoints.runs import load_run
+from m4.checkpoints.warm_start import load_weights
 from m4.config import Config, load_config
-from m4.modality import Features, Grid, Modalities, Sequence
-from m4.model import Model
-from m4.model_file import parameters, save_model
-from m4.nn import LoRA
-from m4.optim import OptimizerConfig
-from m4.sampler import Sampler
-from m4.sampling import Autoregressive, MaskGIT, Stage
-from m4.sharding import MeshConfig
-from m4.step import Trainer
+from m4.distributed.mesh import MeshConfig
+from m4.inference.autoregressive import Autoregressive
+from m4.inference.parallel import MaskGIT
+from m4.inference.sampler import Sampler
+from m4.inference.scheme import Stage
+from m4.model.encoder_decoder import Model
+from m4.model.lora import LoRA
+from m4.model.parameters import parameters
+from m4.tokens.modality import Features, Grid, Modalities, Sequence
+from m4.training.optimizer import OptimizerConfig
+from m4.training.trainer import Trainer
 from m4_tokenizers.maps import MapRecipe
 from m4_tokenizers.networks import PatchDecoder, PatchEncoder
 from m4_tokenizers.stored import IdsRecipe, tokenizers_of

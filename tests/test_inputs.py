@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from m4.files import check_name
-from m4.inputs import TAKEN, beside, read_inputs, sample_names
+from m4.inference.inputs import TAKEN, beside, read_inputs, sample_names
 
 
 def fill(folder, *names: str):

@@ -20,9 +20,9 @@ from conftest import ROOT, environment
 from flax import nnx
 from make_checkpoint import write_checkpoint
 
-from m4.checkpoints import load_run
+from m4.checkpoints.model_file import load_model
+from m4.checkpoints.runs import load_run
 from m4.config import load_config
-from m4.model_file import load_model
 
 pytestmark = pytest.mark.slow
 SIZES = ["--num-steps", "8", "--save-every", "2", "--num-eval-samples", "4"]

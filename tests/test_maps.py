@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from m4.datasets import thermal as camera
-from m4.datasets.rendering import scene
-from m4.datasets.scenes import Scenes
-from m4.datasets.thermal import ThermalScenes, thermal
-from m4.evals.maps import MapAccuracy
+from m4.data.sources import thermal as camera
+from m4.data.sources.rendering import scene
+from m4.data.sources.scenes import Scenes
+from m4.data.sources.thermal import ThermalScenes, thermal
+from m4.evaluation.measures.maps import MapAccuracy
 from m4_tokenizers.maps import MapRecipe, MapTokenizer
 from m4_tokenizers.networks import PatchEncoder
 

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m4.checkpoints import load_run
-from m4.evals import suite
+from m4.adaptation.interpolation import interpolate
+from m4.checkpoints.runs import load_run
+from m4.commands.merge import sweep
+from m4.evaluation import conditional_generation as suite
 from m4.files import read_json, write_json
-from m4.merging import interpolate, sweep
-from m4.modality import Grid, Modalities
-from m4.model import Model
-from m4.model_file import parameters
-from m4.nn import LoRA
+from m4.model.encoder_decoder import Model
+from m4.model.lora import LoRA
+from m4.model.parameters import parameters
+from m4.tokens.modality import Grid, Modalities
 
 
 def arrays(model) -> dict[str, np.ndarray]:

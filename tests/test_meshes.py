@@ -13,17 +13,19 @@ import pytest
 from conftest import ROOT, command, environment, mask_keys
 from flax import nnx
 
-from m4 import losses, sharding
-from m4.checkpoints import Checkpoints, load_weights
+from m4.checkpoints.numbered import Checkpoints
+from m4.checkpoints.warm_start import load_weights
 from m4.config import Config
-from m4.data import Dataset
-from m4.masking import Masking, Strategy
-from m4.modality import Features
-from m4.model import Model
-from m4.optim import OptimizerConfig
-from m4.sharding import MeshConfig
-from m4.step import Trainer, TrainState
-from m4.tokens import normalized
+from m4.data.dataset import Dataset
+from m4.distributed import mesh as sharding
+from m4.distributed.mesh import MeshConfig
+from m4.masking.dirichlet import Masking, Strategy
+from m4.model.encoder_decoder import Model
+from m4.objectives import cross_entropy as losses
+from m4.tokens.batch import normalized
+from m4.tokens.modality import Features
+from m4.training.optimizer import OptimizerConfig
+from m4.training.trainer import Trainer, TrainState
 from m4_tokenizers.stored import IdsRecipe
 
 NUM_STEPS = 20
@@ -133,7 +135,7 @@ def test_the_formula_of_each_rank_would_depend_on_the_cut(config, batches):
 
 def test_no_device_holds_more_than_its_share():
     """A 21-modality model with the depth of XL and its proportions, of a 16th of its width."""
-    from m4 import fourm
+    from m4.interchange import fourm
 
     modalities = [dataclasses.replace(fourm.modality(n)) for n in fourm.MOD21]
     config = Config(
@@ -216,8 +218,8 @@ def test_a_step_with_gradients_that_are_not_finite_changes_nothing(config, batch
 
 def test_weights_are_loaded_by_name_and_modality(config, tmp_path):
     """A model with one modality more, one less and another depth keeps all else bit for bit, and says what it did."""
-    from m4.modality import Grid
-    from m4.model_file import save_model
+    from m4.checkpoints.model_file import save_model
+    from m4.tokens.modality import Grid
 
     old = Model(config.model, config.modalities, rngs=nnx.Rngs(7))
     save_model(old, tmp_path / "old.safetensors")

@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m4 import losses
-from m4.model import Model, stack, survival
-from m4.nn import DecoderBlock, Visible, attend
-from m4.packing import pack
-from m4.prompts import in_buckets
-from m4.sampler import Sampler, Stage
-from m4.sampling import ROAR, Autoregressive, MaskGIT
-from m4.tokens import MaskedBatch, Targets, Tokens
+from m4.inference.autoregressive import Autoregressive
+from m4.inference.parallel import ROAR, MaskGIT
+from m4.inference.prompts import in_buckets
+from m4.inference.sampler import Sampler
+from m4.inference.scheme import Stage
+from m4.model.attention import attend
+from m4.model.blocks import DecoderBlock
+from m4.model.encoder_decoder import Model
+from m4.model.stack import stack, survival
+from m4.model.visibility import Visible
+from m4.objectives import cross_entropy as losses
+from m4.tokens.batch import MaskedBatch, Targets, Tokens
+from m4.tokens.packing import pack
 
 VARIANTS = {
     "default": {},

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, environment
 from PIL import Image
 
-from m4.datasets.stamps import INSTALL, Stamps
+from m4.data.sources.stamps import INSTALL, Stamps
 
 needs_stamps = pytest.mark.skipif(not Path(Stamps().path).exists(), reason=f"the corpus is not here: {INSTALL}")
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer as FastTokenizer
 
-from m4 import fourm
-from m4.components import from_json, load_tokenizer, save_tokenizer, to_json
-from m4.modality import Recipe, Tokenizer
-from m4.records import encode
+from m4.interchange import fourm
+from m4.registry import from_json, to_json
+from m4.tokens.records import encode
+from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenizer
 from m4_tokenizers.metadata import FIELDS, Bins, MetadataRecipe, Steps, Whole, image_metadata
 from m4_tokenizers.palette import PaletteRecipe, extract_palette
 

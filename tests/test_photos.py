@@ -10,9 +10,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from m4.components import to_json
-from m4.datasets import photos
-from m4.datasets.photos import PICTURES, SPLITS, Photos, motorcycle_depth, picture
+from m4.data.sources import photos
+from m4.data.sources.photos import PICTURES, SPLITS, Photos, motorcycle_depth, picture
+from m4.registry import to_json
 
 missing = [package for package in ("skimage", "sklearn") if find_spec(package) is None]
 needs_photos = pytest.mark.skipif(bool(missing), reason=photos.INSTALL)

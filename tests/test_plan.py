@@ -10,10 +10,11 @@ import pytest
 from conftest import ROOT, environment
 from test_convert import fixture
 
-from m4 import flops, fourm
+from m4.commands.plan import collectives
 from m4.config import load_config
-from m4.modality import Modalities
-from m4.plan import collectives
+from m4.interchange import fourm
+from m4.tokens.modality import Modalities
+from m4.training import flops
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

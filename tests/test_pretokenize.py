@@ -15,19 +15,23 @@ import safetensors.numpy
 from conftest import call_m4
 from PIL import Image
 
-from m4 import pretokenize, shards
-from m4.components import from_json, save_tokenizer, to_json
-from m4.data import Dataset, Stream, TokenShards
-from m4.datasets.crops import Crops
-from m4.datasets.folders import Folders
-from m4.datasets.tars import Tars
-from m4.datasets.texts import Texts
-from m4.masking import Masking, Strategy
-from m4.modality import Grid, Modalities
-from m4.pretokenize import prepare
-from m4.records import compact, encode
-from m4.shards import Facts
-from m4.team import Team
+from m4.data import pretokenize
+from m4.data import shard_writer as shards
+from m4.data.dataset import Dataset
+from m4.data.pretokenize import prepare
+from m4.data.shard_writer import Facts
+from m4.data.sources.crops import Crops
+from m4.data.sources.folders import Folders
+from m4.data.sources.tars import Tars
+from m4.data.sources.texts import Texts
+from m4.data.stream import Stream
+from m4.data.token_shards import TokenShards
+from m4.distributed.worker_group import Team
+from m4.masking.dirichlet import Masking, Strategy
+from m4.registry import from_json, to_json
+from m4.tokens.modality import Grid, Modalities
+from m4.tokens.records import compact, encode
+from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.classes import ClassRecipe
 from m4_tokenizers.image import PixelPatchesRecipe
@@ -281,9 +285,7 @@ def test_a_bad_example_is_named_or_skipped_and_nothing_shifts(root, dataset, tmp
     assert "\n" not in str(error.value) and not (tmp_path / "strict" / "train.json").exists()
     lenient = dataclasses.replace(dataset, skip_bad=0.03)
     pretokenize.pretokenize(lenient, tokenizers, tmp_path / "lenient", "train", **arguments)
-    check_alignment(
-        tmp_path / "lenient", {n: pretokenize.load_tokenizer(f) for n, f in tokenizers.items()}, missing={17}
-    )
+    check_alignment(tmp_path / "lenient", {n: load_tokenizer(f) for n, f in tokenizers.items()}, missing={17})
     skipped = json.loads((tmp_path / "lenient" / "train.json").read_text())["skipped"]
     assert skipped["num_examples"] == 1 and stem in skipped["first"][0]
 
@@ -410,7 +412,7 @@ def test_any_error_of_a_reader_or_tokenizer_names_its_example(tmp_path):
             return Broken()
 
     tokenizer = tmp_path / "caption.safetensors"
-    pretokenize.save_tokenizer(TextRecipe().fit([{"caption": "words"}], seed=0), tokenizer)
+    save_tokenizer(TextRecipe().fit([{"caption": "words"}], seed=0), tokenizer)
     dataset = Dataset(source=Source(), skip_bad=0.7, name="broken")
     pretokenize.pretokenize(dataset, {"caption": tokenizer}, tmp_path / "t", "train", data_dir=tmp_path)
     first, second = json.loads((tmp_path / "t" / "train.json").read_text())["skipped"]["first"]
@@ -464,7 +466,7 @@ def test_tars_of_the_originals_layout_train_without_their_tokenizers(tmp_path):
     for k, record in enumerate(found):
         assert record["tok_x@224"].tolist() == ids[k // 4, k % 4].tolist()
         assert prepared.tokenizers["caption"].decode([record["caption"]]) == [f"number {k // 4}"]
-    loaded = pretokenize.load_tokenizer(prepared.tokenizer_files["tok_x@224"])
+    loaded = load_tokenizer(prepared.tokenizer_files["tok_x@224"])
     assert loaded.modality == TOKENS and loaded.draw(loaded.decode([ids[0, 0]])[0], image=None).shape == (128, 128, 3)
 
 

@@ -13,8 +13,8 @@ from conftest import ROOT, environment
 from make_checkpoint import make_tensors, metadata_of, write_checkpoint
 from test_convert import fixture
 
-from m4.components import load_tokenizer, save_tokenizer
-from m4.model_file import TensorFile, make_header, write
+from m4.tensor_file import TensorFile, make_header, write
+from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers import architectures, released
 from m4_tokenizers.__main__ import main
 

@@ -19,27 +19,27 @@ from conftest import ROOT, environment
 from flax import nnx
 from PIL import Image
 
-from m4.checkpoints import load_run, write_run
-from m4.checks import MAX_SEED, check_seed
-from m4.commands import ends_with_a_sentence, error_sentence, finishing, system_error
+from m4.checkpoints.numbered import Checkpoints, steps_in
+from m4.checkpoints.runs import load_run, write_run
+from m4.command_line import ends_with_a_sentence, error_sentence, finishing, system_error
 from m4.config import load_config
-from m4.data import Dataset
-from m4.datasets.folders import Folders
-from m4.evals import suite
-from m4.evals.attributes import ForegroundOverlap
-from m4.evals.boxes import BoxAccuracy
-from m4.evals.depth import DepthAccuracy
-from m4.evals.maps import MapAccuracy
-from m4.evals.suite import Direction, check_evaluations, examples_of, model_digest
-from m4.health import Health
-from m4.metrics import Metrics
-from m4.modality import Modalities
-from m4.model import Model
-from m4.numbered import Checkpoints, steps_in
-from m4.optim import OptimizerConfig
-from m4.sampler import Sampler
-from m4.sampling import MaskGIT
-from m4.step import random_key
+from m4.data.dataset import Dataset
+from m4.data.sources.folders import Folders
+from m4.errors import MAX_SEED, check_seed
+from m4.evaluation import conditional_generation as suite
+from m4.evaluation.conditional_generation import Direction, check_evaluations, examples_of, model_digest
+from m4.evaluation.measures.attributes import ForegroundOverlap
+from m4.evaluation.measures.boxes import BoxAccuracy
+from m4.evaluation.measures.depth import DepthAccuracy
+from m4.evaluation.measures.maps import MapAccuracy
+from m4.inference.parallel import MaskGIT
+from m4.inference.sampler import Sampler
+from m4.model.encoder_decoder import Model
+from m4.tokens.modality import Modalities
+from m4.training.health import Health
+from m4.training.metrics import Metrics
+from m4.training.optimizer import OptimizerConfig
+from m4.training.trainer import random_key
 from m4_tokenizers.boxes import BoxRecipe
 
 TINY = "tests/tiny_config.py"
@@ -137,7 +137,7 @@ BAD_FILES = {
     "assert False": (1, "AssertionError"),
     "config = " + "(" * 500 + ")" * 500: (1, "SyntaxError: too many nested parentheses"),
     "x = 'a\0b'": (0, "SyntaxError: source code string cannot contain null bytes"),
-    "from m4.masking import Strategy\n\nStrategy(inputs={}, targets={}, input_share=(2.0, 1.0))": (
+    "from m4.masking.dirichlet import Strategy\n\nStrategy(inputs={}, targets={}, input_share=(2.0, 1.0))": (
         3,
         "input_share=(2.0, 1.0)",
     ),
@@ -315,7 +315,7 @@ def test_errors_of_the_system_name_the_file():
 
 
 def test_commands_end_as_they_should():
-    head = "from m4.commands import ends_with_a_sentence\nwith ends_with_a_sentence():\n    "
+    head = "from m4.command_line import ends_with_a_sentence\nwith ends_with_a_sentence():\n    "
     for body, code, words in (
         ("raise KeyboardInterrupt", 130, "interrupted"),
         ("raise ValueError('no')", 1, "error: no"),

@@ -17,18 +17,20 @@ from conftest import ROOT
 from flax import nnx
 from PIL import Image
 
-from m4.data import Dataset
-from m4.datasets.files import read_for
-from m4.datasets.folders import Folders
-from m4.datasets.generated import Generated
-from m4.modality import Features, Grid, Modalities
-from m4.model import Model, ModelConfig
-from m4.pretokenize import prepare
-from m4.records import encode
-from m4.sampler import Sampler
-from m4.samples import file_of, read_mask, read_sample
-from m4.shots import Shot, read_shots
-from m4.shots import encode as encode_shot
+from m4.data.dataset import Dataset
+from m4.data.pretokenize import prepare
+from m4.data.samples import file_of, read_mask, read_sample
+from m4.data.sources.files import read_for
+from m4.data.sources.folders import Folders
+from m4.data.sources.generated import Generated
+from m4.in_context.shots import encode as encode_shot
+from m4.in_context.shots import read_shots
+from m4.inference.sampler import Sampler
+from m4.masking.episodes import Shot
+from m4.model.config import ModelConfig
+from m4.model.encoder_decoder import Model
+from m4.tokens.modality import Features, Grid, Modalities
+from m4.tokens.records import encode
 from m4_tokenizers.answers import AnswerRecipe
 from m4_tokenizers.audio import AudioRecipe
 from m4_tokenizers.boxes import BoxRecipe
@@ -298,7 +300,7 @@ def outcome(read, file: str):
 @pytest.mark.parametrize("signal", FILES)
 def test_one_reader(signal, tokenizers, sampler, tmp_path, monkeypatch):
     """Training, generation, in-context examples and the demo give the same ids of a file, or refuse it alike."""
-    demo = pytest.importorskip("m4.demo")
+    demo = pytest.importorskip("m4.demo.page")
     tokenizer = tokenizers[signal]
     modality, (name,) = tokenizer.modality, [tokenizer.modality.name]
     folder = name if signal.startswith("tok_") else modality.signal
@@ -565,7 +567,7 @@ def test_what_is_no_file_is_refused(tokenizers, tmp_path):
 
 
 def test_a_transparent_picture_of_the_demo_has_a_white_ground():
-    demo = pytest.importorskip("m4.demo")
+    demo = pytest.importorskip("m4.demo.page")
     layer = np.zeros((SIZE, SIZE, 4), np.uint8)
     layer[:2, :2] = 255
     pixels = np.dstack([RGB, np.where(HALF, 255, 0).astype(np.uint8)])

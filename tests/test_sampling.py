@@ -15,22 +15,21 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m4.drawing import Grammar, Sampling, _inverse_distribution
-from m4.guidance import Guidance
-from m4.modality import Sequence
-from m4.model import Model
-from m4.packing import pack
-from m4.prompts import check_plan, fill_spans, in_buckets, make_prompt, show_spans, trim
-from m4.sampler import Sampler, Stage, _run, retrieve, run_stage
-from m4.sampling import (
-    ROAR,
-    Autoregressive,
-    MaskGIT,
-    Replay,
-    token_schedule,
-)
-from m4.sampling import temperature_schedule as temperatures
-from m4.tokens import Targets
+from m4.inference.autoregressive import Autoregressive
+from m4.inference.guidance import Guidance
+from m4.inference.parallel import ROAR, MaskGIT, token_schedule
+from m4.inference.parallel import temperature_schedule as temperatures
+from m4.inference.prompts import check_plan, in_buckets, make_prompt
+from m4.inference.sampler import Sampler, _run, run_stage
+from m4.inference.scheme import Replay, Stage
+from m4.inference.token_sampling import Sampling, _inverse_distribution
+from m4.model.encoder_decoder import Model
+from m4.representations.nearest import retrieve
+from m4.tokens.batch import Targets
+from m4.tokens.grammar import Grammar
+from m4.tokens.modality import Sequence
+from m4.tokens.packing import pack
+from m4.tokens.spans import fill_spans, show_spans, trim
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.metadata import MetadataRecipe
 from m4_tokenizers.palette import PaletteRecipe
@@ -377,7 +376,7 @@ LABELS = [{"boxes": {"bbox": np.array([[0.1, 0.1, 0.5, 0.5]], np.float32), "labe
 @pytest.mark.parametrize("count", [500, pytest.param(3400, marks=pytest.mark.slow)])
 def test_constrained_outputs_parse(recipe, source, count, small_model, modalities):
     """Of an untrained model at a high temperature: whatever it writes is read back, and written again the same."""
-    from m4.modality import Modalities
+    from m4.tokens.modality import Modalities
 
     tokenizer, grammar = grammatical(recipe, source)
     m = tokenizer.modality
@@ -505,7 +504,7 @@ def test_schemes_are_data(modalities):
 
 
 def small():
-    from m4.model import ModelConfig
+    from m4.model.config import ModelConfig
 
     return ModelConfig(width=16, num_heads=2, encoder_depth=1, decoder_depth=1, hidden=24)
 

@@ -11,11 +11,13 @@ import pytest
 from conftest import ROOT, environment
 from flax import nnx
 
-from m4 import Sampler
-from m4.checkpoints import load_run
-from m4.model_file import load_model, parameters
-from m4.sampler import Stage
-from m4.sampling import Autoregressive, MaskGIT
+from m4.checkpoints.model_file import load_model
+from m4.checkpoints.runs import load_run
+from m4.inference.autoregressive import Autoregressive
+from m4.inference.parallel import MaskGIT
+from m4.inference.sampler import Sampler
+from m4.inference.scheme import Stage
+from m4.model.parameters import parameters
 
 SAVED = ROOT / "tests/data/runs_0.1"
 EXPECTED = json.loads((SAVED / "expected.json").read_text())

@@ -14,10 +14,10 @@ import numpy as np
 import psutil
 import pytest
 
-from m4.datasets import rendering
-from m4.datasets.rendering import SHAPES, SIZES, VARIANTS, scene
-from m4.datasets.scenes import Scenes
-from m4.evals.scenes import (
+from m4.data.sources import rendering
+from m4.data.sources.ray_tracing import SIZES
+from m4.data.sources.rendering import SHAPES, VARIANTS, scene
+from m4.data.sources.scene_rules import (
     ATTRIBUTES,
     attribute_counts,
     micro_f1,
@@ -25,6 +25,7 @@ from m4.evals.scenes import (
     read_colours,
     segment_objects,
 )
+from m4.data.sources.scenes import Scenes
 
 SMALL = {"num_train": 300, "num_validation": 3, "num_test": 3, "num_heldout": 3}  # train is enough for two processes
 
@@ -304,9 +305,10 @@ def test_a_killed_build_leaves_neither_data_nor_processes(tmp_path):
     recipe = "Scenes(num_train=100_000, num_validation=1, num_test=1, num_heldout=1)"
     script = tmp_path / "build.py"
     script.write_text(
-        f"from m4.datasets.scenes import Scenes\nif __name__ == '__main__':\n    {recipe}.prepare({str(tmp_path)!r})\n"
+        "from m4.data.sources.scenes import Scenes\n"
+        f"if __name__ == '__main__':\n    {recipe}.prepare({str(tmp_path)!r})\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(rendering.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(rendering.__file__).parents[3])}
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     build = psutil.Popen([sys.executable, script], env=environment, **silent)
     deadline = time.monotonic() + 20

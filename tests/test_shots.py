@@ -13,23 +13,28 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m4 import in_context
 from m4.config import Config
-from m4.data import Dataset, Mask
-from m4.in_context import answer, score
-from m4.masking import Masking, Strategy
-from m4.matching import Words, captioned, same_text, words_loss
-from m4.modality import Modalities
-from m4.model import Model, ModelConfig
-from m4.optim import OptimizerConfig
-from m4.packing import ANSWER, coarse_to_fine, pack
-from m4.prompts import in_buckets, make_prompt
-from m4.sampler import Sampler
-from m4.sampling import MaskGIT, Stage
-from m4.sharding import MeshConfig
-from m4.shots import Shot, ShotMasking, encode, joined, pack_shots, raw_examples, read_shots
-from m4.step import Trainer
-from m4.tokens import NUM_SHOTS, Targets, Tokens, normalized
+from m4.data.dataset import Dataset
+from m4.data.stream import Mask
+from m4.distributed.mesh import MeshConfig
+from m4.in_context import prompting as in_context
+from m4.in_context.prompting import answer, score
+from m4.in_context.shots import encode, read_shots
+from m4.inference.parallel import MaskGIT
+from m4.inference.prompts import in_buckets, make_prompt
+from m4.inference.sampler import Sampler
+from m4.inference.scheme import Stage
+from m4.masking.dirichlet import Masking, Strategy
+from m4.masking.episodes import Shot, ShotMasking, joined, pack_shots, raw_examples
+from m4.model.config import ModelConfig
+from m4.model.encoder_decoder import Model
+from m4.model.similarity_prior import Words, same_text
+from m4.objectives.word_prediction import captioned, words_loss
+from m4.tokens.batch import NUM_SHOTS, Targets, Tokens, normalized
+from m4.tokens.modality import Modalities
+from m4.tokens.packing import ANSWER, coarse_to_fine, pack
+from m4.training.optimizer import OptimizerConfig
+from m4.training.trainer import Trainer
 from m4_tokenizers.image import PixelPatchesRecipe
 from m4_tokenizers.text import TextRecipe
 
@@ -259,7 +264,7 @@ def test_no_gradient_from_one_examples_answer_to_another(model, episode_batch):
     x = model.decoder_input(b.targets)
 
     def at(x, address):
-        from m4.nn import Visible
+        from m4.model.visibility import Visible
 
         hidden = model._run(
             model.decoder,

@@ -14,9 +14,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m4.components import from_json, to_json
-from m4.datasets import built, stamps
-from m4.datasets.stamps import BACKDROP, CATEGORIES, FARTHEST, INSTALL, NEAREST, SPLITS, Stamps, compose, corpus, cutout
+from m4.data.sources import built, stamps
+from m4.data.sources.stamps import (
+    BACKDROP,
+    CATEGORIES,
+    FARTHEST,
+    INSTALL,
+    NEAREST,
+    SPLITS,
+    Stamps,
+    compose,
+    corpus,
+    cutout,
+)
+from m4.registry import from_json, to_json
 
 CORPUS = Stamps().path
 needs_corpus = pytest.mark.skipif(not Path(CORPUS).is_dir(), reason=INSTALL)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from m4.evals import subsets
+from m4.evaluation import modality_subsets as subsets
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from test_folders import assert_same, everything, npy, picture, samples, write
 
-from m4.components import from_json, to_json
-from m4.datasets import tars
-from m4.datasets.folders import Folders
-from m4.datasets.tars import Tars, expand
+from m4.data.sources import tars
+from m4.data.sources.folders import Folders
+from m4.data.sources.tars import Tars, expand
+from m4.registry import from_json, to_json
 
 
 def member(name: str, data: bytes = b"", **fields) -> tuple[tarfile.TarInfo, io.BytesIO]:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m4.components import from_json, to_json
-from m4.datasets import texts
-from m4.datasets.texts import SPLITS, Texts
+from m4.data.sources import texts
+from m4.data.sources.texts import SPLITS, Texts
+from m4.registry import from_json, to_json
 
 
 def prepared(tmp_path, *files, **fields) -> dict[str, list]:

@@ -12,8 +12,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from m4.components import from_json, to_json
-from m4.datasets.tfds import Tfds, builder
+from m4.data.sources.tfds import Tfds, builder
+from m4.registry import from_json, to_json
 
 EXAMPLES = {
     "coco_captions": Tfds(

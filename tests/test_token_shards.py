@@ -11,8 +11,10 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 from test_data import write_shards
 
-from m4 import token_shards
-from m4.data import Dataset, Stream, TokenShards
+from m4.data import token_shards
+from m4.data.dataset import Dataset
+from m4.data.stream import Stream
+from m4.data.token_shards import TokenShards
 from m4.files import digest, read_json, write_json
 
 

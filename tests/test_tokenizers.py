@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from m4.components import load_tokenizer, save_tokenizer
-from m4.modality import Recipe, Tokenizer
+from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenizer
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe

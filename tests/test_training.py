@@ -16,11 +16,15 @@ import pytest
 from conftest import ROOT, call_train, command, environment, run
 from flax import nnx
 
-from m4 import checkpoints, losses, sharding
-from m4.checkpoints import Checkpoints, export, load_run
-from m4.components import packaged, tokenizer_hash
-from m4.model import Model
-from m4.step import TrainState
+from m4.checkpoints import runs as checkpoints
+from m4.checkpoints.hub import packaged
+from m4.checkpoints.numbered import Checkpoints
+from m4.checkpoints.runs import export, load_run
+from m4.distributed import mesh as sharding
+from m4.model.encoder_decoder import Model
+from m4.objectives import cross_entropy as losses
+from m4.tokens.tokenizer import tokenizer_hash
+from m4.training.trainer import TrainState
 
 NUM_STEPS = 100  # of tests/tiny_config.py
 

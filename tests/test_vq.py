@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizers import EXAMPLES
 
-from m4.components import load_tokenizer, save_tokenizer
 from m4.config import load_config
+from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers import losses
 from m4_tokenizers.diffusion import DiffusionDecoder, Schedule
 from m4_tokenizers.edges import EdgesRecipe, canny

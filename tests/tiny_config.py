@@ -3,9 +3,9 @@
 import dataclasses
 
 from m4.config import Config, load_config
-from m4.data import Dataset
-from m4.datasets.scenes import Scenes
-from m4.model import ModelConfig
+from m4.data.dataset import Dataset
+from m4.data.sources.scenes import Scenes
+from m4.model.config import ModelConfig
 from m4_tokenizers.boxes import BoxRecipe
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe

@@ -5,7 +5,7 @@
 Hardware: 2 CPU cores. Time and results: the table of tokenizers/README.md (cards photos_*).
 """
 
-from m4.datasets.photos import Photos
+from m4.data.sources.photos import Photos
 from m4_tokenizers.edges import EdgesRecipe
 from m4_tokenizers.image import ImageRecipe
 from m4_tokenizers.quantizers import LearnedVectorQuantizer

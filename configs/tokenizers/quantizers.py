@@ -7,7 +7,7 @@ Hardware: 2 CPU cores, about 2 minutes each. Results: the table of tokenizers/RE
 
 import dataclasses
 
-from m4.datasets.scenes import Scenes
+from m4.data.sources.scenes import Scenes
 from m4_tokenizers.image import ImageRecipe
 from m4_tokenizers.quantizers import (
     FiniteScalarQuantizer,

@@ -5,7 +5,7 @@
 Hardware: 2 CPU cores. Time and results: the table of tokenizers/README.md (cards scenes_*).
 """
 
-from m4.datasets.scenes import Scenes
+from m4.data.sources.scenes import Scenes
 from m4_tokenizers.depth import DepthRecipe
 from m4_tokenizers.edges import EdgesRecipe
 from m4_tokenizers.image import ImageRecipe

@@ -6,7 +6,7 @@
 Hardware: 2 CPU cores. Time and results: the table of tokenizers/README.md (card spoken_audio).
 """
 
-from m4.datasets.spoken import Spoken
+from m4.data.sources.spoken import Spoken
 from m4_tokenizers.audio import AudioRecipe
 from m4_tokenizers.train import TokenizerConfig
 

@@ -4,11 +4,11 @@ python train.py tests/data/run_0_1.py --num-steps 4
 """
 
 from m4.config import Config
-from m4.data import Dataset
-from m4.datasets.scenes import Scenes
-from m4.masking import Masking, Strategy
-from m4.model import ModelConfig
-from m4.optim import OptimizerConfig
+from m4.data.dataset import Dataset
+from m4.data.sources.scenes import Scenes
+from m4.masking.dirichlet import Masking, Strategy
+from m4.model.config import ModelConfig
+from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.stored import TokenizerFile
 
 FOLDER = "tests/data/runs_0.1/run"

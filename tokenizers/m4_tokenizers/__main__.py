@@ -66,7 +66,7 @@ VERBS = {f.__name__: f for f in (train, evaluate, table, convert)}
 
 def main(argv: Seq[str]) -> None:
     if not argv or argv[0] not in VERBS:
-        from m4.components import closest
+        from m4.errors import closest
 
         asked = bool(argv) and argv[0] in ("-h", "--help")
         lines = [f"  {name:9} {f.__doc__.splitlines()[0]}" for name, f in VERBS.items()]
@@ -74,7 +74,7 @@ def main(argv: Seq[str]) -> None:
         usage = f"{wrong}usage: python -m m4_tokenizers VERB ...\n\n" + "\n".join(lines)
         print(usage, file=sys.stdout if asked else sys.stderr)
         raise SystemExit(0 if asked else 2)
-    from m4.commands import ends_with_a_sentence
+    from m4.command_line import ends_with_a_sentence
 
     with ends_with_a_sentence():
         VERBS[argv[0]](list(argv[1:]))

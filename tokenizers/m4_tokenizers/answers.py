@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from m4.components import closest, from_json, to_json
-from m4.modality import Sequence
+from m4.errors import closest
+from m4.registry import from_json, to_json
+from m4.tokens.modality import Sequence
 from m4_tokenizers.boxes import AS_TOKENS, canvas, draw_box, draw_label, hue
 from m4_tokenizers.reading import Reader
 from m4_tokenizers.text import ALPHABET, EOS, NUM_COORDINATES, Layout, TextRecipe, TextTokenizer, fit_pieces
@@ -303,7 +304,7 @@ class AnswerTokenizer(Reader):
     @functools.cached_property
     def grammar(self) -> Any:
         """What `parse` takes: concepts in UTF-8, each with a kind and its target, as many as there is room for."""
-        from m4.sampling import Grammar  # here: what only reads data must not load JAX
+        from m4.tokens.grammar import Grammar  # here: what only reads data must not load JAX
 
         size, strips = self.recipe.num_bins, 2**self.recipe.strip
         strip, end, other = range(NUM_COORDINATES, NUM_COORDINATES + 3)  # classes; those below are the axes'

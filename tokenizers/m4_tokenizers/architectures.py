@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m4.components import closest
+from m4.data.sources.contents import content
+from m4.errors import closest
 from m4.files import parse_json, shown
-from m4.samples import content
 from m4.tensor_file import TensorFile, literal_like
 
 # The original's config and what it means when a key is absent.

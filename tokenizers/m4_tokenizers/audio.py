@@ -20,8 +20,8 @@ from scipy import fft
 from scipy.io import wavfile
 from scipy.signal import get_window
 
-from m4.datasets.sounds import Sound, of_length
-from m4.datasets.spoken import RATE
+from m4.data.sources.sounds import Sound, of_length
+from m4.data.sources.spoken import RATE
 from m4_tokenizers.image import check_arrays, write_image
 from m4_tokenizers.maps import shade
 from m4_tokenizers.quantizers import LearnedVectorQuantizer

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from m4.modality import Sequence
+from m4.tokens.modality import Sequence
 from m4_tokenizers.reading import Reader
 from m4_tokenizers.text import (
     ALPHABET,
@@ -256,7 +256,7 @@ class BoxTokenizer(Reader):
     @functools.cached_property
     def grammar(self) -> Any:
         """Boxes of four coordinates in order and a label, as many as there is room for."""
-        from m4.drawing import Grammar  # here: what only reads data must not load JAX
+        from m4.tokens.grammar import Grammar  # here: what only reads data must not load JAX
 
         ids = np.arange(self.modality.vocab_size)
         place = ids - self.layout.first_coordinate

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from m4.components import closest
-from m4.modality import Grid
+from m4.errors import closest
+from m4.tokens.modality import Grid
 from m4_tokenizers.reading import Reader
 from m4_tokenizers.text import draw_text
 

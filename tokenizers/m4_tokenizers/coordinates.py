@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from m4.components import from_json, to_json
-from m4.modality import Sequence
+from m4.registry import from_json, to_json
+from m4.tokens.modality import Sequence
 from m4_tokenizers.reading import Reader
 from m4_tokenizers.text import EOS, NUM_COORDINATES, Layout, WordPieceRecipe, as_sequence
 

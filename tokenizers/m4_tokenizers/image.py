@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from scipy import ndimage
 
-from m4.modality import Features
+from m4.tokens.modality import Features
 from m4_tokenizers.networks import to_patches, to_pixels
 from m4_tokenizers.perceptual import perceptual_quality
 from m4_tokenizers.reading import Reader

@@ -26,9 +26,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageStat
 
-from m4.components import closest
+from m4.errors import closest
 from m4.files import parse_json
-from m4.modality import Sequence
+from m4.tokens.modality import Sequence
 from m4_tokenizers.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture
 from m4_tokenizers.text import EOS
 
@@ -212,7 +212,7 @@ class MetadataTokenizer(CoordinateTokenizer):
     @functools.cached_property
     def grammar(self) -> Any:
         """Fields and their values in turn, each value one that its field has."""
-        from m4.drawing import Grammar  # here: what only reads data must not load JAX
+        from m4.tokens.grammar import Grammar  # here: what only reads data must not load JAX
 
         fields, values = (self.layout.first_coordinate + axis * self.layout.num_bins for axis in (FIELD, VALUE))
         sizes = sorted({f.num_bins for f in self.recipe.fields})

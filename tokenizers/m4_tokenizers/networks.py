@@ -22,7 +22,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m4.nn import BlockConfig, EncoderBlock, LayerNorm, Linear, Visible
+from m4.model.blocks import EncoderBlock
+from m4.model.layers import BlockConfig, LayerNorm, Linear
+from m4.model.visibility import Visible
 
 NUM_MOVES = 9  # of a grid by at most one patch: a mixing block's groups of features
 

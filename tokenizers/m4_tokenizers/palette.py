@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageColor
 
-from m4.datasets.files import from_text
+from m4.data.sources.files import from_text
 from m4_tokenizers.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture
 from m4_tokenizers.image import write_image
 from m4_tokenizers.text import EOS
@@ -114,7 +114,7 @@ class PaletteTokenizer(CoordinateTokenizer):
     @functools.cached_property
     def grammar(self) -> Any:
         """A number of colours, then so many of three values each."""
-        from m4.drawing import Grammar  # here: what only reads data must not load JAX
+        from m4.tokens.grammar import Grammar  # here: what only reads data must not load JAX
 
         counts, values = (self.layout.first_coordinate + axis * self.layout.num_bins for axis in (COUNT, VALUE))
         most, kinds = self.recipe.max_colors, np.zeros(self.modality.vocab_size, np.int32)

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from m4.samples import read_sample, written_out
+from m4.data.samples import read_sample, written_out
 
 
 class Reader:
-    """`kind` says what signals are (m4.datasets.files.KINDS); what can be written out has `from_text`."""
+    """`kind` says what signals are (m4.data.sources.files.KINDS); what can be written out has `from_text`."""
 
     kind: str
 
@@ -16,7 +16,8 @@ class Reader:
         return written_out(self.kind, text)
 
     def read(self, value: str | Path) -> Any:
-        """A signal from a file, or from a text that says it (m4.samples.file_of tells which of them a value is)."""
+        """A signal from a file, or from a text that says it (m4.data.samples.file_of tells which of them a value
+        is)."""
         if not self.kind:
             raise NotImplementedError(f"{type(self).__name__} needs a kind of its recipe, or a `read` of its own")
         name = self.modality.signal

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from m4.components import closest, load_tokenizer, save_tokenizer
+from m4.checkpoints.model_file import check_names
+from m4.errors import closest
 from m4.files import shown
-from m4.model_file import DTYPES, TensorFile, check_names, write
-from m4.tensor_file import parse_header
+from m4.tensor_file import DTYPES, TensorFile, parse_header, write
+from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers.architectures import PRESETS, parse_config, preset
 from m4_tokenizers.depth import RelativeDepthRecipe
 from m4_tokenizers.diffusion import DiffusionDecoder, Schedule

@@ -15,10 +15,13 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from m4.checkpoints import tokenizer_file
-from m4.components import closest, config_in, from_json, load_tokenizer, packaged, to_json, tokenizer_hash
-from m4.modality import Features, Grid, Modality, Tokenizer
-from m4.records import encode
+from m4.checkpoints.hub import packaged
+from m4.checkpoints.runs import tokenizer_file
+from m4.errors import closest
+from m4.registry import config_in, from_json, to_json
+from m4.tokens.modality import Features, Grid, Modality
+from m4.tokens.records import encode
+from m4.tokens.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 from m4_tokenizers.reading import Reader
 
 TILE = 128  # pixels

@@ -4,9 +4,9 @@
         [PAD]  [UNK]  [SOS]  [EOS]  [S_0] [S_1] ..  v0=0 .. v0=B-1 v1=0 .. v3=.. [D_0] ..   bytes, words, merges, unused
 
 S sentinels mark masked spans ([S_1] is the first in use, as in 4M), B bins give the four coordinates of a box, and the
-32 [D_i] declare what text cannot say: [D_0] an answer, [D_i] image i of an in-context example (m4.shots). Hugging
-Face's model only knows the ids behind the reserved ones: whatever a user types, "[EOS]" included, is bytes. A text
-with declarations is a tuple: ("is", 1, "like", 2).
+32 [D_i] declare what text cannot say: [D_0] an answer, [D_i] image i of an in-context example (m4.masking.episodes).
+Hugging Face's model only knows the ids behind the reserved ones: whatever a user types, "[EOS]" included, is bytes. A
+text with declarations is a tuple: ("is", 1, "like", 2).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m4.files import check_strings
-from m4.modality import Sequence
+from m4.tokens.modality import Sequence
 from m4_tokenizers.reading import Reader
 
 Text = str | tuple[str | int, ...]

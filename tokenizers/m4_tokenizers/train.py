@@ -9,14 +9,15 @@ from typing import Any
 
 import tyro
 
-from m4.checkpoints import replace_tokenizer
-from m4.checks import check_numbers
-from m4.components import closest, load_tokenizer, save_tokenizer, to_json
+from m4.checkpoints.runs import replace_tokenizer
 from m4.config import load_config
-from m4.datasets.files import read_for
+from m4.data.sources.files import read_for
+from m4.errors import check_numbers, closest
 from m4.files import locked, read_json, write_atomically, write_json
-from m4.modality import Features
 from m4.pictures import write_png
+from m4.registry import to_json
+from m4.tokens.modality import Features
+from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers.training import sheet
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
@@ -29,7 +30,7 @@ MARKS = ("<!-- cards -->", "<!-- end of cards -->")
 class TokenizerConfig:
     """A training of tokenizers alone: configs/tokenizers/*.py expose one as `config`.
 
-    source: raw data (m4.data.Source); tokenizers: recipes.
+    source: raw data (m4.data.dataset.Source); tokenizers: recipes.
     """
 
     source: Any

@@ -23,14 +23,14 @@ from jaxtyping import Array
 from PIL import Image
 from tqdm import tqdm
 
-from m4 import sharding
-from m4.checkpoints import Checkpoints
-from m4.commands import finishing
-from m4.components import load_tokenizer
+from m4.checkpoints.numbered import Checkpoints
+from m4.command_line import finishing
+from m4.distributed.constraints import BATCH
+from m4.distributed.mesh import MeshConfig
 from m4.files import naming, write_atomically
-from m4.metrics import EventFile
-from m4.modality import Tokenizer
-from m4.step import random_key
+from m4.tokens.tokenizer import Tokenizer, load_tokenizer
+from m4.training.metrics import EventFile
+from m4.training.trainer import random_key
 from m4_tokenizers.networks import VQ, check_finite
 from m4_tokenizers.quantizers import use_of_counts
 
@@ -183,7 +183,7 @@ def start(recipe: "VQRecipe", examples: Examples, *, seed: int) -> VQ:
 
 def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | None = None) -> VQ:
     """The trained model. With a folder: saved every recipe.save_every steps, and resumed from there."""
-    mesh = sharding.MeshConfig().make()
+    mesh = MeshConfig().make()
     if recipe.batch_size % mesh.size:
         raise ValueError(f"batch_size={recipe.batch_size} must be a multiple of the {mesh.size} devices")
     model = start(recipe, examples, seed=seed)
@@ -208,7 +208,7 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
 
     key, sizes = random_key(seed), recipe.sizes or (recipe.image_size,)
     networks = tuple(loss.network() for loss in recipe.losses)
-    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.BATCH))
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
     counts = jnp.zeros(recipe.quantizer.num_codes, jnp.int32)
     closers = (saved.close, log.close) if saved else ()
     with (

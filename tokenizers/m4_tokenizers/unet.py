@@ -22,7 +22,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from m4.nn import Linear, Visible, attend
+from m4.model.attention import attend
+from m4.model.layers import Linear
+from m4.model.visibility import Visible
 from m4_tokenizers.networks import Table, resize_table, sine_cosine_grid, to_patches, to_pixels
 
 NUM_GROUPS = 32  # of group normalisation

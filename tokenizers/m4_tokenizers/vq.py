@@ -25,8 +25,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from m4.components import from_json, to_json
-from m4.modality import Grid
+from m4.registry import from_json, to_json
+from m4.tokens.modality import Grid
 from m4_tokenizers import training
 from m4_tokenizers.diffusion import DiffusionDecoder
 from m4_tokenizers.losses import SquaredError
@@ -70,7 +70,7 @@ class VQRecipe:
     log_every: int = 50
     save_every: int = 500
 
-    kind = ""  # of signals (m4.datasets.files.KINDS); a recipe without has a tokenizer with its own `read`
+    kind = ""  # of signals (m4.data.sources.files.KINDS); a recipe without has a tokenizer with its own `read`
     num_classes = 0
     embedding_size = 0
     values: ClassVar[str]  # of signals, in words, for the card

@@ -1,0 +1,1 @@
+"""Small changes of a trained model, as files and as sums."""

@@ -1,0 +1,141 @@
+"""How commands end: what users can mend is one sentence on stderr, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import errno
+import os
+import re
+import select
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MAX_NOTICES = 5  # of one kind
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
+    """The parser of `python -m m4 VERB`; the description keeps its lines."""
+    return argparse.ArgumentParser(
+        prog=f"python -m m4 {verb}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+@contextlib.contextmanager
+def ends_with_a_sentence() -> Iterator[None]:
+    """Around a command. ValueError and OSError: `error: ...`, exit code 1. Ctrl-C: a line, 130. A reader of the output
+    that has gone (`| head`): nothing, 1."""
+    _single_precision()
+    try:
+        with _plain_notices():
+            yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except BrokenPipeError as error:
+        if not _output_is_closed():
+            _end(f"error: {error_sentence(error)}", 1)
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        _end(f"error: {error_sentence(error)}", 1)
+    except MemoryError as error:
+        _end(f"error: out of memory. {error}".strip(), 1)
+    except Exception as error:
+        if (cause := system_error(error)) is None:
+            raise
+        _end(f"error: {error_sentence(cause)}", 1)
+
+
+def system_error(error: BaseException, path: str = "") -> OSError | None:
+    """The system's error behind another library's, if it is one of a full disk: those that write shards and checkpoints
+    have their own. `path`: what was written, where the text does not say."""
+    if isinstance(error, OSError):
+        return error
+    for code in FULL:
+        if os.strerror(code) in str(error):
+            named = re.search(r"writing ([^;]+);", str(error))
+            return OSError(code, os.strerror(code), path or (named[1] if named else None))
+    return None
+
+
+@contextlib.contextmanager
+def _plain_notices() -> Iterator[None]:
+    """Notices (UserWarning) are lines without the place in the code; of each kind the first `MAX_NOTICES`, and how many
+    more there are."""
+    counts: collections.Counter[tuple[str, int]] = collections.Counter()
+    before = warnings.formatwarning
+
+    def line(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+        if not issubclass(category, UserWarning):
+            return before(message, category, filename, lineno, line)
+        counts[filename, lineno] += 1
+        return f"notice: {message}\n" if counts[filename, lineno] <= MAX_NOTICES else ""
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+        if more := sum(max(0, count - MAX_NOTICES) for count in counts.values()):
+            print(f"{more} more notice(s) like these", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def finishing(*closers: Callable[[], None], kept: Callable[[], str]) -> Iterator[None]:
+    """Calls all of these at the end, in this order, whatever happens. After an error theirs are only told, for it to be
+    the one that is raised, and so is what is `kept`."""
+    try:
+        yield
+    except BaseException:
+        for close in (*closers, lambda: print(kept(), file=sys.stderr, flush=True)):
+            try:
+                close()
+            except Exception as error:  # whatever it is, the first one is what counts
+                print(f"then: {error_sentence(error)}", file=sys.stderr, flush=True)
+        raise
+    for close in closers:
+        close()
+
+
+def error_sentence(error: BaseException) -> str:
+    """What an error says; of the system's, the file first: "runs/a/metrics.jsonl: No space left on device"."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    names = " -> ".join(os.fsdecode(x) for x in (error.filename, error.filename2) if isinstance(x, str | bytes))
+    advice = "; make room and give the same command again" if error.errno in FULL else ""
+    return f"{names}: {error.strerror}{advice}" if names else f"{error.strerror}{advice}"
+
+
+def _single_precision() -> None:
+    """What runs a command, its worker processes included, computes in float32 and bfloat16, whatever is set."""
+    if os.environ.pop("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        print("JAX_ENABLE_X64 is ignored: m4 computes in float32 and bfloat16", file=sys.stderr, flush=True)
+        if "jax" in sys.modules:  # which has read it by now
+            sys.modules["jax"].config.update("jax_enable_x64", False)
+
+
+def _end(words: str, code: int) -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    print(words, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads the output any more. What is left of it goes nowhere then, without a complaint."""
+    try:
+        output = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(output, 0)  # errors are always told
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
+            return False
+    except (AttributeError, OSError, ValueError):  # no poll on this system, no file
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True

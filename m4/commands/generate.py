@@ -1,0 +1,406 @@
+"""RUN --inputs NAME=VALUE ... --targets NAME ... --out OUT: any signals in, any others out.
+
+VALUE is a file (rgb=photo.png, depth=depth.png, boxes=boxes.json), a folder of such files (one sample each), or the
+text itself (caption="a small red cube"; [MASK] in it stands for words to generate). A file PROMPTS.jsonl instead
+holds one sample a line, of any inputs each. Targets are generated in the order given, each seeing those before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import functools
+import os
+import sys
+import time
+from collections.abc import Container, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m4.command_line import parser_of
+from m4.data.samples import fit_mask, kind_of, load_mask, read_mask
+from m4.data.sources.files import ALIGNED
+from m4.errors import check_seed
+from m4.files import remove_leftovers, shown, write_atomically
+from m4.in_context.prompting import answer
+from m4.in_context.shots import read_shots
+from m4.inference.autoregressive import Autoregressive
+from m4.inference.guidance import Guidance
+from m4.inference.inputs import Sample, beside, pair, read_inputs
+from m4.inference.prompts import MASK, BadSamples, check_plan, reason
+from m4.inference.results import Results
+from m4.inference.sampler import Sampler, default_scheme, keep_compiled
+from m4.inference.scheme import Stage
+from m4.masking.episodes import Shot
+from m4.pictures import contact_sheet, write_png
+from m4.tokens.modality import Sequence
+from m4.tokens.spans import trim
+
+FLAGS = ("steps", "temperature", "top_k", "top_p", "min_p", "schedule")  # fields of schemes that flags set
+
+
+SHEET_ROWS = 24
+
+
+SIGNALS = ("rgb", "depth", "normals", "semseg", "instance", "caption", "boxes")  # of most models
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="the folder of a run, e.g. runs/quickstart, or a model that comes with m4")
+    parser.add_argument("--inputs", nargs="+", required=True, metavar="NAME=VALUE", help="or PROMPTS.jsonl")
+    parser.add_argument("--targets", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--plan", default="", metavar="FILE.py", help="a Python file: plan = [Stage(...), ...]")
+    parser.add_argument("--out", required=True, help="folder for the results: OUT/<sample>/rgb.png, depth.png, ...")
+    parser.add_argument("--keep", nargs="+", default=[], metavar="NAME=MASK", help="what stays of an input that is a "
+                        "target too: a picture, white = stays, or a share (rgb=0.5: variations)")  # fmt: skip
+    like = '[{"inputs": {"rgb": "a.png"}, "outputs": {"caption": "a dax"}}, ...]'
+    parser.add_argument("--shots", default="", metavar="FILE.json", help=f"labelled examples of a task: {like}")
+    parser.add_argument("--shot-tokens", type=int, default=0, help="of each image of --shots (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same results (default: 0)")
+    parser.add_argument("--num-samples", type=int, default=1, help="results for each input (different draws)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--scheme", choices=["maskgit", "roar"], help="of grids (default: maskgit)")
+    parser.add_argument("--steps", type=int, help="of grids")
+    parser.add_argument("--schedule", choices=["maskgit", "cosine", "linear"], help="tokens by step")
+    parser.add_argument("--temperature", type=float, help="0: the most likely token")
+    parser.add_argument("--top-k", type=float, help="draw among the k most likely tokens; below 1: a share of all")
+    parser.add_argument("--top-p", type=float, help="draw among the tokens that hold this probability")
+    parser.add_argument("--min-p", type=float, help="draw among tokens at least so likely relative to the likeliest")
+    parser.add_argument(
+        "--guidance", nargs="+", metavar="SCALE", help="classifier-free: one number, or NAME=WEIGHT ..."
+    )
+    parser.add_argument("--ensemble", type=int, default=1, help="samples to average, for dense outputs")
+    parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
+    parser.add_argument("--with-inputs", action="store_true", help="write inputs, too, to train on what was generated")
+    parser.add_argument("--stream", action="store_true", help="print text as it comes (one sample)")
+
+
+def run(args: argparse.Namespace) -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # a text that the terminal cannot show does not end the job
+        sys.stdout.reconfigure(errors="backslashreplace")
+    for flag in ("num_samples", "batch_size", "ensemble"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
+    check_seed(args.seed)
+    samples, table = read_inputs(args.inputs)
+    keep_compiled()
+    job = Job.make(args, samples, table)
+    out = Path(args.out)
+    _prepare_folder(out, job)
+
+    started, failed = time.monotonic(), {}
+    try:
+        done, tiles = _generate(job, out, failed)
+    except BaseException:
+        with contextlib.suppress(ValueError):  # what ended the run is what is told
+            _write_reports(out, failed, [])
+        raise
+    _write_reports(out, failed, tiles if len(job.samples) > 1 else [])
+    _say_what_was_done(out, job, done, failed, time.monotonic() - started)
+    if not done:
+        raise ValueError(f"no input could be read; the first: {next(iter(failed.values()))}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is asked for, checked. `samples`: one for each result; `masked`: inputs of which some sample has a gap."""
+
+    args: argparse.Namespace
+    sampler: Sampler
+    stages: list[Stage]
+    samples: list[Sample]
+    names: list[str]
+    masked: set[str]
+    keep: dict[str, str]
+    shots: list[Shot]
+
+    @classmethod
+    def make(cls, args: argparse.Namespace, samples: list[Sample], table: Path | None) -> Job:
+        sampler = Sampler.load(args.run, batch_size=args.batch_size)
+        stages = _stages(args, sampler)
+        names = list(dict.fromkeys(n for s in samples for n in s.values))
+        kinds = {name: kind_of(sampler.input_tokenizer(name)) for name in names}
+        samples = beside(samples, table, kinds) if table else samples
+        shots = read_shots(Path(args.shots)) if args.shots else []
+        keep = _keep(args)
+        masked = {n for s in samples for n, v in s.values.items() if isinstance(v, str) and MASK in v}
+        # With examples of a task, an input text that is asked for is a question.
+        asked = {n for n in names if shots and sampler.modalities.as_input(n).signal == stages[0].target}
+        check_plan(stages, [n for n in names if n not in asked], sampler.modalities, [*keep, *masked])
+        if shots and (len(stages) > 1 or keep or masked or args.stream):
+            raise ValueError("--shots takes one target, and neither --keep, --stream nor [MASK]")
+        if args.stream and len(samples) * args.num_samples > 1:
+            raise ValueError(f"--stream prints one sample, and there are {len(samples) * args.num_samples}")
+        if args.num_samples > 1:
+            repeats = range(args.num_samples)
+            samples = [dataclasses.replace(s, name=f"{s.name}_{k}") for s in samples for k in repeats]
+        return cls(
+            args=args, sampler=sampler, stages=stages, samples=samples, names=names, masked=masked, keep=keep,
+            shots=shots,
+        )  # fmt: skip
+
+    def read(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A sample's signals, and what stays of them; ValueError for whatever is wrong, for other samples to go on."""
+        if sample.error:
+            raise ValueError(sample.error)
+        try:
+            signals = _read(self.sampler, sample.values, self.args.pad, self.masked)
+            masks = {n: _mask(self.sampler, n, v, sample.values, self.args.pad) for n, v in self.keep.items()}
+        except Exception as error:
+            raise ValueError(reason(error)) from error
+        return signals, masks
+
+    def run(self, signals: Seq[Mapping[str, Any]], masks: Seq[Mapping[str, Any]], first: int) -> Results:
+        """One batch; `first`: how many were done before, so that a bad sample changes no other's random numbers."""
+        common = {"seed": self.args.seed, "indices": range(first, first + len(signals))}
+        if self.shots:
+            queries = [Shot(inputs=inputs) for inputs in signals]
+            return answer(
+                self.sampler, queries, self.stages[0], shots=self.shots, num_tokens=self.args.shot_tokens, **common
+            )
+        # A line of a table may lack what others have.
+        inputs = {name: [s[name] if name in s else None for s in signals] for name in self.names}
+        listener = _printer(self.sampler) if self.args.stream else None
+        keep = {name: [m[name] for m in masks] for name in self.keep}
+        return self.sampler(inputs, self.stages, keep=keep, listener=listener, **common)
+
+
+def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], Results]]:
+    """Results of all samples that can be read and encoded, in full batches: the others go to `failed`."""
+    waiting = collections.deque(job.samples)
+    num_done, batch = 0, []
+    while waiting or batch:
+        while waiting and len(batch) < job.args.batch_size:
+            sample = waiting.popleft()
+            try:
+                batch.append((sample, *job.read(sample)))
+            except ValueError as error:
+                if len(job.samples) == job.args.num_samples:
+                    raise
+                failed[sample.name] = str(error)
+        if not batch:
+            return
+        try:
+            results = job.run([signals for _, signals, _ in batch], [masks for *_, masks in batch], num_done)
+        except BadSamples as error:
+            if len(job.samples) == job.args.num_samples:
+                raise
+            for k, (name, message) in error.errors.items():
+                failed[batch[k][0].name] = _of_input(batch[k][0].values, name, message)
+            batch = [item for k, item in enumerate(batch) if k not in error.errors]
+            continue
+        yield [sample for sample, *_ in batch], results
+        num_done, batch = num_done + len(batch), []
+
+
+def _generate(job: Job, out: Path, failed: dict[str, str]) -> tuple[list[str], list]:
+    """Writes each sample's folder as it is done; names of those done, and rows of a sheet. Reasons of the others go to
+    `failed`."""
+    from tqdm import tqdm
+
+    done, tiles, total = [], [], len(job.samples)
+    bar = tqdm(total=total, desc="generating", unit="sample", file=sys.stderr, disable=total <= job.args.batch_size)
+    with contextlib.closing(bar):
+        for samples, results in _batches(job, failed):
+            for k, sample in enumerate(samples):
+                results.write(out / sample.name, k, alone=True, with_inputs=job.args.with_inputs)
+                for value in [results[name][k] for name in results] if not job.args.stream else ():
+                    if isinstance(value, str):
+                        tqdm.write(value)
+                if len(tiles) < SHEET_ROWS:
+                    tiles.append((sample.name, _pictures(job.sampler, results, k)))
+            done += [sample.name for sample in samples]
+            bar.update(len(done) + len(failed) - bar.n)
+        bar.update(total - bar.n)
+    return done, tiles
+
+
+def _of_input(row: Mapping[str, str | Path], name: str, message: str) -> str:
+    """What is wrong, with the input and its file (or the first of its text)."""
+    value = shown(row[name]) if name in row else ""
+    return message if not value or value in message else f"{name}={value[:200]}: {message}"
+
+
+# ---- The folder of results ------------------------------------------------------------------------------------------
+
+
+def _prepare_folder(out: Path, job: Job) -> None:
+    """OUT, without what a killed run left half; ValueError if it cannot be written, or if what is not m4's would go."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+    except OSError as error:
+        raise ValueError(f"cannot write into --out {shown(out)}: {error.strerror}") from error
+    modalities = job.sampler.modalities
+    ours = tuple(f"{name}{end}" for name in {*modalities.names, *modalities.signals, *SIGNALS} for end in "._")
+    for name in {sample.name for sample in job.samples}:
+        if (out / name).is_symlink() or not (out / name).exists():
+            continue
+        inside = sorted(os.listdir(out / name)) if (out / name).is_dir() else [""]
+        foreign = [f for f in inside if not f.startswith(ours) or not (out / name / f).is_file()]
+        if foreign:
+            what = shown(out / name / foreign[0])
+            raise ValueError(
+                f"{what} would be lost, for a sample's folder is replaced; move it, or choose another --out"
+            )
+
+
+def _write_reports(out: Path, failed: Mapping[str, str], tiles: Seq[tuple[str, Any]]) -> None:
+    """failed.tsv and sheet.png of this run, or none, whatever an earlier run left."""
+    try:
+        rows = "".join(f"{shown(name)}\t{shown(message)}\n" for name, message in failed.items())
+        if failed:
+            write_atomically(out / "failed.tsv", rows.encode())
+        else:
+            (out / "failed.tsv").unlink(missing_ok=True)
+        if tiles:
+            write_png(out / "sheet.png", contact_sheet(tiles))
+        else:
+            (out / "sheet.png").unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{shown(error.filename or out)} cannot be written: {error.strerror}") from error
+
+
+def _say_what_was_done(out: Path, job: Job, done: Seq[str], failed: Mapping[str, str], seconds: float) -> None:
+    say = functools.partial(print, file=sys.stderr)
+    say(
+        f"{len(done)} sample(s) in {shown(out)}, {seconds:.1f} s, {len(done) / seconds:.2f} samples/s, "
+        "compilation included"
+    )
+    if failed:
+        say(f"{len(failed)} sample(s) could not be read, see {shown(out)}/failed.tsv: {', '.join([*failed][:5])}")
+    others = sorted({p.name for p in out.iterdir() if p.is_dir()} - {*done})
+    if others:
+        say(f"{len(others)} folder(s) in {shown(out)} are not of this run: {', '.join(map(shown, others[:5]))}")
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+
+
+def _stages(args: argparse.Namespace, sampler: Sampler) -> list[Stage]:
+    if args.plan:
+        if args.targets:
+            raise ValueError("--plan and --targets exclude each other: a plan names its targets")
+        from m4.config import load_config
+
+        try:
+            plan = load_config(args.plan, "plan")
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{args.plan} cannot be run: {reason(error)}") from error
+        if not isinstance(plan, list | tuple) or not plan or not all(isinstance(stage, Stage) for stage in plan):
+            raise ValueError(f"{args.plan}: plan must be a list of m4.inference.scheme.Stage, got {plan!r}")
+        return list(plan)
+    if not args.targets:
+        raise ValueError(f"give --targets or --plan; allowed: {', '.join(sampler.modalities.signals)}")
+    guidance = _guidance(args.guidance) if args.guidance else None
+    stages, used = [], set()
+    for name in args.targets:
+        m = sampler.modalities.as_target(name)
+        scheme = default_scheme(m, args.scheme or "maskgit")
+        fields = [f.name for f in dataclasses.fields(scheme)]
+        changes = {f: getattr(args, f) for f in FLAGS if getattr(args, f) is not None and f in fields}
+        used |= {*changes} | ({"scheme"} if not isinstance(m, Sequence) and args.scheme else set())
+        scheme = dataclasses.replace(scheme, **changes)
+        ensemble = 1 if isinstance(scheme, Autoregressive) else args.ensemble
+        stages.append(Stage(target=name, scheme=scheme, guidance=guidance, ensemble=ensemble))
+    if args.ensemble > 1:
+        used |= {"ensemble"} if any(stage.ensemble > 1 for stage in stages) else set()
+    for flag in ("scheme", *FLAGS, *(["ensemble"] if args.ensemble > 1 else [])):
+        if getattr(args, flag) is not None and flag not in used:
+            raise ValueError(f"--{flag.replace('_', '-')} fits no target of {', '.join(args.targets)}")
+    return stages
+
+
+def _guidance(values: Seq[str]) -> Guidance:
+    try:
+        if len(values) == 1 and "=" not in values[0]:
+            return Guidance(scale=float(values[0]))
+        pairs = [pair("--guidance", v) for v in values]
+        return Guidance(scale=tuple((name, float(weight)) for name, weight in pairs))
+    except ValueError as error:
+        given = " ".join(values)
+        raise ValueError(f"--guidance takes one finite number, or NAME=WEIGHT ... of each name; got {given}") from error
+
+
+def _keep(args: argparse.Namespace) -> dict[str, str]:
+    """What stays, by input. ValueError for shares and masks that no sample could have."""
+    pairs = [pair("--keep", item) for item in args.keep]
+    if len(keep := dict(pairs)) < len(pairs):
+        raise ValueError(f"--keep names an input twice: {' '.join(args.keep)}")
+    for name, value in keep.items():
+        if not value:
+            raise ValueError(f"--keep {name}= needs a picture or a share within [0, 1]")
+        try:
+            share = float(value)
+        except ValueError:
+            load_mask(value)
+            continue
+        if not 0 <= share <= 1:
+            raise ValueError(f"--keep {name}={value}: a share must be within [0, 1]")
+    return keep
+
+
+def _mask(sampler: Sampler, name: str, value: str, row: Mapping[str, str | Path], pad: bool) -> Any:
+    """What stays of an input: a share, or True in a mask, the bright part of a picture that lies on the input's."""
+    with contextlib.suppress(ValueError):
+        return float(value)
+    tokenizer = sampler.tokenizer(name)
+    if kind_of(tokenizer) in ALIGNED:
+        return read_mask(value, tokenizer, row[name], pad=pad) if name in row else None
+    mask = load_mask(value)  # of what is no picture, such as other grids of tokens
+    return fit_mask(mask, tokenizer, pad=pad) if hasattr(getattr(tokenizer, "recipe", None), "image_size") else mask
+
+
+def _read(sampler: Sampler, row: Mapping[str, str | Path], pad: bool, masked: Container[str]) -> dict[str, Any]:
+    """The signals of a sample; ValueError for whatever is wrong with one, for other samples to go on."""
+    signals = sampler.read_sample(row, pad=pad)
+    for name, signal in signals.items():
+        tokenizer = sampler.input_tokenizer(name)
+        if isinstance(tokenizer.modality, Sequence):
+            if name in masked and MASK not in signal:
+                raise ValueError(f"{name} is to be completed, and has no {MASK}: {shown(row[name])[:60]}")
+            try:
+                tokenizer.encode(signal.split(MASK) if name in masked else [signal])
+            except Exception as error:  # too long, out of range
+                raise ValueError(_of_input(row, name, reason(error))) from error
+    return signals
+
+
+def _printer(sampler: Sampler) -> Any:
+    """Prints a text's new letters whenever a token has come."""
+    shown = collections.defaultdict(str)
+
+    def show(target: str, ids: np.ndarray, known: np.ndarray) -> None:
+        if isinstance(sampler.modalities.as_target(target), Sequence):
+            text = sampler.tokenizer(target).decode([trim(ids[0][known[0]], sampler.modalities.as_target(target))])[0]
+            if isinstance(text, str):
+                whole = text.rstrip("\ufffd")  # a letter of several tokens comes with its last
+                print(whole[len(shown[target]) :], end="", flush=True)
+                shown[target] = whole
+
+    return show
+
+
+# ---- Pictures -------------------------------------------------------------------------------------------------------
+
+
+def _pictures(sampler: Sampler, results: Results, i: int) -> dict[str, np.ndarray]:
+    pictures = {}
+    for name, signals in results.inputs.items():
+        if signals[i] is not None:
+            pictures[name] = sampler.input_tokenizer(name).draw(signals[i], image=results.image(i))
+    return pictures | {f"{name} >" if name in pictures else name: results.draw(name, i) for name in results}
+
+
+def main(argv: list[str]) -> None:
+    parser = parser_of("generate", __doc__)
+
+    add_arguments(parser)
+    main(parser.parse_args(argv))

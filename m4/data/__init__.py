@@ -1,0 +1,1 @@
+"""From raw examples to a resumable stream of batches."""

@@ -1,0 +1,78 @@
+"""A dataset of a run: where examples come from, and how often."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any, Protocol
+
+from m4.files import shown
+from m4.masking.dirichlet import Masking, Strategy, check_strategies
+from m4.masking.episodes import ShotMasking
+from m4.tokens.modality import Modalities
+
+
+class Source(Protocol):
+    """Aligned raw examples: a frozen dataclass, so that its fields identify its data.
+
+    A source over files that may be edited has `signature(data_dir) -> str` too, which changes when they do; it is asked
+    first, and raises a ValueError for files that are not there.
+    """
+
+    def prepare(self, data_dir: str | os.PathLike) -> None:
+        """Renders, downloads or checks what is needed; returns at once when it is there."""
+
+    def split(self, name: str, data_dir: str | os.PathLike) -> Seq[dict[str, Any]]:
+        """Raw examples of "train", "validation", "test" or another split that the source has.
+
+        A ValueError that names the file is raised where a bad example is read, not before.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """One part of what a run reads: raw examples (`source`), or a folder of token shards made before (`tokens`).
+
+    weight: share of this data set in the stream, relative to the others'. strategies: its own mixture of masking
+    strategies (default: those of the config's masking). crops: aligned random crops, m4.data.sources.crops.Crops.
+    skip_bad: the greatest share of examples that pre-tokenization may skip because they cannot be read (0: none).
+    shots: its examples are those of episodes, one after the other, and are masked so (then `strategies` are not used).
+    signals: which signals of raw examples are tokenized (default: all that the model has). name: default the source's
+    class, or the folder.
+    """
+
+    source: Any = None
+    tokens: str = ""
+    weight: float = 1.0
+    strategies: tuple[Strategy, ...] = ()
+    crops: Any = None
+    skip_bad: float = 0.0
+    shots: ShotMasking | None = None
+    signals: tuple[str, ...] = ()
+    name: str = ""
+
+    def __post_init__(self):
+        if (self.source is None) == (not self.tokens):
+            raise ValueError(f"a data set needs a source or tokens, one of them: source={self.source}, {self.tokens=}")
+        if not self.weight > 0:
+            raise ValueError(f"data set {self.label}: weight={self.weight} must be positive; leave it out instead")
+        if not 0 <= self.skip_bad < 1:
+            raise ValueError(f"data set {self.label}: skip_bad={self.skip_bad} must be at least 0 and less than 1")
+        if self.tokens and self.signals:
+            raise ValueError(f"data set {self.label}: signals={self.signals} are chosen when tokens are made")
+        if self.tokens and self.crops:
+            raise ValueError(f"data set {self.label}: token shards cannot be cropped; pretokenize again with crops")
+        if self.shots and (self.skip_bad or self.strategies):
+            raise ValueError(f"data set {self.label}: episodes take neither skip_bad nor strategies")
+
+    def check(self, masking: Masking, modalities: Modalities) -> None:
+        if self.shots:
+            self.shots.check(modalities)
+        else:
+            check_strategies(self.strategies or masking.strategies, modalities)
+
+    @property
+    def label(self) -> str:
+        return shown(self.name or (Path(self.tokens).name if self.tokens else type(self.source).__name__.lower()))

@@ -1,0 +1,1 @@
+"""Aligned raw data: each file is a source of raw examples, read by index."""

@@ -1,1 +1,0 @@
-"""Aligned raw data: each file is a source of raw examples, built once by tfds and read by index."""

@@ -1,0 +1,1 @@
+"""A local page that generates any modality from any others."""

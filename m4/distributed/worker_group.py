@@ -1,0 +1,265 @@
+"""Processes of several hosts that share the preparation, and see the same files: who they are, how they wait."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from m4.files import fingerprint, say, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody can tell whether another process lives
+    fcntl = None
+
+
+# What the processes of one job have in common, and other jobs on the same data do not.
+JOB = ("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "MEGASCALE_COORDINATOR_ADDRESS")
+
+
+GRACE = 5  # seconds after which a process that has not started is missed
+
+
+PATIENCE = 300.0  # seconds until a job whose processes do not all start is given up
+
+
+NAMING = 30.0  # seconds until the name of a host must be known
+
+
+GREETING = "m4-roll-call"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Team:
+    """Who shares the work: this process is number `index` of `count` (hosts that see the same files).
+
+    `workers` processes are started here.
+    """
+
+    index: int = 0
+    count: int = 1
+    workers: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count or self.workers < 1:
+            raise ValueError(f"process {self.index} of {self.count} with {self.workers} workers: that is no team")
+
+
+class Others:
+    """The team's other processes: waits for what they write, and raises if one of them failed or died meanwhile.
+
+    Each process has a note in data_dir, which it locks while it lives (so no clocks are compared), and into which it
+    writes why it failed:
+
+        locked                 it works
+        not there              it has not started, or is done
+        unlocked, a message    it failed: since this process started, or in an earlier run if it said so before
+        unlocked, empty        it died without a word, if it was seen alive
+    """
+
+    def __init__(self, data_dir: Path, team: Team):
+        self.data_dir, self.team = data_dir, team
+        self.indices = sorted({*range(team.count)} - {team.index})
+        self.lives: set[int] = set()  # those that were seen alive
+        self.old: dict[int, str] = {}  # messages of earlier runs
+
+    def _note(self, index: int) -> Path:
+        job = [os.environ[name] for name in JOB if os.environ.get(name)]
+        suffix = f"-{fingerprint(job)}" if job else ""
+        return self.data_dir / f".process-{index}-of-{self.team.count}{suffix}"
+
+    def __enter__(self) -> Others:
+        if self.team.count > 1:
+            self.old = {i: message for i in self.indices if (message := self._message(i))}
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._note(self.team.index), os.O_CREAT | os.O_RDWR, 0o666)
+            for _ in range(40):  # others look by locking it for a moment
+                with contextlib.suppress(OSError):
+                    if fcntl:
+                        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.05)
+            os.ftruncate(self._file, 0)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.team.count > 1:
+            if error is None:
+                self._note(self.team.index).unlink(missing_ok=True)
+            else:  # with the time, for the same failure of another run to differ
+                os.pwrite(self._file, shown(f"{kind.__name__}: {error}\0{time.time_ns()}").encode(), 0)
+            os.close(self._file)
+
+    def _message(self, index: int) -> str:
+        with contextlib.suppress(OSError):
+            return self._note(index).read_text(errors="replace")
+        return ""
+
+    def _is_locked(self, index: int) -> bool:
+        """Whether a process holds its note: it lives. False too where file systems have no locks."""
+        with contextlib.suppress(OSError):
+            file = os.open(self._note(index), os.O_RDONLY)
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            finally:
+                os.close(file)
+        return False
+
+    def _check(self, index: int) -> None:
+        """ValueError if a process failed or died since this one started."""
+        if self._is_locked(index):
+            self.lives.add(index)
+            return
+        message = self._message(index)
+        if message and message != (self.old[index] if index in self.old else ""):
+            failure = message.rpartition("\\x00")[0]
+            raise ValueError(f"process {index} of {self.team.count} failed with {failure}")
+        if index in self.lives and not message and self._note(index).exists() and not self._is_locked(index):
+            raise ValueError(f"process {index} of {self.team.count} died without a word; start all processes again")
+
+    def wait(self, done: Callable[[], bool], what: str) -> None:
+        """Until `done()`. Says what it waits for, and soon, then each minute, which processes have not started."""
+        start, times = time.monotonic(), [0, GRACE]
+        while not done():
+            for index in self.indices:
+                self._check(index)
+            passed = time.monotonic() - start
+            if passed >= times[0]:
+                text = f"process {self.team.index} of {self.team.count} waits for {what}"
+                missed = [i for i in self.indices if i not in self.lives and not self._is_locked(i)]
+                if missed and passed >= GRACE:
+                    named = ", ".join(
+                        f"{i} (its last run failed with {self._old(i)})" if i in self.old else str(i) for i in missed
+                    )
+                    text += f"; not started, or not on these files: process {named}"
+                say(text)
+                times = [*times[1:], passed + 60]
+            time.sleep(0.5)
+
+    def _old(self, index: int) -> str:
+        return self.old[index].rpartition("\\x00")[0]
+
+
+# ---- Before there is any connection ----------------------------------------------------------------------------------
+
+
+def roll_call(address: str, count: int, index: int, *, patience: float = PATIENCE) -> None:
+    """Returns when all processes of a job are there: 1, 2, ... report to process 0 at `address`, host:port.
+
+    JAX waits for them in silence, and ends the process itself if one stays away. ValueError for an address that makes
+    no sense, and after `patience` seconds.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}; allowed: HOST:PORT of process 0, as node0:1234")
+    host = host.strip("[]")  # of IPv6
+    if count == 1:
+        return
+    _known(host, min(patience, NAMING))
+    waiting = _Waiting(index, count, patience)
+    if index == 0:
+        _hear(int(port), count, waiting)
+    else:
+        _report((host, int(port)), index, waiting)
+
+
+@contextlib.contextmanager
+def saying(text: str) -> Iterator[None]:
+    """Says a line after some seconds, then each minute, as long as it takes."""
+    done = threading.Event()
+
+    def say_so():
+        pause = GRACE
+        while not done.wait(pause):
+            say(text)
+            pause = 60
+
+    thread = threading.Thread(target=say_so, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _known(host: str, patience: float) -> None:
+    """ValueError unless the name of a host is known; where all hosts start at once, it may take a while."""
+    start, is_said = time.monotonic(), False
+    while True:
+        try:
+            socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            return
+        except OSError as error:
+            text = f"the host {host!r} of JAX_COORDINATOR_ADDRESS is not known ({error.strerror})"
+            if time.monotonic() - start > patience:
+                raise ValueError(text) from error
+            if not is_said:
+                say(f"{text}; waiting for {patience:.0f} seconds")
+            is_said = True
+            time.sleep(1)
+
+
+class _Waiting:
+    """Says after some seconds, then each minute, who is missed; ValueError when patience ends."""
+
+    def __init__(self, index: int, count: int, patience: float):
+        self.who, self.patience = f"process {index} of {count}", patience
+        self.start, self.next = time.monotonic(), GRACE
+
+    def tell(self, missed: str) -> None:
+        passed = time.monotonic() - self.start
+        if passed > self.patience:
+            raise ValueError(f"{self.who} waited {self.patience:.0f} seconds for {missed}; start all processes again")
+        if passed >= self.next:
+            say(f"{self.who} waits for {missed}")
+            self.next = passed + 60
+
+
+def _hear(port: int, count: int, waiting: _Waiting) -> None:
+    try:
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
+    except OSError as error:
+        raise ValueError(f"port {port} of JAX_COORDINATOR_ADDRESS cannot be used: {error.strerror}") from error
+    there: dict[int, socket.socket] = {}
+    with server, contextlib.ExitStack() as stack:
+        server.settimeout(0.2)
+        while len(there) < count - 1:
+            missed = [str(i) for i in range(1, count) if i not in there]
+            waiting.tell(f"process {', '.join(missed)} (JAX_PROCESS_ID) to start")
+            with contextlib.suppress(OSError, ValueError):  # nobody came, or somebody else
+                connection, _ = server.accept()
+                stack.enter_context(connection)
+                connection.settimeout(2)
+                greeting, index, total = connection.recv(100).decode().split()
+                if greeting == GREETING and int(total) == count and 0 < int(index) < count:
+                    there[int(index)] = connection
+        for connection in there.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(b"all")
+
+
+def _report(address: tuple[str, int], index: int, waiting: _Waiting) -> None:
+    host, port = address
+    while True:
+        waiting.tell(f"process 0 at {host}:{port} (JAX_COORDINATOR_ADDRESS), or for those that it waits for")
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=2) as connection:
+            connection.settimeout(1)
+            connection.sendall(f"{GREETING} {index} {waiting.who.rpartition(' ')[2]}".encode())
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    if connection.recv(10) == b"all":
+                        return
+                    break  # process 0 is gone: its successor is looked for
+                waiting.tell(f"the processes that process 0 at {host}:{port} waits for")
+        time.sleep(0.3)

@@ -1,1 +1,0 @@
-"""Measures of trained models: one file per family, each with its baseline and its bound."""

@@ -1,0 +1,1 @@
+"""How predictions are compared with the truth."""

@@ -1,0 +1,201 @@
+"""What a frozen encoder knows from any subset of signals, and what happens when others are missing at test time.
+
+    matrix        linear probes of a label on pooled embeddings (m4.features): rows are the subsets that the training
+                  samples had, "drawn" one drawn for each sample; columns those of the test samples
+    missingness   every signal but one is always there; that one is missing in half of the samples
+                      random    whatever the label
+                      by label  of half of the classes in 9 samples of 10, of the others in 1 of 10
+                      flipped   by label in training, in tests the other way round
+                  "presence" is a probe that is told nothing but whether the signal is there
+
+B samples, D width, S subsets
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from tqdm import tqdm
+
+from m4.checkpoints.runs import load_run
+from m4.data.sources.files import read_for
+from m4.errors import check, check_seed
+from m4.evaluation.probes import LABELS, labels_of, linear
+from m4.files import replacing, write_atomically
+from m4.inference.sampler import Sampler
+from m4.representations.embed import embed
+from m4.tokens.packing import pack
+
+Subset = tuple[str, ...]
+
+
+DECAY = 1e-2  # of the probes
+
+
+OFTEN = 0.9  # how often a signal is missing where the label asks for it
+
+
+MOST_SIGNALS = 5  # of which there are 31 subsets
+
+
+def subsets_of(signals: Sequence[str]) -> list[Subset]:
+    """All but the empty one, small ones first."""
+    return [s for n in range(1, len(signals) + 1) for s in itertools.combinations(signals, n)]
+
+
+def embeddings(
+    sampler: Sampler, examples: Sequence[Mapping[str, Any]], subsets: Sequence[Subset]
+) -> dict[Subset, Float[np.ndarray, "B D"]]:
+    """Pooled embeddings of each subset's signals."""
+    names = sorted({name for subset in subsets for name in subset})
+    records = sampler.encode({name: [e[name] for e in examples] for name in names})
+    found = {}
+    for subset in tqdm(subsets, desc="embeddings", unit="subset"):
+        members = {sampler.modalities.as_input(name).name for name in subset}
+        rows = [pack([{m: r[m] for m in r if m in members}], [0], sampler.modalities) for r in records]
+        found[subset] = embed(sampler, rows).pooled
+    return found
+
+
+def matrix(
+    train: Mapping[Subset, Float[np.ndarray, "B D"]],
+    labels: Int[np.ndarray, " B"],
+    test: Mapping[Subset, Float[np.ndarray, "b D"]],
+    truth: Int[np.ndarray, " b"],
+    rng: np.random.Generator,
+) -> dict[str, dict[str, float]]:
+    """Accuracies, {training subset, test subset}."""
+    every = np.stack(list(train.values()))
+    drawn = every[rng.integers(len(every), size=len(labels)), np.arange(len(labels))]
+    columns, result = np.concatenate(list(test.values())), {}
+    for name, x in [*((" + ".join(s), x) for s, x in train.items()), ("drawn", drawn)]:
+        right = linear(x, labels, columns, DECAY).reshape(len(test), -1) == truth
+        result[name] = {" + ".join(s): float(r.mean()) for s, r in zip(test, right, strict=True)}
+    return result
+
+
+def present(
+    labels: Int[np.ndarray, " B"], how: str, num_classes: int, rng: np.random.Generator
+) -> Bool[np.ndarray, " B"]:
+    """In which samples a signal is there. `how`: see the head of this file."""
+    often = (labels < num_classes / 2) != (how == "flipped")
+    share = np.where(often, OFTEN, 1 - OFTEN) if how != "random" else 0.5
+    return rng.random(len(labels)) >= share
+
+
+def missingness(
+    train: Mapping[Subset, Float[np.ndarray, "B D"]],
+    labels: Int[np.ndarray, " B"],
+    test: Mapping[Subset, Float[np.ndarray, "b D"]],
+    truth: Int[np.ndarray, " b"],
+    rng: np.random.Generator,
+) -> dict[str, dict[str, float]]:
+    """Accuracies, {missing signal, or its presence alone: {"random", "by label", "flipped"}}."""
+    whole, num_classes, result = max(train, key=len), int(labels.max()) + 1, {}
+    for signal in whole if len(whole) > 1 else ():
+        rest = tuple(name for name in whole if name != signal)
+        rows: dict[str, dict[str, float]] = {signal: {}, f"presence of {signal}": {}}
+        for hows in (("random",), ("by label", "flipped")):  # a probe of the first, tested on each
+            known = present(labels, hows[0], num_classes, rng)
+            shown = [present(truth, how, num_classes, rng) for how in hows]
+            mixed = [np.where(k[:, None], e[whole], e[rest]) for k, e in ((known, train), *((s, test) for s in shown))]
+            alone = [k[:, None].astype(float) for k in (known, *shown)]
+            for row, (x, *tests) in zip(rows.values(), (mixed, alone), strict=True):
+                right = linear(x, labels, np.concatenate(tests), DECAY).reshape(len(hows), -1) == truth
+                row |= dict(zip(hows, right.mean(1).tolist(), strict=True))
+        result |= rows
+    return result
+
+
+def evaluate(
+    workdir: str | Path, out: str | Path = "", *, label: str = "number of objects", num_train: int = 512,
+    num_test: int = 1000, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Of a trained model (see `load_run`): subsets.json, .md and .png into `out` (default: `workdir`).
+
+    Samples are of the first data set's source, with a label of m4.evaluation.probes.LABELS: of its validation split,
+    which no training shows, for the probes to be fitted on, and of its test split. ValueError if it has no such label.
+    """
+    check("label", label, LABELS)
+    check_seed(seed)
+    started, out = time.monotonic(), Path(out or workdir)
+    run = load_run(workdir)
+    sampler, source = Sampler(run.model, run.tokenizers), run.config.datasets[0].source
+    if source is None:
+        raise ValueError(f"subsets need raw examples, and {run.config.datasets[0].label} has token shards only")
+    source.prepare(run.config.data_dir)
+    parts = []
+    for split, count in (("validation", num_train), ("test", num_test)):
+        examples = read_for(source.split(split, run.config.data_dir), run.tokenizers.values())
+        parts.append([examples[i] for i in range(min(count, len(examples)))])
+    if not all(parts):
+        raise ValueError(f"{[*map(len, parts)]} examples for training and tests; some of each are needed")
+    has = set.intersection(*({n for n, x in e.items() if x is not None} for part in parts for e in part))
+    signals = list(dict.fromkeys(m.signal for m in sampler.modalities if m.is_input and m.signal in has))
+    if not signals:
+        raise ValueError(f"no input signal of the model is in every example; they have {', '.join(sorted(has))}")
+    if len(signals) > MOST_SIGNALS:
+        print(f"left out, for {MOST_SIGNALS} signals have {2**MOST_SIGNALS - 1} subsets: {signals[MOST_SIGNALS:]}")
+        signals = signals[:MOST_SIGNALS]
+    said = [labels_of(label, part, type(source).__name__) for part in parts]
+    classes = sorted(set(said[0]))
+    known = [i for i, x in enumerate(said[1]) if x in classes]
+    if not known:
+        raise ValueError(f"no test example has a value of {label!r} that a training example has")
+    labels, truth = (np.array([classes.index(x) for x in xs]) for xs in (said[0], [said[1][i] for i in known]))
+    subsets = subsets_of(signals)
+    train, test = (embeddings(sampler, part, subsets) for part in (parts[0], [parts[1][i] for i in known]))
+    rng = np.random.default_rng(seed)
+    results = {
+        "label": label,
+        "num_train": len(labels),
+        "num_test": len(truth),
+        "most frequent": float((truth == np.bincount(labels).argmax()).mean()),
+        "matrix": matrix(train, labels, test, truth, rng),
+        "missingness": missingness(train, labels, test, truth, rng),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "subsets.json", json.dumps(results, indent=1).encode())
+    write_atomically(out / "subsets.md", table(results).encode())
+    picture(results, out / "subsets.png")
+    print(f"{table(results)}\n{out}/subsets.json, .md, .png in {time.monotonic() - started:.0f} s", flush=True)
+    return results
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Markdown: the matrix, then what missing signals do."""
+    lines = [
+        f"Accuracy of {results['label']}, {results['num_train']} training and {results['num_test']} test samples; the "
+        f"most frequent class: {results['most frequent']:.3f}.",
+        "",
+    ]
+    for corner, part in (("train \\ test", "matrix"), ("missing", "missingness")):
+        rows = results[part]
+        names = list(next(iter(rows.values()))) if rows else []
+        lines += [f"| {corner} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        lines += [f"| {name} | {' | '.join(f'{x:.3f}' for x in row.values())} |" for name, row in rows.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(results: Mapping[str, Any], file: Path) -> None:
+    from matplotlib.figure import Figure  # seconds to import, used here alone
+
+    rows = results["matrix"]
+    values = np.array([[*row.values()] for row in rows.values()])
+    figure = Figure(figsize=(3 + 0.45 * values.shape[1], 3 + 0.35 * len(values)), layout="tight")
+    axis = figure.subplots()
+    shown = axis.imshow(values, vmin=results["most frequent"], vmax=1)
+    axis.set(xlabel="signals in tests", ylabel="signals in training", title=f"accuracy of {results['label']}")
+    axis.set_xticks(range(values.shape[1]), list(next(iter(rows.values()))), rotation=90)
+    axis.set_yticks(range(len(values)), list(rows))
+    figure.colorbar(shown)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

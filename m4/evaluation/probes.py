@@ -1,0 +1,230 @@
+"""What a frozen encoder knows of a picture: labels read from pooled embeddings by neighbours and by a linear map.
+
+    embeddings      of the trained encoder (m4.features)
+    random encoder  of the same encoder before any training
+    raw pixels      no encoder at all
+
+Everything is fitted on training pictures with known labels, and scored on others. B samples, D numbers, C classes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import reduce
+from flax import nnx
+from jaxtyping import Float, Int
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+from tqdm import tqdm
+
+from m4.checkpoints.runs import load_run
+from m4.data.sources.stamps import Stamps
+from m4.errors import check
+from m4.files import write_atomically
+from m4.in_context.tasks.image_cache import KINDS, bank
+from m4.inference.sampler import Sampler
+from m4.model.encoder_decoder import Model
+from m4.representations.embed import features
+from m4.training.trainer import random_key
+
+LABELS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "shape": lambda e: e["objects"][0]["shape"],
+    "colour": lambda e: e["objects"][0]["colour"],
+    "size": lambda e: e["objects"][0]["size"],
+    "number of objects": lambda e: len(e["objects"]),
+    "category": lambda e: e["boxes"]["label"][0],
+}
+
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the linear probe's weight decay, chosen on a fifth of the training pictures
+
+
+def labels_of(label: str, examples: Seq[Mapping[str, Any]], what: str) -> list[Any]:
+    """What LABELS reads from raw examples of `what`. ValueError if some example has no such label."""
+    try:
+        return [LABELS[label](e) for e in examples]
+    except KeyError as error:
+        raise ValueError(f"examples of {what} have no {error} to read {label!r} from") from error
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"an example of {what} has nothing to read {label!r} from: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A label of pictures: fitted on `num_train` of one split, scored on `num_test` of another.
+
+    `same`: what is equal in several pictures of one thing, as "caption" ("": no two are), whose answers are
+    not independent: standard errors count things then, not pictures.
+    """
+
+    label: str
+    same: str = ""
+    source: Any = KINDS
+    train: str = "heldout"
+    test: str = "heldout"
+    num_train: int = 2000
+    num_test: int = 1000
+
+    def __post_init__(self):
+        check("label", self.label, LABELS)
+
+    @property
+    def name(self) -> str:
+        return f"{type(self.source).__name__.lower()}: {self.label}"
+
+    def read(self, data_dir: str | os.PathLike) -> tuple[tuple[np.ndarray, np.ndarray], list, list, list]:
+        """Pictures [B H W 3] for training and for tests, which do not overlap; labels of the first, of the second; of
+        what the test pictures are."""
+        self.source.prepare(data_dir)
+        try:
+            parts = {split: bank(self.source, split, data_dir) for split in (self.train, self.test)}
+        except KeyError as error:
+            raise ValueError(f"{self.name} needs {error} in every raw example") from error
+        first = self.num_train if self.train == self.test else 0
+        ranges = (self.train, slice(0, self.num_train)), (self.test, slice(first, first + self.num_test))
+        of = [parts[s].annotations[r] for s, r in ranges]
+        if not all(map(len, of)):
+            raise ValueError(f"{self.name}: {[*map(len, of)]} examples for training and tests; some of each are needed")
+        labels = [labels_of(self.label, part, type(self.source).__name__) for part in of]
+        if self.same and not all(self.same in e for e in of[1]):
+            raise ValueError(f"{self.name}: same={self.same!r} is not in every example; it has {', '.join(of[1][0])}")
+        pictures = tuple(parts[s].rgb[r] for s, r in ranges)
+        return pictures, *labels, [e[self.same] if self.same else i for i, e in enumerate(of[1])]
+
+
+def whitened(
+    train: Float[np.ndarray, "B D"], test: Float[np.ndarray, "b D"], size: int = 128
+) -> tuple[Float[np.ndarray, "B d"], Float[np.ndarray, "b d"]]:
+    """The first principal components (at most `size`), each with variance one in training."""
+    mean = train.mean(0)
+    variances, directions = np.linalg.eigh(np.cov((train - mean).T.astype(np.float64)))
+    variances, directions = variances[::-1][:size], directions[:, ::-1][:, :size]
+    scaled = directions / np.sqrt(np.maximum(variances, 0) + 1e-3 * variances.mean())
+    return (train - mean) @ scaled, (test - mean) @ scaled
+
+
+def neighbours(
+    train: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"], test: Float[np.ndarray, "b D"], k: int = 10
+) -> Int[np.ndarray, " b"]:
+    """The most frequent class among the k nearest by cosine similarity of whitened vectors.
+
+    Without whitening a few directions, such as the light's, decide what is near, in embeddings and pixels alike.
+    """
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in whitened(train, test)]
+    nearest = np.argsort(-(unit[1] @ unit[0].T), axis=1, kind="stable")[:, :k]
+    return np.array([np.bincount(row).argmax() for row in labels[nearest]])
+
+
+def linear(
+    train: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"], test: Float[np.ndarray, "b D"], decay: float
+) -> Int[np.ndarray, " b"]:
+    """Multinomial logistic regression on standardised numbers, `decay` times half the squared weights added."""
+    mean, scale = train.mean(0), np.maximum(train.std(0), 1e-6)
+    x, y = ((a - mean) / scale for a in (train, test))
+    x, y = (np.concatenate([a, np.ones((len(a), 1))], axis=1).astype(np.float64) for a in (x, y))
+    truth, shape = np.eye(labels.max() + 1)[labels], (x.shape[1], labels.max() + 1)
+
+    def loss(flat):
+        weights = flat.reshape(shape)
+        log = log_softmax(x @ weights, axis=1)
+        gradient = x.T @ (np.exp(log) - truth) / len(x) + decay * weights
+        return -(log * truth).sum() / len(x) + decay / 2 * (weights**2).sum(), gradient.ravel()
+
+    found = minimize(loss, np.zeros(np.prod(shape)), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+    return (y @ found.reshape(shape)).argmax(1)
+
+
+def clustered(right: Float[np.ndarray, " B"], things: np.ndarray) -> dict[str, float | int]:
+    """Mean, and its standard error if answers about one thing are not independent (Liang & Zeger 1986)."""
+    _, number = np.unique(things, return_inverse=True)
+    sums = np.bincount(number, right - right.mean())
+    count = len(sums)
+    sem = (count / max(count - 1, 1) * (sums**2).sum()) ** 0.5 / len(right)
+    return {"mean": float(right.mean()), "sem": float(sem), "num_things": count}
+
+
+def accuracies(train, labels, test, truth, things) -> dict[str, dict[str, float | int]]:
+    """{"k-NN", "linear": accuracy and its standard error}; the linear probe's decay is chosen on held-out training."""
+    cut = len(train) * 4 // 5
+    chosen = max(STRENGTHS, key=lambda s: (linear(train[:cut], labels[:cut], train[cut:], s) == labels[cut:]).mean())
+    said = {"k-NN": neighbours(train, labels, test), "linear": linear(train, labels, test, chosen)}
+    return {name: clustered(np.asarray(answers == truth, float), things) for name, answers in said.items()}
+
+
+def default_probes() -> tuple[Probe, ...]:
+    """Attributes of kinds that no training of scenes shows, and the categories of cut-outs, where these are there."""
+    scenes = tuple(Probe(label=name) for name in ("shape", "colour", "size"))
+    stamps = Stamps(max_objects=1, num_train=6000, num_validation=8, num_test=3000)
+    category = Probe(
+        label="category", source=stamps, train="train", test="test", num_train=6000, num_test=3000, same="caption"
+    )
+    return (*scenes, category)
+
+
+def evaluate(workdir: str | Path, out: str | Path = "", probes: Seq[Probe] | None = None) -> dict[str, Any]:
+    """Probes a trained model (see `load_run`): probes.json and probes.md into `out` (default: `workdir`)."""
+    started, out = time.monotonic(), Path(out or workdir)
+    run = load_run(workdir)
+    random = Model(run.config.model, run.model.modalities, rngs=nnx.Rngs(random_key(run.config.seed + 1)))
+    encoders = {
+        "embeddings": Sampler(run.model, run.tokenizers),
+        "random encoder": Sampler(random, run.tokenizers),
+    }
+    results: dict[str, Any] = {}
+    known: dict[Any, Any] = {}  # pictures and their embeddings, which several labels share
+    for probe in probes or default_probes():
+        where = dataclasses.replace(probe, label="category")
+        try:
+            pictures, *labels, things = probe.read(run.config.data_dir)
+        except ValueError as error:
+            if probes:
+                raise
+            print(f"{probe.name} is left out: {error}", flush=True)
+            continue
+        if where not in known:
+            # Of raw pixels the means of 4 x 4: a linear probe of all is slow.
+            known[where] = {
+                "raw pixels": [
+                    reduce(part.astype(np.float32) / 255, "b (h y) (w x) c -> b (h w c)", "mean", y=4, x=4)
+                    for part in pictures
+                ]
+            }
+            for name, sampler in encoders.items():
+                progress = functools.partial(tqdm, desc=f"{type(probe.source).__name__.lower()}, {name}", unit="batch")
+                embed = functools.partial(features, sampler, progress=progress)
+                known[where][name] = [embed({"rgb": list(part)}).pooled for part in pictures]
+        classes = sorted(set(labels[0]))
+        seen = [i for i, label in enumerate(labels[1]) if label in classes]
+        given, truth = (np.array([classes.index(x) for x in y]) for y in (labels[0], [labels[1][i] for i in seen]))
+        things = np.array(things)[seen]
+        frequent = clustered(np.asarray(truth == np.bincount(given).argmax(), float), things)
+        results[probe.name] = {"most frequent": {"k-NN": frequent}} | {
+            name: accuracies(x, given, y[seen], truth, things) for name, (x, y) in known[where].items()
+        }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "probes.json", json.dumps(results, indent=1).encode())
+    write_atomically(out / "probes.md", table(results).encode())
+    print(f"{table(results)}\n{out}/probes.json, .md in {time.monotonic() - started:.0f} s", flush=True)
+    return results
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Markdown: a row for each label and encoder."""
+    lines = ["| label | of | k-NN | linear |", "|---|---|---|---|"]
+    for probe, rows in results.items():
+        for name, cells in rows.items():
+            figures = [
+                f"{cells[c]['mean']:.3f} ± {cells[c]['sem']:.3f}" if c in cells else "" for c in ("k-NN", "linear")
+            ]
+            lines.append(f"| {probe} | {name} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"

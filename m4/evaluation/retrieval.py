@@ -1,0 +1,209 @@
+"""Whether one group of a sample's signals finds another group of the same sample by the encoder's pooled embeddings.
+
+    found     ranks of the right answers among all samples, by cosine similarity of embeddings less their group's mean
+    shuffled  the same ranking, judged by the partners of other samples: what hubs and duplicates give away
+    chance    of any order of the samples, exactly
+
+    recall@k  share of queries with a right answer among the first k
+    MRR       mean of 1 / rank of the first right answer, 1 at best
+    rank      its mean place, from 0 (first) to 1 (last)
+
+N samples, D width
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from tqdm import tqdm
+
+from m4.checkpoints.runs import load_run
+from m4.data.sources.files import read_for
+from m4.errors import closest
+from m4.evaluation.few_shot import summary
+from m4.files import write_atomically
+from m4.inference.sampler import Sampler
+from m4.pictures import contact_sheet, labelled, write_png
+from m4.representations.embed import features
+from m4.representations.nearest import retrieve
+
+COUNTS = (1, 5, 10)  # k of recall@k
+
+
+NUM_DRAWN, NUM_HITS = 4, 5  # queries of each direction in the picture, and what each finds first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Signals `a` and `b` of the first `num_samples` of a split that have some of both; each is to find the other.
+
+    source: of raw examples (None: the run's first data set). label: a name in raw examples, such as a digit's class;
+    all samples with the query's value of it are right answers then ("": its own sample alone).
+    """
+
+    a: tuple[str, ...] = ("rgb",)
+    b: tuple[str, ...] = ("audio",)
+    source: Any = None
+    split: str = "test"
+    num_samples: int = 1000
+    label: str = ""
+
+    def __post_init__(self):
+        if not self.a or not self.b or {*self.a} & {*self.b}:
+            raise ValueError(f"retrieval: a={self.a} and b={self.b} must name signals, and none of them twice")
+        if self.num_samples < 2:
+            raise ValueError(f"retrieval: num_samples={self.num_samples} must be at least 2")
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        return {" + ".join(names): names for names in (self.a, self.b)}
+
+    def read(self, sampler: Sampler, source: Any, data_dir: str) -> list[dict[str, Any]]:
+        """Raw examples. ValueError for names that neither the model nor the examples know."""
+        tokenizers = {name: sampler.input_tokenizer(name) for name in (*self.a, *self.b)}
+        source.prepare(data_dir)
+        split, found = read_for(source.split(self.split, data_dir), sampler.tokenizers.values()), []
+        for i in tqdm(range(len(split)), desc="reading examples", unit="example", file=sys.stdout, mininterval=1):
+            example = split[i]
+            signals = {name: t.signal_of(example) for name, t in tokenizers.items()}
+            if all(any(signals[n] is not None for n in names) for names in (self.a, self.b)):
+                if self.label and self.label not in example:
+                    raise ValueError(f"retrieval: unknown label {self.label!r}; {closest(self.label, [*example])}")
+                found.append({**example, **signals})
+            if len(found) == self.num_samples:
+                break
+        if len(found) < 2:
+            raise ValueError(f"retrieval: {len(found)} examples of {self.split!r} have both of {list(self.groups)}")
+        return found
+
+    def right(self, examples: Seq[Mapping[str, Any]]) -> Bool[np.ndarray, "N N"]:
+        """Which samples are right answers to which."""
+        if not self.label:
+            return np.eye(len(examples), dtype=bool)
+        labels = np.array([str(e[self.label]) for e in examples])
+        return labels[:, None] == labels[None]
+
+
+def first_right(best: Int[np.ndarray, "N N"], right: Bool[np.ndarray, "N N"]) -> Int[np.ndarray, " N"]:
+    """The place, from 0, of each query's first right answer. best: samples from the most similar on."""
+    return np.take_along_axis(right, best, axis=1).argmax(1)
+
+
+def figures(places: Int[np.ndarray, " n"], count: int) -> dict[str, Float[np.ndarray, " n"]]:
+    """Of each query, by name; of `count` samples."""
+    recalls = {f"recall@{k}": (places < k).astype(float) for k in COUNTS}
+    return {**recalls, "MRR": 1 / (places + 1), "rank": places / (count - 1)}
+
+
+def by_chance(right: Bool[np.ndarray, "N N"]) -> dict[str, float]:
+    """Means of `figures` over all orders of the samples. With one right answer of N, recall@k is k / N."""
+    count, at = len(right), np.arange(len(right))
+    every, expected = figures(at, count), []
+    for number in right.sum(1):
+        # That none of the first i samples is right, by i; then where the first right one is.
+        none = np.cumprod(np.append(1, np.maximum(count - number - at, 0) / (count - at)))
+        expected.append([(-np.diff(none) * x).sum() for x in every.values()])
+    return dict(zip(every, np.mean(expected, axis=0).tolist(), strict=True))
+
+
+def shuffled_partners(count: int, rng: np.random.Generator) -> Int[np.ndarray, " N"]:
+    """For each sample another one: one ring through all of them."""
+    order, partner = rng.permutation(count), np.zeros(count, int)
+    partner[order] = np.roll(order, 1)
+    return partner
+
+
+def measure(
+    queries: Float[np.ndarray, "N D"], gallery: Float[np.ndarray, "N D"], right: Bool[np.ndarray, "N N"]
+) -> tuple[dict[str, dict[str, dict[str, Any]]], Int[np.ndarray, "N N"]]:
+    """{found, shuffled, chance: {figure: {"mean", "sem", "num_queries"}}}, and what each query finds, best first."""
+    count = len(right)
+    best, _ = retrieve(queries, gallery, k=count)
+    others = right[:, shuffled_partners(count, np.random.default_rng(0))]
+    rows = {
+        name: {k: summary(x) for k, x in figures(first_right(best, judged), count).items()}
+        for name, judged in (("found", right), ("shuffled", others))
+    }
+    chance = {k: {"mean": x, "sem": 0.0, "num_queries": count} for k, x in by_chance(right).items()}
+    return {**rows, "chance": chance}, best
+
+
+def evaluate(workdir: str | Path, out: str | Path = "", retrievals: Seq[Retrieval] = ()) -> dict[str, Any]:
+    """Scores a trained model (see `load_run`): retrieval.json, .md and .png into `out` (default: `workdir`).
+
+    What is measured is given, or the config's `retrieval`, else Retrieval().
+    """
+    started, out = time.monotonic(), Path(out or workdir)
+    run = load_run(workdir)
+    asked = retrievals or run.config.retrieval or Retrieval()
+    sampler, results, rows = Sampler(run.model, run.tokenizers), {}, []
+    for r in (asked,) if isinstance(asked, Retrieval) else asked:
+        source = r.source or run.config.datasets[0].source
+        if source is None:
+            raise ValueError(
+                "retrieval needs raw examples, and the run's data set has token shards only; give a source"
+            )
+        examples = r.read(sampler, source, run.config.data_dir)
+        found = {}
+        for group, names in r.groups.items():
+            progress = functools.partial(tqdm, desc=f"embeddings of {group}", unit="batch", file=sys.stdout)
+            signals = {name: [e[name] for e in examples] for name in names}
+            pooled = features(sampler, signals, progress=progress).pooled
+            found[group] = pooled - pooled.mean(axis=0)  # as the contrastive loss compares them
+        right = r.right(examples)
+        for query, answer in (r.groups, reversed(r.groups)):
+            name = f"{query} -> {answer}" + (f", same {r.label}" if r.label else "")
+            if name in results:
+                raise ValueError(f"retrieval: {name!r} is asked twice; evaluate the second one by itself")
+            results[name], best = measure(found[query], found[answer], right)
+            rows += draw(sampler, name, (r.groups[query], r.groups[answer]), examples, best, right)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "retrieval.json", json.dumps(results, indent=1).encode())
+    write_atomically(out / "retrieval.md", table(results).encode())
+    write_png(out / "retrieval.png", contact_sheet(rows))
+    print(f"{table(results)}\n{out}/retrieval.json, .md, .png in {time.monotonic() - started:.0f} s", flush=True)
+    return results
+
+
+def draw(
+    sampler: Sampler, name: str, groups: tuple[Seq[str], Seq[str]], examples: Seq[Mapping[str, Any]],
+    best: Int[np.ndarray, "N N"], right: Bool[np.ndarray, "N N"],
+) -> list[tuple[str, dict[str, np.ndarray]]]:  # fmt: skip
+    """Rows of a contact sheet: a query's first signal, and those of the samples that it finds."""
+
+    def tile(i: int, names: Seq[str], words: str) -> np.ndarray:
+        signal = next(n for n in names if examples[i][n] is not None)
+        image = examples[i]["rgb"] if "rgb" in examples[i] else None
+        return labelled(sampler.input_tokenizer(signal).draw(examples[i][signal], image=image), words)
+
+    rows, places = [], first_right(best, right)
+    for i in range(min(NUM_DRAWN, len(examples))):
+        hits = {
+            f"hit {k + 1}": tile(j, groups[1], "right" if right[i, j] else "wrong")
+            for k, j in enumerate(best[i, :NUM_HITS])
+        }
+        rows.append((f"right at {places[i] + 1}, {name}", {"query": tile(i, groups[0], ""), **hits}))
+    return rows
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Markdown: two rows and chance for each direction, a column for each figure."""
+    names = list(next(iter(results.values()))["found"])
+    lines = [f"| direction | of | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for direction, rows in results.items():
+        for of, cells in rows.items():
+            said = [f"{cells[n]['mean']:.3f}" + (f" ± {cells[n]['sem']:.3f}" if of != "chance" else "") for n in names]
+            lines.append(f"| {direction} | {of} | {' | '.join(said)} |")
+    numbers = {rows["found"][names[0]]["num_queries"] for rows in results.values()}
+    lines.append(f"\nMeans and standard errors over {' or '.join(map(str, sorted(numbers)))} samples.")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Few-shot tasks by examples in the context."""

@@ -1,0 +1,92 @@
+"""Captions of scenes, and boxes around what a phrase means: captioning and grounding as M2IXT has them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from m4.data.sources.scene_rules import attribute_counts, micro_f1
+from m4.data.sources.scenes import Scenes
+from m4.in_context.tasks.episode_rng import balanced, generator, pick
+from m4.in_context.tasks.image_cache import Bank, SceneTask, bank, heldout
+from m4.masking.episodes import Episode, Shot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioning(SceneTask):
+    """Image -> caption, judged by F1 of its (object, attribute) pairs; tests show held-out kinds."""
+
+    name: ClassVar[str] = "captioning"
+    output: ClassVar[str] = "caption"
+    images: ClassVar[int] = 1
+
+    def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
+        rng = generator(self.name, split, index)
+        images, by_number = _by_number(self.scenes, heldout(split), os.fspath(data_dir))
+        labels = [*balanced(range(len(by_number)), self.max_shots, rng), int(rng.integers(len(by_number)))]
+        examples = [
+            Shot(inputs={"rgb": images.rgb[i]}, outputs={"caption": images.annotations[i]["caption"]})
+            for i in pick(by_number, labels, rng)
+        ]
+        return Episode(shots=tuple(examples[:-1]), query=examples[-1])
+
+    def correct(self, answer: str, episode: Episode) -> float:
+        return micro_f1([attribute_counts(answer, episode.query.outputs["caption"])])
+
+
+@functools.cache
+def _by_number(scenes: Scenes, split: str, data_dir: str) -> tuple[Bank, list[np.ndarray]]:
+    images = bank(scenes, split, data_dir)
+    return images, list(images.places(lambda example: len(example["objects"])).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grounding(SceneTask):
+    """Image and phrase ("red cube") -> the one box of what it means; tests show held-out kinds."""
+
+    name: ClassVar[str] = "grounding"
+    output: ClassVar[str] = "boxes"
+    images: ClassVar[int] = 1
+
+    def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
+        rng = generator(self.name, split, index)
+        images, phrases = _phrases(self.scenes, heldout(split), os.fspath(data_dir))
+        examples = []
+        for number in rng.choice(len(phrases), self.max_shots + 1, replace=False):
+            scene, thing, phrase = phrases[number]
+            boxes = images.annotations[scene]["boxes"]
+            examples.append(
+                Shot(
+                    inputs={"rgb": images.rgb[scene], "caption": phrase},
+                    outputs={"boxes": {"bbox": boxes["bbox"][thing : thing + 1], "label": [boxes["label"][thing]]}},
+                )
+            )
+        return Episode(shots=tuple(examples[:-1]), query=examples[-1])
+
+    def correct(self, answer: dict[str, Any], episode: Episode) -> bool:
+        """Whether the first box overlaps the truth by more than half of their union."""
+        if len(answer["bbox"]) == 0:
+            return False
+        return overlap(answer["bbox"][0], episode.query.outputs["boxes"]["bbox"][0]) > 0.5
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """Intersection over union of two boxes (ymin, xmin, ymax, xmax)."""
+    area = lambda box: float(np.prod(np.maximum(box[2:] - box[:2], 0)))  # noqa: E731
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    both = area(np.concatenate([np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])]))
+    return both / max(area(first) + area(second) - both, 1e-12)
+
+
+@functools.cache
+def _phrases(scenes: Scenes, split: str, data_dir: str) -> tuple[Bank, list[tuple[int, int, str]]]:
+    """Images, and (scene, object, phrase) where a phrase means one object."""
+    images, phrases = bank(scenes, split, data_dir), []
+    for i, example in enumerate(images.annotations):
+        said = [f"{o['colour']} {o['shape']}" for o in example["objects"]]
+        phrases += [(i, k, phrase) for k, phrase in enumerate(said) if said.count(phrase) == 1]
+    return images, phrases

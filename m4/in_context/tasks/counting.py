@@ -1,0 +1,65 @@
+"""Counting things by an attribute that is never said: CLEVR count induction of VL-ICL Bench, without its question."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from m4.data.sources.ray_tracing import SIZES
+from m4.data.sources.rendering import VARIANTS
+from m4.data.sources.scenes import Scenes
+from m4.in_context.tasks.episode_rng import balanced, generator, pick, shuffled
+from m4.in_context.tasks.image_cache import Bank, SceneTask, bank
+from m4.in_context.tasks.nonce_words import same_text
+from m4.masking.episodes import Episode, Shot
+
+TEST_VALUES = (("colour", "cyan"), ("colour", "purple"), ("shape", "cylinder"))
+
+
+FEWEST = 40  # scenes of a count that are enough to draw from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(SceneTask):
+    """Image -> how many objects have one value of one attribute, the same in the whole episode.
+
+    Counts are about equally frequent in an episode, and so are its candidates: the counts of which there are scenes.
+    What tests count (TEST_VALUES) is never counted in training.
+    """
+
+    name: ClassVar[str] = "counting"
+    output: ClassVar[str] = "caption"
+    images: ClassVar[int] = 1
+
+    def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
+        rng = generator(self.name, split, index)
+        images, values = _pools(self.scenes, split, os.fspath(data_dir))
+        counts = values[list(values)[rng.integers(len(values))]]
+        labels = [*balanced(range(len(counts)), self.max_shots, rng), int(rng.integers(len(counts)))]
+        places = pick(list(counts.values()), labels, rng)
+        answers = [list(counts)[label] for label in labels]
+        examples = [
+            Shot(inputs={"rgb": images.rgb[place]}, outputs={"caption": str(answer)})
+            for place, answer in zip(places, answers, strict=True)
+        ]
+        return Episode(shots=tuple(examples[:-1]), query=examples[-1], candidates=shuffled(map(str, counts), rng))
+
+    def correct(self, answer: str, episode: Episode) -> bool:
+        return same_text(answer, episode.query.outputs["caption"])
+
+
+@functools.cache
+def _pools(scenes: Scenes, split: str, data_dir: str) -> tuple[Bank, dict[tuple[str, str], dict[int, np.ndarray]]]:
+    """Images, and (attribute, value) -> count -> the numbers of scenes with so many, where there are enough."""
+    images, pools = bank(scenes, split, data_dir), {}
+    rules = VARIANTS[scenes.variant]
+    values = {"colour": rules.colours, "shape": rules.shapes, "size": SIZES}
+    counted = [(name, value) for name in values for value in values[name]]
+    for name, value in (c for c in counted if (c in TEST_VALUES) == (split == "test")):
+        places = images.places(lambda example: sum(o[name] == value for o in example["objects"]))  # noqa: B023
+        pools[name, value] = {count: p for count, p in places.items() if len(p) >= FEWEST}
+    return images, pools

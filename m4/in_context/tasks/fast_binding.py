@@ -1,0 +1,144 @@
+"""Fast concept binding: made-up names of kinds of things, to be said, or drawn, after a few examples.
+
+As in Frozen (Tsimpoukelis et al. 2021) and VL-ICL Bench (Zong et al. 2024), with rendered things or cut-outs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from m4.data.sources.scene_rules import read_colours
+from m4.data.sources.scenes import Scenes
+from m4.data.sources.stamps import Stamps
+from m4.in_context.tasks.episode_rng import balanced, generator, pick, shuffled
+from m4.in_context.tasks.image_cache import KINDS, bank, heldout
+from m4.in_context.tasks.nonce_words import draw_words, same_text
+from m4.masking.episodes import Episode, Shot
+
+STAMPS = Stamps(max_objects=1, num_train=6000, num_validation=8, num_test=3000)
+
+
+HELD_OUT = ("food", "household", "plants", "seasonal", "town")  # categories with several cut-outs among those for tests
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneKinds:
+    """Pairs of colour and shape; those for tests, new colours and a new shape among them, are in no training split."""
+
+    scenes: Scenes = KINDS
+
+    suffix: ClassVar[str] = ""
+
+    def prepare(self, data_dir: str | os.PathLike) -> None:
+        self.scenes.prepare(data_dir)
+
+    def read(self, split: str, data_dir: str | os.PathLike) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
+        """Images [N H W C], and the numbers of those of each kind."""
+        return _scene_kinds(self.scenes, heldout(split), os.fspath(data_dir))
+
+
+@functools.cache
+def _scene_kinds(scenes: Scenes, split: str, data_dir: str) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
+    images = bank(scenes, split, data_dir)
+    return images.rgb, images.places(lambda example: (example["objects"][0]["colour"], example["objects"][0]["shape"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StampKinds:
+    """Categories of cut-outs, which need the package of m4.data.sources.stamps; those for tests are HELD_OUT."""
+
+    stamps: Stamps = STAMPS
+
+    suffix: ClassVar[str] = "_stamps"
+
+    def prepare(self, data_dir: str | os.PathLike) -> None:
+        self.stamps.prepare(data_dir)
+
+    def read(self, split: str, data_dir: str | os.PathLike) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
+        """Images [N H W C], and the numbers of those of each kind."""
+        return _stamp_kinds(self.stamps, split, os.fspath(data_dir))
+
+
+@functools.cache
+def _stamp_kinds(stamps: Stamps, split: str, data_dir: str) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
+    images = bank(stamps, split, data_dir)
+    places = images.places(lambda example: example["boxes"]["label"][0])
+    return images.rgb, {name: i for name, i in places.items() if (name in HELD_OUT) == (split == "test")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastBinding:
+    """Image -> made-up name of its kind, of `ways` in the episode."""
+
+    ways: int = 2
+    kinds: SceneKinds | StampKinds = SceneKinds()
+    max_shots: int = 8
+
+    output: ClassVar[str] = "caption"
+    images: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:
+        return f"fast_binding_{self.ways}way{self.kinds.suffix}"
+
+    def prepare(self, data_dir: str | os.PathLike) -> None:
+        self.kinds.prepare(data_dir)
+
+    def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
+        rng = generator(self.name, split, index)
+        rgb, places = self.kinds.read(split, data_dir)
+        names = draw_words(split, self.ways, rng)
+        examples = [
+            Shot(inputs={"rgb": rgb[place]}, outputs={"caption": names[label]})
+            for place, label in _things(self, list(places.values()), rng)
+        ]
+        return Episode(shots=tuple(examples[:-1]), query=examples[-1], candidates=shuffled(names, rng))
+
+    def correct(self, answer: str, episode: Episode) -> bool:
+        return same_text(answer, episode.query.outputs["caption"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastBindingRgb:
+    """Made-up name -> image of its kind; kinds of an episode have different colours, by which answers are judged."""
+
+    ways: int = 2
+    kinds: SceneKinds = SceneKinds()
+    max_shots: int = 8
+
+    name: ClassVar[str] = "fast_binding_rgb"
+    output: ClassVar[str] = "rgb"
+    images: ClassVar[int] = 1
+
+    def prepare(self, data_dir: str | os.PathLike) -> None:
+        self.kinds.prepare(data_dir)
+
+    def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
+        rng = generator(self.name, split, index)
+        rgb, places = self.kinds.read(split, data_dir)
+        of_colour = {colour: places[colour, shape] for colour, shape in shuffled(places, rng)}
+        names = draw_words(split, self.ways, rng)
+        examples = [
+            Shot(inputs={"caption": names[label]}, outputs={"rgb": rgb[place]})
+            for place, label in _things(self, list(of_colour.values()), rng)
+        ]
+        return Episode(shots=tuple(examples[:-1]), query=examples[-1])
+
+    def correct(self, answer: np.ndarray, episode: Episode) -> bool:
+        """Whether the colours that a rule reads off the pixels are those of the truth."""
+        return read_colours(answer) == read_colours(episode.query.outputs["rgb"])
+
+
+def _things(task: FastBinding | FastBindingRgb, kinds: list[np.ndarray], rng: np.random.Generator):
+    """(number of an image, label) of each shot and of the query; `ways` of the kinds take part."""
+    if len(kinds) < task.ways:
+        raise ValueError(f"{task.name}: ways={task.ways}, but there are only {len(kinds)} kinds to choose from")
+    pools = shuffled(kinds, rng)[: task.ways]
+    labels = [*balanced(range(task.ways), task.max_shots, rng), int(rng.integers(task.ways))]
+    return zip(pick(pools, labels, rng), labels, strict=True)

@@ -1,0 +1,74 @@
+"""Images in memory, from which episodes are drawn fast.
+
+Axes: N images, H rows, W columns, C colours.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from m4.data.dataset import Source
+from m4.data.sources.scenes import Scenes
+from m4.errors import check
+from m4.in_context.tasks.episode_rng import SPLITS
+
+KINDS = Scenes(variant="kinds", num_train=8000, num_validation=8, num_test=8, num_heldout=3000)  # single objects
+
+
+SCENES = Scenes(variant="simple", num_train=8000, num_validation=8, num_test=4000, num_heldout=4000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneTask:
+    """What tasks over rendered scenes have in common."""
+
+    scenes: Scenes = SCENES
+    max_shots: int = 8
+
+    def prepare(self, data_dir: str | os.PathLike) -> None:
+        self.scenes.prepare(data_dir)
+
+
+def heldout(split: str) -> str:
+    """The split of rendered scenes that a task shows: for tests the one with the held-out kinds."""
+    check("split", split, SPLITS)
+    return "train" if split == "train" else "heldout"
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A split of a source. rgb: uint8 [N H W C]; annotations: the other signals that tasks ask for."""
+
+    rgb: np.ndarray
+    annotations: tuple[dict[str, Any], ...]
+
+    def places(self, key: Callable[[dict[str, Any]], Hashable]) -> dict[Any, np.ndarray]:
+        """Numbers of images by the key of their annotations, sorted."""
+        return group(enumerate(map(key, self.annotations)))
+
+
+def group(entries: Any) -> dict[Any, np.ndarray]:
+    """[(number, key)] -> the numbers of each key, sorted."""
+    found: dict[Any, list[int]] = {}
+    for number, key in entries:
+        found.setdefault(key, []).append(number)
+    return {key: np.array(found[key]) for key in sorted(found)}
+
+
+def bank(source: Source, split: str, data_dir: str | os.PathLike) -> Bank:
+    """A split of a prepared source, read once per process (1.2 ms an image)."""
+    return _read(source, split, os.fspath(data_dir))
+
+
+@functools.cache
+def _read(source: Source, split: str, data_dir: str) -> Bank:
+    examples = source.split(split, data_dir)
+    rows = [examples[i] for i in range(len(examples))]
+    kept = tuple({name: row[name] for name in ("objects", "boxes", "caption") if name in row} for row in rows)
+    return Bank(np.stack([row["rgb"] for row in rows]), kept)

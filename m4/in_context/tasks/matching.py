@@ -1,0 +1,61 @@
+"""Do two things agree in what counts? MiniImageNet matching of VL-ICL Bench, with an attribute that is never said."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar
+
+from m4.in_context.tasks.episode_rng import balanced, generator, shuffled
+from m4.in_context.tasks.fast_binding import SceneKinds
+from m4.in_context.tasks.nonce_words import draw_words, same_text
+from m4.masking.episodes import Episode, Shot
+
+Kind = tuple[str, str]  # colour, shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairMatching:
+    """Two images -> one made-up word if they agree in colour (or shape, one of both in an episode), else another."""
+
+    kinds: SceneKinds = SceneKinds()
+    max_shots: int = 8
+
+    name: ClassVar[str] = "pair_matching"
+    output: ClassVar[str] = "caption"
+    images: ClassVar[int] = 2
+
+    def prepare(self, data_dir: str | os.PathLike) -> None:
+        self.kinds.prepare(data_dir)
+
+    def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
+        rng = generator(self.name, split, index)
+        rgb, places = self.kinds.read(split, data_dir)
+        pairs = _pairs(tuple(places))
+        counted, words = int(rng.integers(2)), draw_words(split, 2, rng)
+        labels = [*balanced((False, True), self.max_shots, rng), bool(rng.integers(2))]
+        examples = []
+        for label in labels:
+            alike = (label, bool(rng.integers(2)))  # in what counts, in the other attribute
+            choices = pairs[alike if counted == 0 else alike[::-1]]
+            first, second = choices[rng.integers(len(choices))]
+            images = rng.choice(places[first], 2, replace=False)
+            if first != second:
+                images[1] = rng.choice(places[second])
+            answer = words[label]
+            examples.append(Shot(inputs={"rgb": [rgb[i] for i in images]}, outputs={"caption": answer}))
+        return Episode(shots=tuple(examples[:-1]), query=examples[-1], candidates=shuffled(words, rng))
+
+    def correct(self, answer: str, episode: Episode) -> bool:
+        return same_text(answer, episode.query.outputs["caption"])
+
+
+@functools.cache
+def _pairs(kinds: tuple[Kind, ...]) -> dict[tuple[bool, bool], list[tuple[Kind, Kind]]]:
+    """Pairs of kinds by whether they agree in colour and in shape."""
+    pairs = {alike: [] for alike in product((False, True), repeat=2)}
+    for first, second in product(kinds, repeat=2):
+        pairs[first[0] == second[0], first[1] == second[1]].append((first, second))
+    return pairs

@@ -1,0 +1,1 @@
+"""Conditional generation: any modalities in, any others out."""

@@ -1,0 +1,114 @@
+"""Left-to-right decoding of sequences with a key-value cache."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from m4.inference.guidance import guided
+from m4.inference.scheme import GeneratedTokens, Prompt
+from m4.inference.token_sampling import Sampling, uniform
+from m4.tokens.batch import Targets
+from m4.tokens.modality import Modality, Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Autoregressive(Sampling):
+    """Left to right with a key/value cache, from the opening sentinel until every row has closed its last span.
+
+    What is kept of a sequence stays: each masked span is generated up to its closing sentinel. `max_length` bounds the
+    number of generated ids (0: by the modality). `constrained`: outputs follow the tokenizer's grammar, if it has one.
+    """
+
+    temperature: float = 0.0
+    max_length: int = 0
+    constrained: bool = True
+
+    def check(self, modality: Modality) -> None:
+        super().check(modality)
+        if not isinstance(modality, Sequence):
+            raise ValueError(
+                f"Autoregressive generates sequences; {modality.name!r} is a {type(modality).__name__}, "
+                "which MaskGIT and ROAR do"
+            )
+        if not 0 <= self.max_length <= modality.max_length:
+            raise ValueError(f"{self}: max_length must be within 0 and {modality.max_length}, that of {modality.name}")
+
+    def prepare(self, modality: Modality, prompt: Prompt, seeds):
+        length = (self.max_length or modality.max_length) + 1
+        if self.constrained and prompt.grammar is not None and prompt.grammar.distance[0] > length - 1:
+            least = prompt.grammar.distance[0]
+            raise ValueError(f"{self}: {modality.name} needs at least {least} ids by its grammar")
+        return length, uniform(seeds, length, ())
+
+    def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> GeneratedTokens:
+        length, grammar = static, prompt.grammar if self.constrained else None
+        inputs, features = prompt.rows()
+        batch, passes = len(prompt.given), prompt.num_passes
+        decoder = model.start_decoding(model.encode(inputs, features), inputs.valid, length)
+        logits_of = model.logits_of(modality.name)
+        index = jnp.full((batch * passes, 1), model.modalities.index(modality.name))
+        weights = guidance.weights(jnp.ones(batch)) if guidance else jnp.ones((batch, 1))
+        ids = jnp.arange(modality.vocab_size)[None]
+        is_sentinel = (ids >= modality.first_sentinel) & (ids < modality.first_sentinel + modality.num_sentinels)
+
+        def unfinished(carry):
+            return (carry["step"] < length) & ~carry["done"].all()
+
+        def body(carry):
+            step = carry["step"]
+            previous = jnp.repeat(carry["previous"][:, None], passes, axis=0)
+            position, zero = jnp.full_like(index, step), jnp.zeros_like(index)
+            target = Targets(previous, previous, index, position, zero, zero == 0)
+            hidden, cache = model.decode_step(target, decoder, carry["cache"], step)
+            logits = logits_of(guided(hidden, weights)[:, 0])
+            # What is kept stays in its place: sentinels come in order, and the end in the last span, if it is open.
+            closing = modality.first_sentinel + 1 + carry["span"]
+            last = carry["span"] == prompt.num_spans - 1
+            ordered = ~is_sentinel | (ids == closing[:, None])
+            ordered &= (ids != modality.end_id) | (last & prompt.open_end)[:, None]
+            logits = jnp.where(ordered | ~prompt.keeps[:, None], logits, -jnp.inf)
+            if grammar is not None:
+                allowed = grammar.allowed(carry["state"], length - 1 - step)
+                logits = jnp.where(allowed | carry["done"][:, None] | prompt.keeps[:, None], logits, -jnp.inf)
+            random = jnp.asarray(arrays if replay.noise is None else replay.noise)[step]
+            drawn, sure = self.draw(logits, jnp.float32(self.temperature), random)
+            ids_so_far = carry["ids"].at[:, step].set(drawn)
+            if tell is not None:
+                known = jnp.broadcast_to(jnp.arange(length)[None] <= step, ids_so_far.shape)
+                jax.debug.callback(tell, ids_so_far, known, ordered=True)
+            span = carry["span"] + (drawn == closing)
+            done = carry["done"] | (drawn == modality.end_id) | (span == prompt.num_spans)
+            state = carry["state"]
+            if grammar is not None:
+                state = jnp.maximum(jnp.asarray(grammar.next_state)[state, jnp.asarray(grammar.token_class)[drawn]], 0)
+            return {
+                "step": step + 1,
+                "previous": drawn,
+                "ids": ids_so_far,
+                "log_probability": carry["log_probability"].at[:, step].set(sure),
+                "span": span,
+                "state": state,
+                "done": done,
+                "cache": cache,
+            }
+
+        zeros = jnp.zeros(batch, jnp.int32)
+        end = jax.lax.while_loop(
+            unfinished,
+            body,
+            {
+                "step": jnp.int32(0),
+                "previous": zeros + modality.first_sentinel,
+                "ids": jnp.zeros((batch, length), jnp.int32),
+                "log_probability": jnp.zeros((batch, length)),
+                "span": zeros,
+                "state": zeros,
+                "done": zeros > 0,
+                "cache": decoder.cache,
+            },
+        )
+        steps = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        return GeneratedTokens(end["ids"], end["log_probability"], steps)

@@ -1,0 +1,244 @@
+"""Parallel decoding of grids: MaskGIT (Chang et al. 2022) and ROAR (random-order autoregression, 4M section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence as Seq
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from m4.errors import check_choice
+from m4.inference.guidance import guided
+from m4.inference.scheme import GeneratedTokens, Prompt
+from m4.inference.token_sampling import Sampling, uniform
+from m4.tokens.batch import Targets, Tokens
+from m4.tokens.modality import Grid, Modality
+
+NUM_SHAPES, TOKENS_PER_SHAPE = 8, 24  # sizes of step that are compiled for a grid, others are padded: at most; about
+
+
+DRAW, CHOICE = 0, 1  # what random numbers are for
+
+
+Schedule = Literal["maskgit", "cosine", "linear"]
+
+
+def token_schedule(kind: Schedule, num_steps: int, num_tokens: int) -> Int[np.ndarray, " S"]:
+    """Tokens that each step decodes, in all `num_tokens`.
+
+    "maskgit": ever more, by a quarter of a wave, each step at least one (Chang et al. 2022, section 3.3). As 4M counts
+    them, "cosine": few at first and few at last, by half a wave; a step may have none. "linear": equally many; steps
+    that would have none are left out.
+    """
+    if kind == "maskgit":
+        steps = np.arange(1, num_steps + 1)
+        known = np.floor(num_tokens * (1 - np.cos(np.pi / 2 * steps / num_steps)) + 1e-6).astype(int)
+        return np.diff(np.append(np.maximum(known, steps)[:-1], num_tokens), prepend=0)
+    if kind == "linear":
+        counts = np.sort(np.diff(np.linspace(0, num_tokens, num_steps + 1, dtype=int)))[::-1]
+        return counts[counts > 0]
+    left = 0.5 * (1 + np.cos(np.pi * np.arange(num_steps) / num_steps))
+    counts = np.array([round(num_tokens * x) for x in (left[:-1] - left[1:]).tolist()], int)
+    while counts.sum() > num_tokens:  # all rounded up: never with the original's numbers
+        counts[counts.argmax()] -= 1
+    return np.append(counts, num_tokens - counts.sum())
+
+
+def temperature_schedule(
+    kind: Literal["constant", "linear", "power"], counts: Seq[int], first: float, last: float, power: float
+) -> Float[np.ndarray, " S"]:
+    """Temperature of each step. "linear" falls with the share of tokens that are known; "power" (4M's onex) much
+    faster, as one over a power of the step."""
+    counts = np.asarray(counts)
+    left = 1 - np.cumsum(counts) / counts.sum()
+    if kind == "constant":
+        return np.full(len(counts), first)
+    if kind == "linear":
+        return np.maximum(last + (first - last) * np.append(1.0, left[:-1]), 1e-9)
+    curve = 1 / np.linspace(1, 100, counts.sum()) ** power
+    curve = (curve - curve.min()) / max((curve - curve.min()).max(), 1e-30)
+    return np.maximum(last + (first - last) * left * curve[: len(counts)], 1e-9)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parallel(Sampling):
+    """A grid in several steps, each of which decodes some of its tokens; see MaskGIT and ROAR."""
+
+    steps: int = 8
+    schedule: Schedule = "maskgit"
+    temperature_schedule: Literal["constant", "linear", "power"] = "constant"
+    final_temperature: float = 0.0
+    temperature_power: float = 0.5
+
+    def check(self, modality: Modality) -> None:
+        super().check(modality)
+        name = type(self).__name__
+        if not isinstance(modality, Grid):
+            raise ValueError(
+                f"{name} generates grids; {modality.name!r} is a {type(modality).__name__}, which Autoregressive does"
+            )
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps={self.steps!r} of {name} must be at least 1")
+        if not 0 <= self.final_temperature < math.inf:
+            raise ValueError(f"final_temperature={self.final_temperature!r} of {name} must be at least 0")
+        check_choice(self, "schedule", ("maskgit", "cosine", "linear"))
+        check_choice(self, "temperature_schedule", ("constant", "linear", "power"))
+
+    def counts(self, num_open: int) -> Int[np.ndarray, " S"]:
+        """Tokens that each step decodes, for a grid of which so many are open."""
+        return token_schedule(self.schedule, min(self.steps, max(num_open, 1)), num_open)
+
+    def prepare(self, modality: Modality, prompt: Prompt, seeds):
+        """Sizes of each run of steps: (steps, K, O); and by step: counts, temperatures, share of the way [S B];
+        number; random numbers.
+
+        Each row has the schedule of its own number of open tokens.
+        """
+        given = np.asarray(prompt.given) >= 0
+        num, num_open = modality.max_tokens, (~given).sum(1)
+        rows = [self._row(n) for n in num_open.tolist()]
+        length = max(len(r) for r in rows)
+        table = np.stack([np.pad(r, ((0, length - len(r)), (0, 0))) for r in rows], axis=1)
+        counts, temperatures, progress = table[..., 0].astype(np.int32), *np.moveaxis(table[..., 1:], -1, 0)
+        (used,) = np.nonzero(counts.sum(1))
+        counts, temperatures, progress = counts[used], np.where(counts, temperatures, 1)[used], progress[used]
+        before = num_open - np.cumsum(counts, axis=0) + counts  # open before each step
+        known, opened = num - before.min(1), before.max(1) if self.by_confidence else counts.max(1)
+        num_shapes = min(NUM_SHAPES, -(-num // TOKENS_PER_SHAPE))
+        if given.any():  # few shapes, for other masks to find them compiled
+            coarse = -(-num // num_shapes)
+            known, opened = (np.minimum(-(-x // coarse) * coarse, num) for x in (known, opened))
+        parts = np.array_split(np.arange(len(used)), min(num_shapes, len(used)) or 1)
+        sizes = tuple((len(p), int(known[p].max()), int(opened[p].max())) for p in parts if len(p))
+        random = uniform(seeds, length, (2, num))
+        by_step = (
+            counts,
+            *(x.astype(np.float32) for x in (temperatures, progress)),
+            used.astype(np.int32),
+            random[used],
+        )
+        return sizes, (random[0, :, CHOICE], by_step)
+
+    def _row(self, num_open: int) -> Float[np.ndarray, "S 3"]:
+        """Of each step of a row with so many open tokens: tokens to decode, temperature, share of the way."""
+        counts = self.counts(num_open)
+        if not num_open:
+            return np.array([[0.0, 1.0, 0.0]])
+        temperatures = temperature_schedule(
+            self.temperature_schedule, counts, self.temperature, self.final_temperature, self.temperature_power
+        )
+        return np.stack([counts, temperatures, np.arange(len(counts)) / max(len(counts) - 1, 1)], axis=1)
+
+    by_confidence = False
+    choice_temperature = 0.0
+
+    def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> GeneratedTokens:
+        batch, num = prompt.given.shape
+        shuffle, by_step = arrays
+        inputs, features = prompt.rows()
+        passes = prompt.num_passes
+        row, index = jnp.arange(batch)[:, None], model.modalities.index(modality.name)
+        address = model.input_address(inputs)
+        embedded = model.read_shots(model.input_content(inputs, features) + address, inputs)
+        logits_of = model.logits_of(modality.name)
+        by_confidence = self.by_confidence and replay.order is None
+        known = prompt.given >= 0
+        # Positions: those that are known first, then the open ones in the order in which they will be.
+        rank = jnp.broadcast_to(jnp.arange(num), (batch, num))
+        if replay.order is not None:
+            order = replay.order
+        elif by_confidence:
+            order = jnp.argsort(jnp.where(known, -1, rank), axis=1)
+        else:
+            order = jnp.argsort(jnp.where(known, -1.0, shuffle), axis=1)
+
+        def step(carry, now, num_known_slots, num_open_slots):
+            ids, order, log_probability, decoded_in, num_known = carry
+            count, temperature, number, weights, random, luck = now
+
+            def tokens(position, ids, valid):
+                shape = position.shape
+                values = (ids, jnp.full(shape, index), position, jnp.zeros(shape, jnp.int32), valid)
+                return Tokens(*(jnp.repeat(x, passes, axis=0) for x in values))
+
+            at = order[:, :num_known_slots]
+            so_far = tokens(at, ids[row, at], jnp.arange(num_known_slots)[None] < num_known[:, None])
+            where = model.input_address(so_far)
+            join = lambda a, b: jnp.concatenate([a, b], axis=1)  # noqa: E731
+            read = Tokens(*map(join, inputs, so_far))
+            known = join(embedded, model.input_content(so_far, {}) + where)
+            context = model.encode_embedded(known, join(address, where), read)
+            place = num_known[:, None] + jnp.arange(num_open_slots)[None]
+            limit = num if self.by_confidence else (num_known + count)[:, None]
+            at, is_open = order[row, jnp.minimum(place, num - 1)], place < limit
+            t = tokens(at, jnp.zeros_like(at), is_open)
+            hidden = model.decode(Targets(t.ids, jnp.full_like(t.ids, -1), *t[1:]), context, read.valid)
+            logits = logits_of(guided(hidden, weights))
+            drawn, sure = self.draw(logits, temperature[:, None, None], random[row, at])
+            if by_confidence:
+                left = 1 - (num_known + count) / num
+                sureness = sure + self.choice_temperature * left[:, None] * luck[row, at]
+                best = jnp.argsort(jnp.where(is_open, sureness, -jnp.inf), axis=1, descending=True)
+                at, drawn, sure = at[row, best], drawn[row, best], sure[row, best]
+                order = order.at[row, jnp.where(place < num, place, num)].set(at, mode="drop")
+            chosen = jnp.where(jnp.arange(num_open_slots)[None] < count[:, None], at, num)
+            write = lambda old, new: old.at[row, chosen].set(new, mode="drop")  # noqa: E731
+            ids, log_probability, decoded_in = (
+                write(ids, drawn),
+                write(log_probability, sure),
+                write(decoded_in, number),
+            )
+            if tell is not None:
+                jax.debug.callback(tell, ids, (prompt.given >= 0) | (decoded_in >= 0), ordered=True)
+            return (ids, order, log_probability, decoded_in, num_known + count), None
+
+        counts, temperatures, progress, numbers, random = (jnp.asarray(x) for x in by_step)
+        weights = guidance.weights(progress) if guidance else jnp.ones((*progress.shape, 1))
+        luck = -jnp.log(-jnp.log(jnp.clip(random[:, :, CHOICE], 1e-7, 1 - 1e-7)))
+        random = random[:, :, DRAW] if replay.noise is None else replay.noise[numbers]
+        carry = (
+            jnp.maximum(prompt.given, 0), order, jnp.zeros((batch, num)), jnp.full((batch, num), -1), known.sum(1)
+        )  # fmt: skip
+        what, first = (counts, temperatures, numbers, weights, random, luck), 0
+        for length, num_known_slots, num_open_slots in static:
+            part = jax.tree.map(lambda x, steps=slice(first, first + length): x[steps], what)
+            one = functools.partial(step, num_known_slots=num_known_slots, num_open_slots=num_open_slots)
+            carry, _ = jax.lax.scan(one, carry, part)
+            first += length
+        ids, _, log_probability, decoded_in, _ = carry
+        return GeneratedTokens(ids, log_probability, decoded_in)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskGIT(_Parallel):
+    """Parallel decoding of a grid (Chang et al. 2022, section 3.2, as used by 4M, section 2.3).
+
+    Each step predicts all open positions, and keeps those it is surest of. Sureness is the log-probability with which
+    the token was drawn plus Gumbel noise times `choice_temperature`, which falls linearly to zero: without it
+    background, being easiest, comes first and then crowds out what is rare. A very large value keeps positions in
+    random order.
+    """
+
+    choice_temperature: float = 0.0
+    by_confidence = True
+
+    def check(self, modality: Modality) -> None:
+        super().check(modality)
+        if self.choice_temperature < 0:
+            raise ValueError(f"{self}: choice_temperature must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ROAR(_Parallel):
+    """Random-order autoregression of a grid (4M, section 2.3): each step decodes the next tokens of a random order.
+
+    Only these are computed, so that many steps are cheap; with as many steps as tokens each sees all before it.
+    """
+
+    schedule: Schedule = "linear"

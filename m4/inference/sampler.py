@@ -1,0 +1,372 @@
+"""A trained model ready to use: raw signals in, raw signals out.
+
+    from m4 import Sampler
+
+    sampler = Sampler.load("runs/quickstart")
+    results = sampler({"rgb": "photo.png"}, ["depth", "caption"])
+    print(results["caption"])
+    results.draw("depth")          # uint8 picture
+    results.write("out")           # files
+
+B rows, n tokens of the target, Q queries, G gallery, D width
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import threading
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from m4.checkpoints.runs import load_run
+from m4.data.samples import read_sample, read_samples
+from m4.distributed.mesh import MeshConfig
+from m4.errors import check_seed, closest
+from m4.inference.autoregressive import Autoregressive
+from m4.inference.guidance import Guidance
+from m4.inference.parallel import ROAR, MaskGIT
+from m4.inference.prompts import MASK, BadSamples, Context, check_plan, encode_each, make_prompt, reason, token_mask
+from m4.inference.results import Results
+from m4.inference.scheme import GeneratedTokens, Prompt, Replay, Scheme, Stage
+from m4.model.encoder_decoder import Model
+from m4.tokens.modality import Features, Modality, Sequence
+from m4.tokens.spans import fill_spans, show_spans, trim
+from m4.tokens.tokenizer import Tokenizer
+
+
+def keep_compiled() -> None:
+    """Compiled programs stay on disk (JAX_COMPILATION_CACHE_DIR, else ~/.cache/m4): another process need not wait."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "m4"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def default_scheme(modality: Modality, of_grids: Literal["maskgit", "roar"] = "maskgit") -> Scheme:
+    grids = {"maskgit": MaskGIT(temperature=0.7, top_p=0.9), "roar": ROAR(steps=16, temperature=0.7, top_p=0.9)}
+    return Autoregressive() if isinstance(modality, Sequence) else grids[of_grids]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5, 6))
+def _run(graph, params, scheme, modality, guidance, static, tell, prompt, arrays, replay) -> GeneratedTokens:
+    model = nnx.merge(graph, params)
+    model.unstack()
+    return scheme.generate(model, modality, prompt, guidance, static, arrays, replay, tell)
+
+
+def run_stage(
+    graph: Any, params: Any, scheme: Scheme, modality: Modality, prompt: Prompt, seeds: Int[np.ndarray, "B k"],
+    guidance: Guidance | None = None, replay: Replay | None = None, tell: Callable | None = None,
+) -> GeneratedTokens:  # fmt: skip
+    """One stage on the device; `graph` and `params` are `nnx.split(model)`; tell(ids, known) hears of every step."""
+    static, arrays = scheme.prepare(modality, prompt, seeds)
+    return _run(graph, params, scheme, modality, guidance, static, tell, prompt, arrays, replay or Replay())
+
+
+_listener: list[Callable] = []  # of the stage that runs, for a new listener not to compile it anew
+
+
+_listening = threading.Lock()
+
+
+def _tell(ids: np.ndarray, known: np.ndarray) -> None:
+    for hear in _listener:
+        hear(ids, known)
+
+
+@dataclasses.dataclass
+class Sampler:
+    """A trained model and its tokenizers. With several devices the rows of a batch are cut over them."""
+
+    model: Model
+    tokenizers: dict[str, Tokenizer]
+    batch_size: int = 64
+    devices: Seq[Any] | None = None  # default: all of this process
+
+    def __post_init__(self):
+        if jax.config.jax_enable_x64:
+            raise ValueError("generation is written for 32-bit numbers; leave JAX_ENABLE_X64 unset")
+        self.num_rows = 0  # of the last batch that was compiled
+        self.modalities = self.model.modalities
+        devices = list(self.devices or jax.local_devices())
+        self.mesh = MeshConfig().make(devices) if len(devices) > 1 else None
+        self.graph, params = nnx.split(self.model)
+        self.params = params if self.mesh is None else jax.device_put(params, NamedSharding(self.mesh, P()))
+
+    @classmethod
+    def load(cls, path: str | Path, *, batch_size: int = 64) -> Sampler:
+        """From a run's folder, or by the name of a model that comes with m4."""
+        run = load_run(Path(path))
+        return cls(run.model, run.tokenizers, batch_size)
+
+    def tokenizer(self, target: str) -> Tokenizer:
+        return self.tokenizers[self.modalities.as_target(target).name]
+
+    def input_tokenizer(self, name: str) -> Tokenizer:
+        """Of an input by its signal or modality, perhaps with a tag ("caption#not")."""
+        return self.tokenizers[self.modalities.as_input(name.partition("#")[0]).name]
+
+    def plan(self, targets: Seq[str | Stage]) -> list[Stage]:
+        """Names become stages with the default scheme of their kind."""
+        named = lambda t: Stage(target=t, scheme=default_scheme(self.modalities.as_target(t)))  # noqa: E731
+        return [t if isinstance(t, Stage) else named(t) for t in targets]
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Any],
+        targets: Seq[str | Stage],
+        *,
+        keep: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        indices: Seq[int] | None = None,
+        progress: Callable[[range], Any] = lambda batches: batches,
+        listener: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
+    ) -> Results:
+        """Raw signals in (a list by name, of one length; or single ones), raw signals out.
+
+        A signal is what its tokenizer takes, or a file (None: this sample lacks it); of texts and labels only a
+        pathlib.Path is a file. Names may be of
+        signals or modalities; "caption#not" is another caption, for guidance. Stages run in the given order, and each
+        sees what those before made. `seed`: the same gives the same, whatever the batches and devices.
+
+        `keep`: what stays of an input that is also a target: a mask (bool [H W] of pixels or tokens, True = stays), or
+        the share of its tokens that stay, at random (variations). A text keeps what is not [MASK].
+        `indices`: each sample's number (default: 0, 1, ...), to which its random numbers belong. `progress` may wrap
+        the batches (tqdm); listener(target, ids [B n], known [B n]) hears of every step while it runs.
+        """
+        keep = dict(keep or {})
+        texts = {n: v if isinstance(v, list) else [v] for n, v in inputs.items()}
+        masked = {n for n, v in texts.items() if any(isinstance(t, str) and MASK in t for t in v)}
+        for name in keep:
+            if name not in inputs:
+                raise ValueError(f"keep names {name!r}, which is not given; {closest(name, list(inputs))}")
+        stages = self.plan(targets)
+        check_plan(stages, list(inputs), self.modalities, [*keep, *masked])
+        single = not any(isinstance(v, list) for v in inputs.values())
+        lengths = {name: len(v) for name, v in texts.items()}
+        if len(set(lengths.values())) > 1 or 0 in lengths.values():
+            raise ValueError(f"inputs must be non-empty lists of one length; got {lengths}")
+        count = max(lengths.values(), default=1)
+        numbers = self.check(stages, count, seed, indices)
+        read = self.read_all(texts)
+        kept = {name: self._keep(name, value, count) for name, value in {**dict.fromkeys(masked), **keep}.items()}
+        partial = self._partial(read, kept, seed, numbers)
+        records = self.encode({n: v for n, v in read.items() if n not in kept}, count)
+        out = Results(self, [s.target for s in stages], read, single)
+        for first in progress(range(0, count, self.batch_size)):
+            part = slice(first, first + self.batch_size)
+            known = {name: values[part] for name, values in partial.items()}
+            out.add(self.generate(records[part], stages, seed, numbers[part], partial=known, listener=listener))
+        for name in out if single else ():
+            out[name] = out[name][0]
+        return out
+
+    def check(self, stages: Seq[Stage], count: int, seed: int, indices: Seq[int] | None) -> Int[np.ndarray, " B"]:
+        """The samples' numbers. ValueError for what `check_plan` cannot know to be wrong."""
+        for stage in stages:
+            if stage.ensemble > 1 and not hasattr(tokenizer := self.tokenizer(stage.target), "average"):
+                raise ValueError(f"ensemble={stage.ensemble}: {type(tokenizer).__name__} cannot average {stage.target}")
+        check_seed(seed)
+        numbers = np.arange(count) if indices is None else np.asarray(indices)
+        if len(numbers) != count:
+            raise ValueError(f"{len(numbers)} indices were given for {count} samples")
+        return numbers
+
+    def read(self, name: str, signal: Any) -> Any:
+        """A signal from its file, or as it is."""
+        return self.read_all({name: [signal]})[name][0]
+
+    def read_sample(self, values: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        """One sample's signals by name: see `m4.data.samples.read_sample`, also of options."""
+        return read_sample(values, {name: self.input_tokenizer(name) for name in values}, **options)
+
+    def read_all(self, inputs: Mapping[str, Seq[Any]]) -> dict[str, list[Any]]:
+        """Lists of one length, each sample with one geometry; a str is never a file of words."""
+        return read_samples(inputs, {name: self.input_tokenizer(name) for name in inputs})
+
+    def encode(self, inputs: Mapping[str, Seq[Any]], count: int = 0) -> list[dict[str, np.ndarray]]:
+        """Raw signals -> stored arrays by modality, one dict a sample, without what is None.
+
+        `BadSamples` names the samples that cannot be encoded.
+        """
+        records: list[dict[str, np.ndarray]] = [{} for _ in range(count or max(map(len, inputs.values()), default=0))]
+        errors = {}
+        for name, signals in inputs.items():
+            base, hash_, tag = name.partition("#")
+            m = self.modalities.as_input(base)
+            if tag and isinstance(m, Features):
+                raise ValueError(
+                    f"{name!r}: of {m.name} there can be only one; allowed: tokens, such as those of texts"
+                )
+            there = [i for i, s in enumerate(signals) if s is not None]
+            encoded, bad = encode_each(self.tokenizers[m.name], [signals[i] for i in there])
+            errors.update({there[k]: (name, message) for k, message in bad.items()})
+            for i, ids in zip(there, encoded, strict=not bad):
+                records[i][m.name + hash_ + tag] = ids
+        if errors:
+            raise BadSamples(errors, len(records))
+        return records
+
+    def _keep(self, name: str, value: Any, count: int) -> list[Any]:
+        """One mask (or share) for each sample."""
+        if isinstance(value, list):
+            if len(value) != count:
+                raise ValueError(f"keep of {name!r} has {len(value)} masks for {count} samples")
+            return value
+        return [value] * count
+
+    def _partial(self, read, kept, seed: int, numbers: Seq[int]) -> dict[str, list[np.ndarray]]:
+        """By modality: ids of what is given in part, -1 where they are to be generated."""
+        partial, errors = {}, {}
+        for name, masks in kept.items():
+            m = self.modalities.as_target(name)
+            partial[m.name] = [None] * len(masks)
+            for i, (signal, mask) in enumerate(zip(read[name], masks, strict=True)):
+                if signal is None:
+                    continue
+                try:
+                    is_text = isinstance(m, Sequence)
+                    ids = self._partial_text(m, signal) if is_text else self.tokenizers[m.name].encode([signal])[0]
+                except Exception as error:
+                    errors[i] = name, reason(error)
+                    continue
+                stays = is_text or token_mask(mask, m, np.random.default_rng([seed, numbers[i]]))
+                partial[m.name][i] = np.where(stays, ids, -1)
+        if errors:
+            raise BadSamples(errors, len(numbers))
+        return partial
+
+    def _partial_text(self, m: Sequence, text: str) -> np.ndarray:
+        """[MASK] -> -1; the end is open only behind a [MASK]."""
+        if MASK not in text:
+            raise ValueError(f"{m.name} {text!r} is given in part, but has no {MASK}")
+        pieces = text.split(MASK)
+        encoded = self.tokenizers[m.name].encode(pieces)
+        ids = [np.append(e[:-1], -1) for e in encoded[:-1]]
+        return np.concatenate([*ids, encoded[-1] if pieces[-1] else encoded[-1][:-1]]).astype(np.int32)
+
+    def generate(
+        self,
+        records: Seq[dict[str, np.ndarray]],
+        stages: Seq[Stage],
+        seed: int,
+        indices: Seq[int],
+        *,
+        partial: Mapping[str, Seq[np.ndarray | None]] | None = None,
+        contexts: Seq[Context] | None = None,
+        listener: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
+    ) -> Results:
+        """One batch of encoded conditions through all stages; `indices`: the samples' numbers.
+
+        `partial`: by modality, ids of what is given in part, -1 where they are to be generated. `contexts`: what stands
+        beside each sample, such as in-context examples.
+        """
+        out, partial, indices = Results(self, [s.target for s in stages], {}, False), partial or {}, np.asarray(indices)
+        records, made = [dict(r) for r in records], []
+        for name, known in partial.items():  # context of the stages before its own
+            m = self.modalities.named(name)
+            for record, part in zip(records, known, strict=True):
+                if part is not None:
+                    record[name] = show_spans(part, m)[0] if isinstance(m, Sequence) else part
+        for s, stage in enumerate(stages):
+            m = self.modalities.as_target(stage.target)
+            tokenizer = self.tokenizers[m.name]
+            grammar = getattr(tokenizer, "grammar", None)
+            known = partial[m.name] if m.name in partial else [None] * len(records)
+            others = [{name: ids for name, ids in record.items() if name != m.name} for record in records]
+            samples = []
+            for member in range(stage.ensemble):
+                prompt = make_prompt(others, known, m, self.modalities, stage.guidance, made, grammar, contexts)
+                generated = self._on_device(stage, m, prompt, [seed, s, member], indices, listener)
+                samples.append(self._finish(m, generated, known))
+            ids, log_probability, history = samples[0]
+            if stage.ensemble > 1:
+                decoded = [tokenizer.decode(ids) for ids, _, _ in samples]
+                signals = [tokenizer.average(list(group)) for group in zip(*decoded, strict=True)]
+                ids = tokenizer.encode(signals)
+                for i, part in enumerate(known):  # what is kept stays, whatever the average
+                    if part is not None:
+                        ids[i] = np.where(part >= 0, part, ids[i])
+                        (signals[i],) = tokenizer.decode([ids[i]])
+            else:
+                signals = self._decode(tokenizer, ids, log_probability)
+            for record, row in zip(records, ids, strict=True):
+                record[m.name] = row
+            made.append(m.name)
+            out[stage.target].extend(signals)
+            out.tokens.setdefault(m.name, []).extend(ids)
+            out.history.setdefault(m.name, []).extend(history)
+        return out
+
+    def _on_device(self, stage, m, prompt: Prompt, numbers: list[int], indices, listener) -> GeneratedTokens:
+        """One compilation serves every batch: a short one is filled up with its last row.
+
+        With a listener, by one device: what it hears of comes in order.
+        """
+        num = full = len(indices)
+        mesh = None if listener is not None else self.mesh
+        if num < self.num_rows <= 4 * num:
+            full = self.num_rows
+        if mesh is not None:
+            full = math.ceil(full / mesh.size) * mesh.size
+        self.num_rows = full
+        rows, grammar = np.minimum(np.arange(full), num - 1), prompt.grammar
+        prompt = jax.tree.map(lambda x: np.asarray(x)[rows], prompt._replace(grammar=None))
+        seed, *rest = numbers
+        static, arrays = stage.scheme.prepare(
+            m, prompt._replace(grammar=grammar), np.array([[seed, i, *rest] for i in indices[rows]])
+        )
+        tell = None if listener is None else _tell
+        params = self.params
+        if self.mesh is not None and mesh is None:
+            params = jax.device_put(params, self.mesh.devices.flat[0])
+        run = functools.partial(_run, self.graph, params, stage.scheme, m, stage.guidance, static, tell)
+        if mesh is not None:
+            prompt = jax.device_put(prompt, NamedSharding(mesh, P("data")))
+        prompt = prompt._replace(grammar=grammar)
+        if listener is None:
+            with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+                out = jax.device_get(run(prompt, arrays, Replay()))
+        else:
+            with _listening:
+                _listener[:] = [functools.partial(listener, stage.target)]
+                try:
+                    out = jax.device_get(run(prompt, arrays, Replay()))
+                    jax.effects_barrier()
+                finally:
+                    _listener.clear()
+        if np.isnan(out.log_probability[:num]).any():
+            raise ValueError(f"{stage.target}: the model's predictions are not finite; are its weights damaged?")
+        return GeneratedTokens(*(x[:num] for x in out))
+
+    def _finish(self, m: Modality, generated: GeneratedTokens, known: Seq[np.ndarray | None]):
+        """Ids as tokenizers take them, their log-probabilities, and the step in which each was decoded."""
+        if not isinstance(m, Sequence):
+            return list(generated.ids), generated.log_probability, list(generated.step)
+        ids = []
+        for row, part in zip(generated.ids, known, strict=True):
+            if part is None:
+                ids.append(trim(row, m, generated.ids.shape[1] - 1))
+            else:
+                shown, num_spans, _ = show_spans(part, m)
+                (stop,) = np.nonzero((row == m.end_id) | (row == m.first_sentinel + num_spans))
+                row = row[: stop[0] + (row[stop[0]] == m.end_id)] if len(stop) else row
+                filled = fill_spans(shown, row, m)
+                ids.append(filled if filled[-1:] == m.end_id else np.append(filled, m.end_id))
+        return ids, generated.log_probability, [np.arange(len(i)) for i in ids]
+
+    def _decode(self, tokenizer: Tokenizer, ids: list[np.ndarray], log_probability: Float[np.ndarray, "B n"]) -> list:
+        if hasattr(tokenizer, "decode_with_scores") and all(len(i) <= log_probability.shape[1] for i in ids):
+            return [tokenizer.decode_with_scores(i, lp[: len(i)]) for i, lp in zip(ids, log_probability, strict=True)]
+        return tokenizer.decode(ids)

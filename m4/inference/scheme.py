@@ -1,0 +1,96 @@
+"""Conditional generation of tokens: any subset of modalities in, one modality out, one compiled loop.
+
+B rows, P passes of guidance, N context slots, n tokens of the target, K known ones, O open ones, S steps, V vocabulary
+
+    MaskGIT         predicts all open tokens of a grid at once, keeps those it is surest of, and so on
+    ROAR            predicts the tokens of a grid in random order, some at once
+    Autoregressive  predicts a sequence left to right
+
+A scheme is a frozen dataclass; adding one edits nothing else. A stage generates one target; what it generated is
+context of the next. Guidance runs its passes as further rows of the same batch. Random numbers belong to (seed, row,
+stage, step, position), so that a row's result depends neither on its batch nor on what else is generated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from m4.inference.guidance import Guidance
+from m4.model.encoder_decoder import Model
+from m4.tokens.batch import Tokens
+from m4.tokens.grammar import Grammar
+from m4.tokens.modality import Modality
+
+
+class Prompt(NamedTuple):
+    """What a stage reads. Pass 0 of guidance lacks what is dropped; without guidance it is the only one.
+
+    `given`: the target's own tokens, -1 where one is to be generated (grids). Of sequences: the number of spans to
+    generate, whether something of the sequence is kept, and whether its end is open.
+    """
+
+    inputs: Tokens  # [B P N]
+    features: dict[str, Float[Array, "B P K F"]]
+    given: Int[Array, "B n"]
+    num_spans: Int[Array, " B"]
+    keeps: Bool[Array, " B"]
+    open_end: Bool[Array, " B"]
+    grammar: Grammar | None = None
+
+    @property
+    def num_passes(self) -> int:
+        return self.inputs.ids.shape[1]
+
+    def rows(self) -> tuple[Tokens, dict]:
+        """Inputs [B*P N] and features, as the model reads them."""
+        inputs = Tokens(*(x.reshape(-1, x.shape[-1]) for x in self.inputs))
+        return inputs, {name: x.reshape(-1, *x.shape[2:]) for name, x in self.features.items()}
+
+
+class GeneratedTokens(NamedTuple):
+    """Ids, the log-probability with which each was drawn, and the step (from 0) in which; -1: it was given."""
+
+    ids: Int[Array, "B n"]
+    log_probability: Float[Array, "B n"]
+    step: Int[Array, "B n"]
+
+
+class Replay(NamedTuple):
+    """Recorded randomness, in place of seeds: an order of a grid's positions; Gumbel noise by step and position."""
+
+    order: Int[Array, "B n"] | None = None
+    noise: Float[Array, "S B *n V"] | None = None
+
+
+# ---- Schemes --------------------------------------------------------------------------------------------------------
+
+
+class Scheme(Protocol):
+    def check(self, modality: Modality) -> None:
+        """ValueError if the scheme cannot generate this kind of modality, or a field is out of range."""
+
+    def prepare(self, modality: Modality, prompt: Prompt, seeds: Int[np.ndarray, "B k"]) -> tuple[Any, Any]:
+        """What is known before anything is computed: static (hashable) sizes, and arrays. `seeds`: of each row."""
+
+    def generate(
+        self, model: Model, modality: Modality, prompt: Prompt, guidance: Guidance | None,
+        static: Any, arrays: Any, replay: Replay, tell: Callable | None,
+    ) -> GeneratedTokens: ...  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One target (a signal or an exact modality name) and how to generate it.
+
+    `ensemble`: so many samples of each row are averaged by the target's tokenizer (dense outputs: depth, pictures).
+    """
+
+    target: str
+    scheme: Any
+    guidance: Guidance | None = None
+    ensemble: int = 1

@@ -1,0 +1,1 @@
+"""Released models of others, to and from m4's."""

@@ -1,0 +1,377 @@
+"""Released 4M weights <-> ours: `python -m m4 convert IN OUT`, bit for bit in both directions.
+
+    original                                    m4
+    encoder.0.attn.qkv.weight [3D D]            encoder.0.attention.query.kernel [D D], .key_value.kernel [D 2D]
+    encoder.0.mlp.fc1.weight, .fc3.weight       left and right half of encoder.0.mlp.up.kernel [D 2F]
+    encoder_embeddings.MOD.token_emb.weight     rows of token_embedding
+    decoder_embeddings.MOD.token_emb.weight     rows of decoder_embedding (sequences; a grid's are never read)
+    decoder_embeddings.MOD.to_logits.weight     rows of output_embedding
+
+What the original stores and its function does not need (position tables, zero biases, the decoder's embeddings of
+grids) is checked and travels along as "original:NAME", and so does the header: the way back gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from m4.checkpoints.model_file import check_names, check_sizes, describe, described
+from m4.errors import closest
+from m4.files import remove_leftovers
+from m4.interchange import fourm
+from m4.model.config import ModelConfig
+from m4.model.parameters import abstract, parameter_shapes
+from m4.model.positions import positions_of, sine_cosine
+from m4.tensor_file import DTYPES, TensorFile, literal_like, make_header, parse_header, write
+from m4.tokens.modality import Features, Grid, Modalities, Modality, Sequence
+
+KEPT = "original:"
+
+
+# The original's config and what it means when a key is absent.
+DEFAULTS = {
+    "domains_in": [], "domains_out": [], "encoder_depth": 12, "decoder_depth": 12, "dim": 768, "num_heads": 12,
+    "mlp_ratio": 4.0, "qkv_bias": True, "proj_bias": True, "mlp_bias": True, "norm_bias": True, "act_layer": "GELU",
+    "gated_mlp": False, "qk_norm": False, "decoder_causal_mask": False, "decoder_sep_mask": True,
+    "num_register_tokens": 0, "share_modality_embeddings": True, "drop_path_rate_encoder": 0.0,
+    "drop_path_rate_decoder": 0.0, "shared_drop_path": False, "use_act_checkpoint": False, "image_size": 224,
+    "patch_size": 16,
+}  # fmt: skip
+
+
+def parse_config(file: TensorFile) -> dict[str, Any]:
+    """The original's config from the metadata strings, one Python literal each (act_layer: a plain word)."""
+    if "enc_type" in file.metadata:
+        raise ValueError(f"{file.path} is a tokenizer: `python -m m4_tokenizers convert` converts it")
+    config = dict(DEFAULTS)
+    for key, text in file.metadata.items():
+        if key == "format" or key in file.entries or text in file.entries:
+            continue  # torch's own note, and names of shared tensors that were stored once
+        if key not in DEFAULTS:
+            raise ValueError(f"{file.path}: unknown config key {key!r}; {closest(key, list(DEFAULTS))}")
+        config[key] = literal_like(text, DEFAULTS[key], f"{file.path}: config {key}")
+    if not config["domains_in"] or not config["domains_out"]:
+        raise ValueError(
+            f"{file.path} holds no config: its metadata has {', '.join(file.metadata) or 'no keys at all'}"
+        )
+    return config
+
+
+def modalities_of(config: dict[str, Any], file: TensorFile, declared: Seq[Modality]) -> Modalities:
+    """The checkpoint's modalities, each with the sides that it is used on."""
+    known = {**fourm.MODALITIES, **{m.name: m for m in declared}}
+    items = []
+    for name in dict.fromkeys([*config["domains_in"], *config["domains_out"]]):
+        if name not in known:
+            raise ValueError(
+                f"{file.path}: unknown modality {name!r}; {closest(name, list(known))} Or declare it in a Python file "
+                f"(--declare FILE):\n\n{_declaration(name, file)}"
+            )
+        sides = {"is_input": name in config["domains_in"], "is_target": name in config["domains_out"]}
+        items.append(known[name] if isinstance(known[name], Features) else dataclasses.replace(known[name], **sides))
+    return Modalities(items)
+
+
+def _declaration(name: str, file: TensorFile) -> str:
+    """What a declaration of a modality would look like, as far as its tensors tell."""
+    shapes = {n.rsplit(f".{name}.", 1)[-1]: e.shape for n, e in file.entries.items() if f"_embeddings.{name}." in n}
+    rows = next((shape[0] for key, shape in shapes.items() if key in ("token_emb.weight", "to_logits.weight")), 8192)
+    count = shapes["pos_emb"][1] if "pos_emb" in shapes else 196
+    side = math.isqrt(count)
+    names = f"name={name!r}, signal={name.split('@')[0].removeprefix('tok_')!r}"
+    if "proj.weight" in shapes:
+        line = f"Features({names}, shape=({side}, {side}), size={shapes['proj.weight'][1]})"
+    elif side * side == count:
+        line = f"Grid({names}, vocab_size={rows}, shape=({side}, {side}))"
+    else:
+        line = f"Sequence({names}, vocab_size={rows}, max_length=256, first_sentinel=5, num_sentinels=199, end_id=3)"
+    return f"from m4.tokens.modality import {line.split('(')[0]}\n\nmodalities = ({line},)"
+
+
+def model_config(config: dict[str, Any], *, tied: bool, path: Path) -> ModelConfig:
+    """Ours for the original's config; `tied`: the decoder's input and output embeddings are one table."""
+    kinds = {("SiLU", True): "swiglu", ("GELU", False): "gelu"}
+    mlp = (config["act_layer"], config["gated_mlp"])
+    if mlp not in kinds:
+        raise ValueError(f"{path}: act_layer={mlp[0]!r} with gated_mlp={mlp[1]}; allowed: SiLU gated, GELU not gated")
+    if config["shared_drop_path"]:
+        raise ValueError(f"{path}: shared_drop_path=True is not supported; allowed: False")
+    try:
+        return _model_config(config, kinds[mlp], tied)
+    except ValueError as error:
+        raise ValueError(f"{path}: its config cannot be used: {error}") from error
+
+
+def _model_config(config: dict[str, Any], mlp: str, tied: bool) -> ModelConfig:
+    hidden = int(config["dim"] * config["mlp_ratio"])
+    return ModelConfig(
+        width=config["dim"],
+        num_heads=config["num_heads"],
+        encoder_depth=config["encoder_depth"],
+        decoder_depth=config["decoder_depth"],
+        hidden=2 * hidden // 3 if config["gated_mlp"] else hidden,
+        mlp=mlp,
+        embeddings="encoder_decoder" if tied else "separate",
+        num_registers=config["num_register_tokens"],
+        decoder_causal=config["decoder_causal_mask"],
+        decoder_within_modality=config["decoder_sep_mask"],
+        encoder_drop_path=config["drop_path_rate_encoder"],
+        decoder_drop_path=config["drop_path_rate_decoder"],
+        **{k: config[k] for k in ("qkv_bias", "proj_bias", "mlp_bias", "norm_bias", "qk_norm")},
+        share_modality_embeddings=config["share_modality_embeddings"],
+    )
+
+
+class Piece(NamedTuple):
+    """Rows `source` of an original tensor (as a matrix, or a vector) are `rows` of our parameter, or all of it.
+
+    A transposed piece lies in the columns `rows`.
+    """
+
+    parameter: str
+    source: tuple[int, int]
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+
+def layout(c: ModelConfig, modalities: Modalities) -> dict[str, list[Piece]]:
+    """Every tensor of the original that its function reads -> where its rows are in ours."""
+    pieces: dict[str, list[Piece]] = {}
+    model = abstract(c, modalities)
+
+    def linear(name: str, parts: dict[str, int], bias: bool, columns: tuple[int, int] | None = None) -> None:
+        for suffix, ours in (("weight", "kernel"), *([("bias", "bias")] if bias else [])):
+            begin, pieces[f"{name}.{suffix}"] = 0, []
+            for part, size in parts.items():
+                piece = Piece(f"{part}.{ours}", (begin, begin + size), columns, transposed=ours == "kernel")
+                pieces[f"{name}.{suffix}"].append(piece)
+                begin += size
+
+    def norm(name: str, ours: str, size: int) -> None:
+        pieces[f"{name}.weight"] = [Piece(f"{ours}.scale", (0, size))]
+        if c.norm_bias:
+            pieces[f"{name}.bias"] = [Piece(f"{ours}.bias", (0, size))]
+
+    def attention(name: str, ours: str, cross: bool) -> None:
+        query, key_value = {f"{ours}.query": c.width}, {f"{ours}.key_value": 2 * c.width}
+        for part, parts in {"q": query, "kv": key_value}.items() if cross else [("qkv", {**query, **key_value})]:
+            linear(f"{name}.{part}", parts, c.qkv_bias)
+        linear(f"{name}.proj", {f"{ours}.out": c.width}, c.proj_bias)
+        if c.qk_norm:
+            norm(f"{name}.q_norm", f"{ours}.query_norm", c.width // c.num_heads)
+            norm(f"{name}.k_norm", f"{ours}.key_norm", c.width // c.num_heads)
+
+    def mlp(name: str, ours: str) -> None:
+        for i, theirs in enumerate(("fc1", "fc3") if c.mlp == "swiglu" else ("fc1",)):
+            columns = (i * c.hidden, (i + 1) * c.hidden)
+            linear(f"{name}.mlp.{theirs}", {f"{ours}.mlp.up": c.hidden}, c.mlp_bias, columns)
+        linear(f"{name}.mlp.fc2", {f"{ours}.mlp.down": c.width}, c.mlp_bias)
+
+    def table(name: str, parameter: str, offsets: tuple[int, ...], i: int) -> None:
+        pieces[name] = [Piece(parameter, (0, offsets[i + 1] - offsets[i]), (offsets[i], offsets[i + 1]))]
+
+    both = c.share_modality_embeddings
+    decoder_modality = "modality_embedding" if both else "decoder_modality_embedding"
+    tied = c.embeddings == "encoder_decoder"
+    for i, m in enumerate(modalities):
+        encoder, decoder = f"encoder_embeddings.{m.name}", f"decoder_embeddings.{m.name}"
+        if m.is_input:
+            table(f"{encoder}.mod_emb", "modality_embedding", model.modality_rows, i)
+            if m.learned_positions:
+                table(f"{encoder}.pos_emb", "position_embedding", model.position_rows, i)
+            if isinstance(m, Features):
+                projection = "emb_proj" if len(m.shape) == 1 else "proj"
+                linear(f"{encoder}.{projection}", {f"feature_projections.{m.name}": c.width}, m.bias)
+            else:
+                table(f"{encoder}.token_emb.weight", "token_embedding", model.input_rows, i)
+        if m.is_target:
+            table(f"{decoder}.mod_emb", decoder_modality, model.decoder_modality_rows, i)
+            if m.learned_positions:
+                table(f"{decoder}.pos_emb", "decoder_position_embedding", model.decoder_position_rows, i)
+            if tied or isinstance(m, Sequence):
+                table(f"{decoder}.token_emb.weight", "decoder_embedding", model.previous_rows, i)
+            output = "decoder_embedding" if tied else "output_embedding"
+            table(f"{decoder}.to_logits.weight", output, model.output_rows, i)
+    for i in range(c.encoder_depth):
+        norm(f"encoder.{i}.norm1", f"encoder.{i}.attention_norm", c.width)
+        attention(f"encoder.{i}.attn", f"encoder.{i}.attention", cross=False)
+        norm(f"encoder.{i}.norm2", f"encoder.{i}.mlp_norm", c.width)
+        mlp(f"encoder.{i}", f"encoder.{i}")
+    norm("encoder_norm", "encoder_norm", c.width)
+    linear("decoder_proj_context", {"context_projection": c.width}, bias=True)
+    for i in range(c.decoder_depth):
+        norm(f"decoder.{i}.norm1", f"decoder.{i}.self_norm", c.width)
+        attention(f"decoder.{i}.self_attn", f"decoder.{i}.self_attention", cross=False)
+        norm(f"decoder.{i}.query_norm", f"decoder.{i}.query_norm", c.width)
+        norm(f"decoder.{i}.context_norm", f"decoder.{i}.context_norm", c.width)
+        attention(f"decoder.{i}.cross_attn", f"decoder.{i}.cross_attention", cross=True)
+        norm(f"decoder.{i}.norm2", f"decoder.{i}.mlp_norm", c.width)
+        mlp(f"decoder.{i}", f"decoder.{i}")
+    norm("decoder_norm", "decoder_norm", c.width)
+    pieces["mask_token"] = [Piece("mask_token", (0, 1))]
+    if c.num_registers:
+        pieces["register_tokens"] = [Piece("registers", (0, c.num_registers))]
+    return pieces
+
+
+def unread(c: ModelConfig, modalities: Modalities, pieces: dict[str, list[Piece]]) -> dict[str, Modality | None]:
+    """Tensors that an original may hold and its function does not read -> the modality that they belong to, if any."""
+    found: dict[str, Modality | None] = {}
+    if not c.norm_bias:
+        norms = (n.removesuffix(".weight") for n, (piece, *_) in pieces.items() if piece.parameter.endswith(".scale"))
+        found.update({f"{norm}.bias": None for norm in norms})
+    for m in modalities:
+        for side, used in (("encoder", m.is_input), ("decoder", m.is_target)):
+            if used and not m.learned_positions:
+                found[f"{side}_embeddings.{m.name}.pos_emb"] = m
+        if m.is_target and isinstance(m, Grid):
+            found[f"decoder_embeddings.{m.name}.token_emb.weight"] = m
+    return {name: m for name, m in found.items() if name not in pieces}
+
+
+def check_unread(file: TensorFile, name: str, m: Modality | None, c: ModelConfig) -> None:
+    """ValueError if a tensor that is not read would have mattered."""
+    shape = file.entries[name].shape
+    if name.endswith(".pos_emb"):
+        value = file.tensor(name)[0].astype(np.float32)
+        fixed = positions_of(m, c.width, c.position_base)
+        if isinstance(m, Sequence) or len(m.shape) == 1:
+            fixed = sine_cosine(np.arange(len(value)), c.width, c.position_base)
+        if value.shape != fixed.shape or np.abs(value - fixed).max() > 1e-2:  # bfloat16 files round them
+            raise ValueError(f"{file.path}: {name} {list(shape)} is not the table of sines and cosines for {m}")
+    elif name.endswith(".bias"):
+        if file.tensor(name).any():
+            raise ValueError(f"{file.path}: {name} is not zero, but the config says norm_bias=False")
+    elif shape != (m.vocab_size, c.width):
+        raise ValueError(f"{file.path}: {name} {list(shape)} instead of {[m.vocab_size, c.width]}")
+
+
+def _matrix(tensor: np.ndarray) -> np.ndarray:
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor
+
+
+def _same(file: TensorFile, a: str, b: str) -> bool:
+    x, y = file.tensor(a), file.tensor(b)
+    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
+    """An original checkpoint -> a model file; returns what was done. Everything is checked before `out` is written."""
+    config = parse_config(file)
+    modalities = modalities_of(config, file, declared)
+    token, logits = ("decoder_embeddings.{}.token_emb.weight", "decoder_embeddings.{}.to_logits.weight")
+    pairs = [(token.format(m.name), logits.format(m.name)) for m in modalities if m.is_target]
+    tied = all(a not in file.entries or b not in file.entries or _same(file, a, b) for a, b in pairs)
+    c = model_config(config, tied=tied, path=file.path)
+    check_sizes(c, modalities, file)
+    pieces = layout(c, modalities)
+    ours = parameter_shapes(c, modalities)
+
+    # Names of the same rows are copies of one tensor: one of them is enough, and two must agree.
+    names = defaultdict(list)
+    for name, parts in pieces.items():
+        names[tuple((p.parameter, p.rows) for p in parts)].append(name)
+    expected = {}
+    for copies in names.values():
+        present = [name for name in copies if name in file.entries] or copies[:1]
+        for name in present:
+            expected[name] = _shape(name, pieces[name], ours)
+            if name != present[0] and not _same(file, name, present[0]):
+                raise ValueError(f"{file.path}: {present[0]} and {name} are one tensor by the config, but differ")
+    other = unread(c, modalities, pieces)
+    check_names(file, expected, other)
+    for name, m in other.items():
+        if name in file.entries:
+            check_unread(file, name, m, c)
+
+    sources = defaultdict(dict)  # parameter -> {rows: (original name, rows of the original, transposed)}
+    for name in expected:
+        for p in pieces[name]:
+            sources[p.parameter].setdefault(p.rows, (name, p.source, p.transposed))
+    shapes = {}
+    for name, shape in ours.items():
+        dtypes = {file.entries[source].dtype for source, _, _ in sources[name].values()}
+        shapes[name] = (dtypes.pop() if len(dtypes) == 1 else "F32", shape)
+    kept = {KEPT + n: (file.entries[n].dtype, file.entries[n].shape) for n in other if n in file.entries}
+
+    def pieces_of(name: str) -> Iterator[np.ndarray]:
+        if name.startswith(KEPT):
+            yield file.tensor(name.removeprefix(KEPT))
+        elif not sources[name]:
+            yield np.zeros(shapes[name][1], np.float32)  # the embeddings of in-context examples, which 4M has not
+        dtype, columns = DTYPES[shapes[name][0]], []
+        for source, rows, transposed in (sources[name][k] for k in sorted(sources[name], key=lambda r: r or (0, 0))):
+            part = file.check_finite(source, _matrix(file.tensor(source))[slice(*rows)]).astype(dtype)
+            if transposed:
+                columns.append(part.T)
+            else:
+                yield part
+        if columns:
+            yield np.concatenate(columns, axis=1)
+
+    shapes.update(kept)
+    metadata = {**describe(c, modalities), "original_header": file.header}
+    progress = tqdm(shapes, desc=f"writing {out.name}", unit="tensor", mininterval=1, disable=None)
+    write(out, make_header(shapes, metadata), (pieces_of(name) for name in progress))
+    unused = sum(math.prod(shape) for n, (_, shape) in kept.items() if n.endswith("token_emb.weight"))
+    total = sum(math.prod(shape) for n, shape in ours.items() if n != "shot_embedding") + unused
+    return f"{out}: {total:,} parameters of the original, {len(modalities)} modalities, {len(file.entries)} tensors"
+
+
+def original_rows(p: Piece, array: np.ndarray) -> np.ndarray:
+    """The rows of an original tensor from our parameter (or, not transposed, from its `rows` alone)."""
+    return array[:, slice(*p.rows or (None,))].T if p.transposed else array
+
+
+def _shape(name: str, parts: list[Piece], ours: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that the original gives a tensor."""
+    rows, last = sum(p.source[1] - p.source[0] for p in parts), ours[parts[0].parameter]
+    if len(last) == 1:
+        return (rows,)
+    matrix = (rows, last[0] if parts[0].transposed else last[1])
+    return (1, *matrix) if name.endswith(("mod_emb", "pos_emb", "mask_token", "register_tokens")) else matrix
+
+
+def to_original(file: TensorFile, out: Path) -> str:
+    """A converted model file -> the original's format, with the header that it came with."""
+    c, modalities = described(file)
+    if "original_header" not in file.metadata:
+        raise ValueError(f"{file.path} was not made from an original checkpoint, so there is no header to restore")
+    try:
+        _, header = parse_header(file.metadata["original_header"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.path}: the original's header in it is corrupt: {error}") from error
+    pieces = layout(c, modalities)
+    if lost := [name for name in header if KEPT + name not in file.entries and name not in pieces]:
+        raise ValueError(f"{file.path}: the original's header in it names unknown tensors: {', '.join(lost[:5])}")
+
+    def pieces_of(name: str) -> Iterator[np.ndarray]:
+        if KEPT + name in file.entries:
+            yield file.tensor(KEPT + name)
+            return
+        for p in pieces[name]:
+            rows = original_rows(p, file.tensor(p.parameter, None if p.transposed else p.rows))
+            yield file.check_finite(p.parameter, rows).astype(DTYPES[header[name].dtype])
+
+    order = sorted(header, key=lambda name: header[name].begin)
+    progress = tqdm(order, desc=f"writing {out.name}", unit="tensor", mininterval=1, disable=None)
+    write(out, file.metadata["original_header"], (pieces_of(name) for name in progress))
+    return f"{out}: {len(order)} tensors in the original's format"
+
+
+def convert(source: Path, out: Path, declared: Seq[Modality] = ()) -> str:
+    """Either direction, by what `source` is. ValueError for damage, and for numbers that are not finite."""
+    file = TensorFile.read(source)
+    if out.exists() and out.resolve() == file.path.resolve():
+        raise ValueError(f"{out} is the input itself; give another name")
+    remove_leftovers(out.parent)
+    return to_original(file, out) if "m4_model" in file.metadata else to_m4(file, out, declared)

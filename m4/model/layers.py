@@ -1,0 +1,154 @@
+"""Layers of the encoder-decoder: linear maps, norms, attention, gated MLP, blocks.
+
+B batch, T query tokens, S key tokens, D width, N heads, H head width, F hidden width
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from m4.model.lora import LoRA, LowRank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What the blocks are made of. The defaults, with `hidden` = 2/3 x 4 x width, are the released 4M-7 and 4M-21.
+
+    `hidden` is the inner width of the MLPs: "swiglu" (Shazeer 2020) or "gelu" (the exact one, not the tanh formula).
+    `qk_norm` normalises queries and keys of each head. `mimetic_init` starts query and key kernels equal, so that a
+    token first attends to its own address (Trockman & Kolter 2023, section 3); 4M draws them apart. `dtype` is that of
+    matrix products: parameters, norms, softmax and the sum that runs through the blocks are float32 always. `lora`, and
+    `adapter_size` (numbers in a bottleneck behind each MLP, Houlsby et al. 2019; 0: none), are for fine-tuning.
+    """
+
+    width: int = 192
+    num_heads: int = 3
+    hidden: int = 512
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False
+    mimetic_init: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoRA | None = None
+    adapter_size: int = 0
+
+    def __post_init__(self):
+        if self.num_heads < 1 or self.width % self.num_heads or self.width % 4:
+            raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads} and of 4")
+
+
+class Linear(nnx.Module):
+    """x @ kernel, Glorot-uniform as in 4M, with an optional bias from zero."""
+
+    def __init__(
+        self, num_in: int, num_out: int, *, rngs: nnx.Rngs, fan_out: int = 0, bias: bool = False,
+        lora: LoRA | None = None, num_routes: int = 1,
+    ):  # fmt: skip
+        # A fused map (q, k and v in one kernel) is initialised as its parts would be: fan_out of one part.
+        limit = (6 / (num_in + (fan_out or num_out))) ** 0.5
+        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (num_in, num_out), minval=-limit, maxval=limit))
+        self.bias = nnx.Param(jnp.zeros(num_out)) if bias else None
+        self.lora = LowRank(num_in, num_out, lora, num_routes if lora.routed else 1, rngs=rngs) if lora else None
+
+    @property
+    def weight(self) -> Float[Array, "D F"]:
+        """The kernel, with what a pair for all tokens adds."""
+        return self.kernel[...] if self.lora is None or self.lora.routed else self.kernel[...] + self.lora.change()
+
+    @property
+    def routed(self) -> LowRank | None:
+        return self.lora if self.lora is not None and self.lora.routed else None
+
+    def __call__(
+        self, x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None,
+        route: Float[Array, "*B R"] | None = None,
+    ):  # fmt: skip
+        """[*B F], multiplied in the dtype of x; summed, and given back, in `dtype`."""
+        return project((self,), x, dtype, norm, route)[0]
+
+
+def project(
+    maps: tuple[Linear, ...], x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None,
+    route: Float[Array, "*B R"] | None = None,
+):  # fmt: skip
+    """Each map's [*B F] of x, multiplied in the dtype of x; summed, and given back, in `dtype`.
+
+    `norm` is applied to x first: the backward pass computes its result again, so that only x is kept. `route`: how much
+    of each route's pair a token takes, of maps with LoRA(routed=True).
+    """
+
+    def products(x, kernels):
+        x = norm(x) if norm else x
+        # Two axes: XLA's CPU weight gradients of [batch, tokens, width] operands are 1.7 times slower.
+        x = x.reshape(-1, x.shape[-1])
+        if len(kernels) > 1 and not _cut_over_tensor():  # one product is a third faster on CPU
+            ends = list(itertools.accumulate(k.shape[1] for k in kernels))[:-1]
+            return jnp.split(product(x, jnp.concatenate(kernels, axis=1)), ends, axis=1)
+        return [product(x, k) for k in kernels]
+
+    def product(x, kernel):
+        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype or x.dtype)
+
+    ys = (jax.checkpoint(products) if norm else products)(x, [m.weight for m in maps])
+    if route is not None and maps[0].routed is not None:
+        flat, rows = (norm(x) if norm else x).reshape(-1, x.shape[-1]), route.reshape(-1, route.shape[-1])
+        ys = [y + m.routed(flat, rows).astype(y.dtype) for m, y in zip(maps, ys, strict=True)]
+    ys = [y if m.bias is None else y + m.bias[...].astype(y.dtype)[None] for m, y in zip(maps, ys, strict=True)]
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def _cut_over_tensor() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["tensor"] > 1
+
+
+def _as_row(vector: Float[Array, " D"], like: Array) -> Array:
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+@jax.custom_vjp
+def layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Float[Array, "*B D"]:
+    """Layer normalisation over the last axis in float32; the backward pass keeps mean and deviation only."""
+    return _layer_norm_forward(x, scale)[0]
+
+
+def _layer_norm_forward(x, scale):
+    y = x.astype(jnp.float32)
+    mean = y.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(y - mean).mean(-1, keepdims=True) + 1e-6)
+    return ((y - mean) * inverse * _as_row(scale, y)).astype(x.dtype), (x, mean, inverse, scale)
+
+
+def _layer_norm_backward(residuals, g):
+    x, mean, inverse, scale = residuals
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    g = g.astype(jnp.float32)
+    d = g * _as_row(scale, g)
+    d = inverse * (d - d.mean(-1, keepdims=True) - normal * (d * normal).mean(-1, keepdims=True))
+    return d.astype(x.dtype), (g * normal).reshape(-1, x.shape[-1]).sum(0)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with a scale, and a bias if the config asks for one; the result in c.dtype."""
+
+    def __init__(self, c: BlockConfig, width: int = 0):
+        self.dtype = c.dtype
+        self.scale = nnx.Param(jnp.ones(width or c.width))
+        self.bias = nnx.Param(jnp.zeros(width or c.width)) if c.norm_bias else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        y = layer_norm(x, self.scale[...])
+        return (y if self.bias is None else y + _as_row(self.bias[...], y)).astype(self.dtype)

@@ -1,0 +1,133 @@
+"""Which in-context examples are like the query: an attention prior that finds whose label to copy.
+
+    image of example 1 --pooled--> g1 --.
+    image of example 2 --pooled--> g2 --+-- cosines --> added to the logits with which a target of the query attends
+    image of the query --pooled--> g0 --'               to the tokens of labelled examples, each head as it likes
+
+A matching network (Vinyals et al. 2016) inside the decoder's cross-attention: copying from the context is learned
+within a hundred steps, whom to copy from is not, unless similarity is there to begin with. Vectors are relative to the
+mean of the prompt's examples, since it is their differences that tell them apart; with one labelled example there is
+nothing to choose, and no match. Made for examples of one image and answers in text: further images of an example have
+addresses of their own, and are compared as if they were examples.
+
+What matters in one prompt does not in the next: examples that count cylinders are alike where they show as many. So
+examples are compared by `Words` too. Of each image it is estimated how often each word of a caption would be said of
+it, which captions teach (a bottleneck of concepts, Koh et al. 2020); of these words those matter in which examples with
+equal answers are alike and others are not (the alignment of a kernel with labels, Cristianini et al. 2001). No word has
+parameters of its own there, so that a word counts in a prompt that never did in training. That takes B S S V numbers:
+it is made for vocabularies of some thousand words.
+
+B batch, C context slots, M target slots, S addresses, D width, R numbers of a vector, N heads, V words
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from m4.tokens.batch import NUM_SHOTS, Tokens
+from m4.tokens.modality import Modalities, Sequence
+from m4.tokens.spans import is_sentinel
+
+MODALITY = 1 << 20  # above any id of a token
+
+
+class Matches(NamedTuple):
+    """Vectors of examples by address and of the context's tokens (zero unless labelled), whose products say how alike
+    they are, and weights. `words`: how often each would be said of an address (None: not compared so)."""
+
+    examples: Float[Array, "B S R"]
+    keys: Float[Array, "B C R"]
+    weight: Float[Array, "N R"]
+    words: Float[Array, "B S V"] | None
+
+
+class Words(nnx.Module):
+    """How often each word would be said of what an address shows, and which examples are alike where it matters."""
+
+    def __init__(self, width: int, num_words: int, num_heads: int, *, rngs: nnx.Rngs):
+        self.hidden_kernel = nnx.Param(jax.random.normal(rngs.params(), (width, width)) * width**-0.5)
+        self.hidden_bias = nnx.Param(jnp.zeros(width))
+        self.out_kernel = nnx.Param(jnp.zeros((width, num_words)))
+        self.out_bias = nnx.Param(jnp.zeros(num_words))
+        self.log_sharpness, self.threshold = nnx.Param(jnp.zeros(())), nnx.Param(jnp.full((), 0.25))
+        self.choice = nnx.Param(jnp.full((), 16.0))
+        self.weight = nnx.Param(jnp.full((num_heads,), 16.0))
+
+    def __call__(self, x: Float[Array, "B C D"], images: Float[Array, "B C S"]) -> Float[Array, "B S V"]:
+        """images: 1 where a token is one of the image of an address. A mean over tokens: a part of them will do."""
+        x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+        x = jax.nn.gelu(x @ self.hidden_kernel[...] + self.hidden_bias[...][None, None])
+        share = images / jnp.maximum(images.sum(1, keepdims=True), 1)
+        return 4 * jnp.einsum("bcs,bcd->bsd", share, x) @ self.out_kernel[...] + self.out_bias[...][None, None]
+
+    def alike(
+        self, words: Float[Array, "B S V"], labelled: Bool[Array, "B S"], same: Bool[Array, "B S S"]
+    ) -> Float[Array, "B S S"]:
+        """In [0, 1], by the words that tell labelled examples with the `same` text from others. Words are not trained
+        by what they are good for here: they would lose their meaning."""
+        words = jax.lax.stop_gradient(words)
+        kernels = jnp.exp(-jnp.exp(self.log_sharpness[...]) * (words[:, :, None] - words[:, None]) ** 2)
+        pairs = jnp.triu(labelled[:, :, None] & labelled[:, None], 1) * (same - self.threshold[...])
+        alignment = jnp.einsum("bij,bijv->bv", pairs, kernels)
+        return jnp.einsum("bijv,bv->bij", kernels, jax.nn.softmax(self.choice[...] * alignment))
+
+
+class Matching(nnx.Module):
+    """Examples -> Matches, from what the encoder's first blocks made of each. num_words: of the text modality by whose
+    words examples are compared (0: of none)."""
+
+    def __init__(self, width: int, size: int, num_heads: int, num_words: int = 0, *, rngs: nnx.Rngs):
+        self.score = nnx.Param(jnp.zeros((width, 1)))
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (width, size)) * width**-0.5)
+        self.weight = nnx.Param(jnp.full((num_heads,), 4.0))
+        self.words = Words(width, num_words, num_heads, rngs=rngs) if num_words else None
+
+    def __call__(self, x: Float[Array, "B C D"], inputs: Tokens, modalities: Modalities) -> Matches:
+        """x: of the inputs alone, without registers. An example is the mean of its image's tokens, by learned weights;
+        one without image, and one whose text is asked, is like no other. The query, address 0, is never matched."""
+        is_text = jnp.asarray([isinstance(m, Sequence) for m in modalities])[inputs.modality]
+        of = jax.nn.one_hot(inputs.shot, NUM_SHOTS) * inputs.valid[..., None]
+        images = of * ~is_text[..., None]
+        weights = images * jnp.exp(jnp.clip(x @ self.score[...], -20, 20))
+        pooled = jnp.einsum("bcs,bcd->bsd", weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-9), x)
+        there = images.any(1)[..., None]
+        mean = (pooled * there).sum(1, keepdims=True) / jnp.maximum(there.sum(1, keepdims=True), 1)
+        vectors = jnp.where(there, pooled - mean, 0) @ self.kernel[...]
+        vectors = vectors / jnp.sqrt((vectors**2).sum(-1, keepdims=True) + 1e-6)
+        asked = is_text & is_sentinel(inputs, modalities)
+        labelled = (of * is_text[..., None]).any(1) & ~(of * asked[..., None]).any(1)
+        labelled &= (jnp.arange(NUM_SHOTS) > 0)[None]
+        labelled &= labelled.sum(1, keepdims=True) > 1
+        keys = at_address(vectors * labelled[..., None], inputs.shot) * inputs.valid[..., None]
+        weight = jnp.broadcast_to(self.weight[...][:, None], (len(self.weight[...]), keys.shape[-1]))
+        if self.words is None:
+            return Matches(vectors, keys, weight, None)
+        words = self.words(x, images)
+        alike = self.words.alike(words, labelled & there[..., 0], same_text(inputs, is_text)) * there
+        # Keys by address, of texts alone: the product is that of `alike`.
+        named = of * is_text[..., None] * (labelled[:, None] & there.swapaxes(1, 2))
+        more = jnp.broadcast_to(self.words.weight[...][:, None], (len(weight), NUM_SHOTS))
+        return Matches(
+            jnp.concatenate([vectors, alike], -1),
+            jnp.concatenate([keys, named], -1),
+            jnp.concatenate([weight, more], -1),
+            words,
+        )
+
+
+def same_text(inputs: Tokens, is_text: Bool[Array, "B C"]) -> Bool[Array, "B S S"]:
+    """Which addresses have equal texts; a question is a part of its text."""
+    batch, slots = inputs.ids.shape
+    texts = jnp.zeros((batch, NUM_SHOTS, slots), jnp.int32)
+    of = jnp.where(is_text & inputs.valid, 1 + inputs.ids + MODALITY * inputs.modality, 0)
+    texts = texts.at[jnp.arange(batch)[:, None], inputs.shot, inputs.position].max(of, mode="drop")
+    return (texts[:, :, None] == texts[:, None]).all(-1)
+
+
+def at_address(vectors: Float[Array, "B S R"], shot: Int[Array, "B L"]) -> Float[Array, "B L R"]:
+    return jnp.take_along_axis(vectors, shot[..., None], axis=1)

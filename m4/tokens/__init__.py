@@ -1,0 +1,1 @@
+"""What the model reads: modalities, tokenizers, and batches of addressed tokens."""

@@ -1,0 +1,93 @@
+"""Tokens with addresses: what masking produces, the model reads and sampling writes.
+
+B batch, L tokens, K feature vectors, F numbers in one feature vector
+
+    ids       3   7   0   1   9   0        id in the modality's own vocabulary (Features: row of features[name])
+    modality  0   0   2   2   2   0        index in Modalities
+    position  5   6  17   3  60   0        place in the modality
+    shot      0   0   0   0   0   0        0 = the query, 1.. = in-context examples
+    valid     T   T   T   T   T   F        False = padding
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int, Num
+
+from m4.tokens.modality import Modalities
+
+Array = jax.Array | np.ndarray
+
+
+NUM_SHOTS = 17  # addresses: the query, and up to 16 images of in-context examples
+
+
+class Tokens(NamedTuple):
+    """Addressed tokens that the encoder reads. The order of slots carries no meaning."""
+
+    ids: Int[Array, "*B L"]
+    modality: Int[Array, "*B L"]
+    position: Int[Array, "*B L"]
+    shot: Int[Array, "*B L"]
+    valid: Bool[Array, "*B L"]
+
+
+class Targets(NamedTuple):
+    """Addressed tokens that the decoder predicts, and what it reads in their place.
+
+    `previous` is the token before the target in a sequence, and -1 (the mask token) in a grid.
+    """
+
+    ids: Int[Array, "*B L"]
+    previous: Int[Array, "*B L"]
+    modality: Int[Array, "*B L"]
+    position: Int[Array, "*B L"]
+    shot: Int[Array, "*B L"]
+    valid: Bool[Array, "*B L"]
+
+
+class MaskedBatch(NamedTuple):
+    """One training batch. Masking gives features as they are stored (uint8 pixels); models read them `normalized`."""
+
+    inputs: Tokens
+    targets: Targets
+    features: dict[str, Num[Array, "*B K F"]]
+
+
+def normalized(batch: MaskedBatch, modalities: Modalities) -> MaskedBatch:
+    """Stored features -> float32; under jit, so that a quarter of the bytes travels to the device."""
+    return batch._replace(features={name: modalities.named(name).normalize(x) for name, x in batch.features.items()})
+
+
+def pad(rows: list[np.ndarray], length: int) -> np.ndarray:
+    """Concatenates 1-D int arrays and pads with zeros to int32 [length]; too many numbers are a bug of the caller."""
+    out = np.zeros(length, np.int32)
+    joined = np.concatenate([np.zeros(0, np.int32), *rows])
+    assert len(joined) <= length, f"{len(joined)} tokens do not fit into {length} slots"
+    out[: len(joined)] = joined
+    return out
+
+
+def interleave(parts: list[tuple[list[int], MaskedBatch]], num_vectors: int = 0) -> MaskedBatch:
+    """One batch of parts, each with the numbers of its rows in it. `num_vectors`: room for features (0: as needed)."""
+    (_, first), size = parts[0], sum(len(rows) for rows, _ in parts)
+
+    def join(arrays, length: int):
+        out = np.zeros((size, length, *arrays[0].shape[2:]), arrays[0].dtype)
+        for (rows, _), x in zip(parts, arrays, strict=True):
+            out[rows, : x.shape[1]] = x
+        return out
+
+    if len(parts) == 1 and all(x.shape[1] == (num_vectors or x.shape[1]) for x in first.features.values()):
+        return first
+    columns = lambda kind: [join(xs, xs[0].shape[1]) for xs in zip(*(getattr(b, kind) for _, b in parts), strict=True)]  # noqa: E731
+    features = {
+        name: join(
+            [b.features[name] for _, b in parts], num_vectors or max(b.features[name].shape[1] for _, b in parts)
+        )
+        for name in first.features
+    }
+    return MaskedBatch(Tokens(*columns("inputs")), Targets(*columns("targets")), features)
