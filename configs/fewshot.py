@@ -30,7 +30,7 @@ pretrained = "runs/quickstart"
 
 # Answers are spelled in bytes, in a modality of their own: names that nobody has used before, and numbers.
 text = TextRecipe(name="text", signal="text", max_length=12, num_sentinels=3, num_bins=0, vocab_size=4 + 3 + 32 + 256)
-# Of captions it learns by which words examples may be alike (m4/matching.py).
+# Of captions it learns by which words examples may be alike (m4/model/similarity_prior.py).
 captions = Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0}, keep="all")
 
 

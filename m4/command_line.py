@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MAX_NOTICES = 5  # of one kind
-
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

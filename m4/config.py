@@ -180,7 +180,6 @@ FREE_TO_CHANGE = (
     "wandb",
 )
 
-
 # What is said of those that change what is learned; num_steps may only grow.
 CHANGES = {
     "batch_size": "the run goes on at the same example of the stream, with batches of the new size",

@@ -20,7 +20,6 @@ def closest(name: str, allowed: Seq[str]) -> str:
 
 MAX_SEED = 2**63 - 1
 
-
 # What fields of these names must hold, in whatever dataclass of a config; others must be finite.
 BOUNDS = {
     "learning_rate": (lambda x: x > 0, "above 0"),

@@ -33,23 +33,13 @@ try:
 except ImportError:  # Windows: temporaries are never taken for left over, and nothing is locked
     fcntl = None
 
-
 DIGESTS = "digests.json"
-
-
 FORMAT = 2  # of JSON with a digest, under "m4": so that damage to the name of the digest is noticed, too
-
-
 TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12}|\d{1,10})\.tmp")  # the latter of versions before 0.2
-
-
 SURROGATE = re.compile("[\ud800-\udfff]")
-
 
 # What names from files may not hold: they become paths, rows of tables and keys of JSON.
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|\ud800-\udfff]|^\.|^~|^ | $|^$')
-
-
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
 

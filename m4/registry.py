@@ -1,6 +1,6 @@
 """What a file may name, and how it comes back: dataclasses as JSON, tokenizers as safetensors. Never a pickle.
 
-A name is either an entry point of the group `m4.registry` (how a user's own package joins in) or that of a dataclass
+A name is either an entry point of the group `m4.components` (how a user's own package joins in) or that of a dataclass
 within m4 or m4_tokenizers, never a module: files may move. No code is ever read from a run's folder.
 """
 
@@ -23,8 +23,8 @@ from m4.files import read_json, shown
 
 @functools.cache
 def components() -> dict[str, importlib.metadata.EntryPoint]:
-    """Classes that a saved file may name: the entry-point group m4.registry (never a pickle)."""
-    return {e.name: e for e in importlib.metadata.entry_points(group="m4.registry")}
+    """Classes that a saved file may name: the entry-point group m4.components (never a pickle)."""
+    return {e.name: e for e in importlib.metadata.entry_points(group="m4.components")}
 
 
 @functools.cache

@@ -29,30 +29,15 @@ from m4.errors import closest
 from m4.files import parse_json, replacing, shown
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-
-
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
 OTHERS = {"F64": "f8", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2"}
-
-
 OTHERS = {name: np.dtype(code) for name, code in {**OTHERS, "U8": "u1", "BOOL": "?"}.items()}  # of tokenizers
-
-
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-
-
 MAX_HEADER = 100_000_000  # bytes, as safetensors' own limit
-
 
 # What goes into the metadata of a file that is to have a digest (as strings, or within the JSON of one of them).
 SEAL = {"m4_format": "2", "m4_sha256": "0" * 64}
-
-
 _DIGEST = re.compile(rb'"m4_sha256\\?": ?\\?"([0-9a-f]{64})\\?"')
-
-
 _KEYS = re.compile(rb"m4_format|m4_sha256")
 
 

@@ -1,6 +1,5 @@
 """Configs: JSON and back, errors with the closest match, imports in one direction, commands that the README shows."""
 
-import ast
 import dataclasses
 import json
 import re
@@ -101,54 +100,6 @@ def test_every_config_holds_together(path, monkeypatch, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     load_config(str(path)).check()
-
-
-LAYERS = [
-    ["errors", "files"],
-    ["contents", "tensor_file"],
-    ["checks", "commands", "components", "modality", "tokens", "workers"],
-    ["datasets"],
-    ["samples"],
-    ["masking", "packing", "nn", "kernels"],
-    ["shots", "matching"],
-    ["model"],
-    ["losses", "contrastive", "fourm", "model_file"],
-    ["convert"],
-    ["token_shards"],
-    ["data", "optim", "sharding", "flops", "records", "team", "adapters"],
-    ["step", "shards"],
-    ["pretokenize"],
-    ["numbered", "checkpoints", "distillation", "health", "metrics", "pictures"],
-    ["drawing", "guidance"],
-    ["sampling"],
-    ["prompts"],
-    ["results", "sampler"],
-    ["in_context", "embeddings"],
-    ["evals"],
-    ["config"],
-    ["overview", "plan", "generate", "inputs", "merging", "demo", "demo_server"],
-    ["__main__"],
-]
-
-
-def test_imports_point_one_way():
-    """A module imports only from layers below its own (or its own), and m4 never imports m4_tokenizers."""
-    rank = {name: i for i, names in enumerate(LAYERS) for name in names}
-    for file in (ROOT / "m4").rglob("*.py"):
-        own = file.relative_to(ROOT / "m4").parts[0].removesuffix(".py")
-        if own == "__init__":
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            modules = []
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                modules = [node.module] + [f"{node.module}.{a.name}" for a in node.names]
-            elif isinstance(node, ast.Import):
-                modules = [a.name for a in node.names]
-            for module in modules:
-                assert not module.startswith("m4_tokenizers"), f"{file} imports {module}"
-                parts = module.split(".")
-                if parts[0] == "m4" and len(parts) > 1 and parts[1] in rank and parts[1] != own:
-                    assert rank[parts[1]] <= rank[own], f"{file} imports {module}, which is above it"
 
 
 def test_the_readme_has_exactly_the_two_set_up_commands():

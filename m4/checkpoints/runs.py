@@ -4,9 +4,9 @@ WORKDIR/checkpoints/STEP        see m4.checkpoints.numbered
 WORKDIR/config.json             all that is needed to build the model again
 WORKDIR/tokenizers/*.safetensors
 
-An exported model, and each model of the package (m4/models/), is a folder with the same config.json and tokenizers/,
-the parameters in one model.safetensors, and digests.json. What is read is checked first: by digests, and the tokenizers
-against the config and against those that the model was trained with.
+An exported model, and each model of the package (m4/pretrained/), is a folder with the same config.json and
+tokenizers/, the parameters in one model.safetensors, and digests.json. What is read is checked first: by digests, and
+the tokenizers against the config and against those that the model was trained with.
 """
 
 from __future__ import annotations

@@ -29,11 +29,7 @@ from m4.tokens.modality import Features, Grid, Modality, Sequence
 from m4.tokens.tokenizer import Tokenizer
 
 BATCH = 256
-
-
 NUM_SAMPLES, TILE = 8, 128
-
-
 UNSEEN = (200, 200, 200)
 
 

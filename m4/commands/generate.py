@@ -42,11 +42,7 @@ from m4.tokens.modality import Sequence
 from m4.tokens.spans import trim
 
 FLAGS = ("steps", "temperature", "top_k", "top_p", "min_p", "schedule")  # fields of schemes that flags set
-
-
 SHEET_ROWS = 24
-
-
 SIGNALS = ("rgb", "depth", "normals", "semseg", "instance", "caption", "boxes")  # of most models
 
 
@@ -213,7 +209,7 @@ def _generate(job: Job, out: Path, failed: dict[str, str]) -> tuple[list[str], l
                     if isinstance(value, str):
                         tqdm.write(value)
                 if len(tiles) < SHEET_ROWS:
-                    tiles.append((sample.name, _pictures(job.sampler, results, k)))
+                    tiles.append((sample.name, results.pictures(k)))
             done += [sample.name for sample in samples]
             bar.update(len(done) + len(failed) - bar.n)
         bar.update(total - bar.n)
@@ -386,17 +382,6 @@ def _printer(sampler: Sampler) -> Any:
                 shown[target] = whole
 
     return show
-
-
-# ---- Pictures -------------------------------------------------------------------------------------------------------
-
-
-def _pictures(sampler: Sampler, results: Results, i: int) -> dict[str, np.ndarray]:
-    pictures = {}
-    for name, signals in results.inputs.items():
-        if signals[i] is not None:
-            pictures[name] = sampler.input_tokenizer(name).draw(signals[i], image=results.image(i))
-    return pictures | {f"{name} >" if name in pictures else name: results.draw(name, i) for name in results}
 
 
 def main(argv: list[str]) -> None:

@@ -36,16 +36,12 @@ TPU_KINDS = {
     "v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"
 }  # fmt: skip
 
-
 ENVIRONMENT = {  # libtpu would look for a TPU otherwise
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }  # fmt: skip
 
-
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-
 AS_4M = "num_parameters_as_4m_counts"
 
 

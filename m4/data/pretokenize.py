@@ -35,8 +35,6 @@ from m4.tokens.records import is_tokenized, name_of, named_error
 from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenizer, tokenizer_hash
 
 EXAMPLES_PER_SHARD = 2048
-
-
 NUM_PROBES = 256  # places where a data set is searched for a signal
 
 

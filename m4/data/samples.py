@@ -37,8 +37,6 @@ from m4.files import check_strings, shown
 from m4.tokens.tokenizer import Tokenizer
 
 GREY = 128  # of bars beside an image
-
-
 BARS = {"depth": 0, "relative_depth": 0, "normals": 0, "instances": 0, "mask": False, "edges": 0}  # in other signals
 
 

@@ -28,8 +28,6 @@ from m4.tokens.records import encode, is_tokenized, named_error
 from m4.tokens.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
 
 EXAMPLES_PER_CALL = 256  # what a tokenizer gets at once
-
-
 NUM_NAMED = 100  # skipped examples that the manifest names
 
 

@@ -32,14 +32,8 @@ from m4.errors import closest
 from m4.files import check_name, digest, read_json, shown, write_json
 
 VERSION = 2  # of token shards: raised whenever the same data and tokenizers give others
-
-
 NUM_THREADS = 4  # that verify files
-
-
 WORTH_A_BAR = 2**30  # bytes: checking fewer takes a second
-
-
 _verified: dict[str, list[int]] = {}  # of this process: for folders that cannot be written to
 
 

@@ -28,11 +28,7 @@ from m4.tokens.modality import Grid, Sequence
 from m4.tokens.spans import trim
 
 UNKNOWN = 128  # grey of what is not generated yet
-
-
 PICTURE = 256  # pixels on the page
-
-
 MAX_WAITING = 32  # clicks that wait for their turn
 
 

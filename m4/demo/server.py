@@ -26,20 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from m4.data.sources.pictures import MAX_PIXELS
 
 MAX_MESSAGE = 2**22  # bytes of a request that uploads nothing: texts, boxes, settings
-
-
 MAX_LAYERS = 4  # of a picture that is painted on; the page makes one
-
-
 MAX_PENDING = 4  # pictures that pages handed over and did not use yet; Gradio keeps them in memory
-
-
 IN_USE = 60  # seconds for which a file is not removed
-
-
 UPLOADS = ("/upload", "/component_server")  # ends of paths
-
-
 EVERY_ADDRESS = ("", "0.0.0.0", "::")
 
 

@@ -31,10 +31,7 @@ from jax.sharding import PartitionSpec as P
 from m4.distributed.constraints import BATCH
 
 AXES = ("data", "fsdp", "tensor")
-
-
 MIN_SIZE_TO_CUT = 2**14  # smaller arrays are not worth a collective
-
 
 RULES = (
     (r"(token|decoder|output)_embedding$", (None, ("fsdp", "tensor"))),

@@ -21,17 +21,9 @@ except ImportError:  # Windows: nobody can tell whether another process lives
 
 # What the processes of one job have in common, and other jobs on the same data do not.
 JOB = ("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "MEGASCALE_COORDINATOR_ADDRESS")
-
-
 GRACE = 5  # seconds after which a process that has not started is missed
-
-
 PATIENCE = 300.0  # seconds until a job whose processes do not all start is given up
-
-
 NAMING = 30.0  # seconds until the name of a host must be known
-
-
 GREETING = "m4-roll-call"
 
 

@@ -35,14 +35,8 @@ from m4.registry import to_json
 from m4.tokens.tokenizer import tokenizer_hash
 
 NUM_BASELINE = 2000  # training examples that the trivial baselines see
-
-
 FILES = ("metrics.json", "gallery.png")
-
-
 NUM_LOOKED_AT = 100  # examples for each that is wanted, where most lack a signal
-
-
 NUM_PROBED = 8  # examples of a split that tell which signals a data set has
 
 

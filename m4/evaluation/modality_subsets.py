@@ -34,14 +34,8 @@ from m4.representations.embed import embed
 from m4.tokens.packing import pack
 
 Subset = tuple[str, ...]
-
-
 DECAY = 1e-2  # of the probes
-
-
 OFTEN = 0.9  # how often a signal is missing where the label asks for it
-
-
 MOST_SIGNALS = 5  # of which there are 31 subsets
 
 

@@ -45,7 +45,6 @@ LABELS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "category": lambda e: e["boxes"]["label"][0],
 }
 
-
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the linear probe's weight decay, chosen on a fifth of the training pictures
 
 

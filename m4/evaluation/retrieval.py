@@ -38,8 +38,6 @@ from m4.representations.embed import features
 from m4.representations.nearest import retrieve
 
 COUNTS = (1, 5, 10)  # k of recall@k
-
-
 NUM_DRAWN, NUM_HITS = 4, 5  # queries of each direction in the picture, and what each finds first
 
 

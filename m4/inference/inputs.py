@@ -18,11 +18,7 @@ from m4.data.sources.contents import content
 from m4.files import check_name, parse_json, shown
 
 MAX_TABLE = 2**28  # bytes of a table of prompts
-
-
 TAKEN = ("failed.tsv", "sheet.png")  # what stands beside the samples' folders
-
-
 LIKE = '{"rgb": "photo.png", "caption": "a cat"}'
 
 

@@ -21,11 +21,7 @@ from m4.tokens.batch import Targets, Tokens
 from m4.tokens.modality import Grid, Modality
 
 NUM_SHAPES, TOKENS_PER_SHAPE = 8, 24  # sizes of step that are compiled for a grid, others are padded: at most; about
-
-
 DRAW, CHOICE = 0, 1  # what random numbers are for
-
-
 Schedule = Literal["maskgit", "cosine", "linear"]
 
 

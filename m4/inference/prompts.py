@@ -23,8 +23,6 @@ from m4.tokens.spans import show_spans
 from m4.tokens.tokenizer import Tokenizer
 
 MASK = "[MASK]"  # in a text: any number of words that are to be generated
-
-
 BUCKET = 16  # prompts are padded to a multiple of so many tokens, for other lengths to find them compiled
 
 

@@ -46,6 +46,15 @@ class Results(dict):
         """uint8 picture [H W 3] of a target's sample i."""
         return self.sampler.tokenizer(name).draw(self.signals(name)[i], image=self.image(i))
 
+    def pictures(self, i: int = 0) -> dict[str, np.ndarray]:
+        """uint8 pictures [H W 3] of sample i: inputs by name, then targets (`name >` if that is an input, too)."""
+        given = {
+            name: self.sampler.input_tokenizer(name).draw(signals[i], image=self.image(i))
+            for name, signals in self.inputs.items()
+            if signals[i] is not None
+        }
+        return given | {f"{name} >" if name in given else name: self.draw(name, i) for name in self}
+
     def write(self, folder: str | Path, i: int = 0, *, alone: bool = False, with_inputs: bool = False) -> None:
         """Files of all targets of sample i, all of them or none; with its inputs, as they were read, one can train
         on them (m4.data.sources.generated).

@@ -75,8 +75,6 @@ def run_stage(
 
 
 _listener: list[Callable] = []  # of the stage that runs, for a new listener not to compile it anew
-
-
 _listening = threading.Lock()
 
 

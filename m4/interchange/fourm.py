@@ -84,9 +84,7 @@ MODALITIES: dict[str, Modality] = {
     )
 }  # fmt: skip
 
-
 MOD7 = ("rgb@224", "caption", "det", "tok_rgb@224", "tok_depth@224", "tok_normal@224", "tok_semseg@224", "tok_clip@224")
-
 
 MOD21 = (
     *("caption", "t5_caption", "det", "metadata", "human_poses", "color_palette", "sam_instance"),
@@ -94,7 +92,6 @@ MOD21 = (
     *("tok_dinov2@224", "tok_dinov2_global", "tok_imagebind@224", "tok_imagebind_global"),
     *("tok_sam_edge@224", "tok_canny_edge@224"),
 )
-
 
 SIZES = {  # name: (width, heads, encoder blocks, decoder blocks)
     "tiny": (384, 6, 6, 6),

@@ -36,7 +36,6 @@ from m4.tokens.modality import Features, Grid, Modalities, Modality, Sequence
 
 KEPT = "original:"
 
-
 # The original's config and what it means when a key is absent.
 DEFAULTS = {
     "domains_in": [], "domains_out": [], "encoder_depth": 12, "decoder_depth": 12, "dim": 768, "num_heads": 12,

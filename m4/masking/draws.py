@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 NUM_TRIES = 8  # shares of kept tokens that are tried at once, each 0.9 of the last
-
-
 CHOICE, SPLIT, POSITIONS, SPANS = range(4)  # what random numbers are for
 
 

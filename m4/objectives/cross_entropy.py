@@ -29,11 +29,7 @@ from m4.model.encoder_decoder import Model
 from m4.tokens.batch import Targets
 
 NUM_SIZES = 4  # of the block for what is left
-
-
 TABLE = ("fsdp", "tensor")  # axes of a mesh over which the columns of tables are cut
-
-
 Weighting = Literal["modality", "token", "4m_modality", "4m_token"]
 
 

@@ -20,8 +20,6 @@ from jaxtyping import Bool, Int, Num
 from m4.tokens.modality import Modalities
 
 Array = jax.Array | np.ndarray
-
-
 NUM_SHOTS = 17  # addresses: the query, and up to 16 images of in-context examples
 
 

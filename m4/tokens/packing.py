@@ -17,8 +17,6 @@ from m4.tokens.batch import Tokens, pad
 from m4.tokens.modality import Features, Grid, Modalities, Sequence
 
 ANSWER = 0  # the declaration before an answer; declaration i is image i of the example
-
-
 Record = Mapping[str, np.ndarray]  # by modality, or MODALITY#x for a second one
 
 

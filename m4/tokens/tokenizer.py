@@ -55,7 +55,9 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """One safetensors file: arrays, and class, config and card as JSON. Saving what was loaded is byte-equal."""
     name = _name_of(type(tokenizer))
     if name not in components():
-        raise ValueError(f"{name} is not registered under the entry-point group m4.registry; install the package first")
+        raise ValueError(
+            f"{name} is not registered under the entry-point group m4.components; install the package first"
+        )
     config, arrays = tokenizer.state()
     about = {**SEAL, "component": name, "config": config, "card": tokenizer.card}
     data = safetensors.numpy.save(arrays, {"m4": json.dumps(about, sort_keys=True)})

@@ -23,8 +23,6 @@ from tensorboardX.record_writer import masked_crc32c
 from m4.files import naming, write_atomically
 
 NUM_RECENT = 50  # logged losses that a spike is told from
-
-
 SPIKE = 8.0  # times their median absolute deviation above their median
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +34,46 @@ from m4.training.trainer import random_key
 from m4_tokenizers.networks import VQ, check_finite
 from m4_tokenizers.quantizers import use_of_counts
 
-if TYPE_CHECKING:
-    from m4_tokenizers.vq import VQRecipe
-
 MAX_BYTES = 3 * 2**30  # of arrays that are kept in memory; larger sets are read step by step
 START_EXAMPLES = 2400  # that principal components and k-means are fitted to
 NUM_SHOWN = 6  # examples in TensorBoard
 TILE = 128  # pixels
 
 
+class Trainable(Protocol):
+    """What training reads of a recipe; vq.VQRecipe says what each means."""
+
+    signal: str
+    name: str
+    image_size: int
+    sizes: tuple[int, ...]
+    quantizer: Any
+    losses: tuple[Any, ...]
+    adversarial: Any
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    start_from: str
+    log_every: int
+    save_every: int
+    tokenizer_class: ClassVar[type]
+
+    @property
+    def num_channels(self) -> int: ...
+
+    def signal_of(self, example: Mapping[str, Any]) -> Any | None: ...
+
+    def to_arrays(self, signals: Seq[Any]) -> np.ndarray: ...
+
+    def loss_weights(self, x: Array) -> Array: ...
+
+
 class Examples:
     """The arrays of chosen examples, checked: what cannot be trained on is reported with its number and file."""
 
-    def __init__(self, recipe: "VQRecipe", source: Seq[dict[str, Any]], chosen: np.ndarray):
+    def __init__(self, recipe: Trainable, source: Seq[dict[str, Any]], chosen: np.ndarray):
         self.recipe, self.source, self.chosen = recipe, source, chosen
         if not len(chosen):
             raise ValueError(f"tokenizer {recipe.name} has no examples to learn from: the source has {len(source)}")
@@ -87,7 +114,7 @@ class Examples:
         return self.read(self.chosen[picks]) if self.cached is None else self.cached[picks]
 
 
-def optimizer_of(recipe: "VQRecipe") -> optax.GradientTransformation:
+def optimizer_of(recipe: Trainable) -> optax.GradientTransformation:
     warmup = min(recipe.warmup_steps, recipe.num_steps // 4)
     schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup, max(recipe.num_steps, 1))
     return optax.chain(
@@ -107,7 +134,7 @@ def resize(x: Array, size: int) -> Array:
     return jax.image.resize(x, (x.shape[0], size, size, *x.shape[3:]), method)
 
 
-def make_step(recipe: "VQRecipe", graph: Any, discriminator_graph: Any):
+def make_step(recipe: Trainable, graph: Any, discriminator_graph: Any):
     optimizer = optimizer_of(recipe)
     critic_optimizer = recipe.adversarial and optax.adam(recipe.adversarial.learning_rate, b1=0.5)
 
@@ -156,12 +183,12 @@ def make_step(recipe: "VQRecipe", graph: Any, discriminator_graph: Any):
     return step, optimizer, critic_optimizer
 
 
-def is_learned(recipe: "VQRecipe", path: tuple, leaf: Any) -> bool:
+def is_learned(recipe: Trainable, path: tuple, leaf: Any) -> bool:
     """Parameters that the optimizer moves: all, or the decoder's alone where the rest is taken from a file."""
     return isinstance(leaf, nnx.Param) and (not recipe.start_from or path[0] == "decoder")
 
 
-def start(recipe: "VQRecipe", examples: Examples, *, seed: int) -> VQ:
+def start(recipe: Trainable, examples: Examples, *, seed: int) -> VQ:
     """The model before its first step."""
     model = VQ(recipe, rngs=nnx.Rngs(random_key(seed)))
     if recipe.start_from:
@@ -181,7 +208,7 @@ def start(recipe: "VQRecipe", examples: Examples, *, seed: int) -> VQ:
     return model
 
 
-def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | None = None) -> VQ:
+def train(recipe: Trainable, examples: Examples, *, seed: int, folder: Path | None = None) -> VQ:
     """The trained model. With a folder: saved every recipe.save_every steps, and resumed from there."""
     mesh = MeshConfig().make()
     if recipe.batch_size % mesh.size:
@@ -240,11 +267,11 @@ def train(recipe: "VQRecipe", examples: Examples, *, seed: int, folder: Path | N
     return nnx.merge(graph, state["learned"], state["others"])
 
 
-def _kept(recipe: "VQRecipe", saved: Checkpoints | None) -> str:
+def _kept(recipe: Trainable, saved: Checkpoints | None) -> str:
     return f"tokenizer {recipe.name} is not finished" + (f"; {saved.kept()}" if saved else "")
 
 
-def check_loss(recipe: "VQRecipe", scalars: Mapping[str, Any], step: int) -> None:
+def check_loss(recipe: Trainable, scalars: Mapping[str, Any], step: int) -> None:
     if not np.isfinite(loss := float(scalars["loss"])):
         raise ValueError(f"{recipe.name}: the loss is {loss} at step {step}")
 

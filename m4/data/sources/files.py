@@ -23,19 +23,10 @@ from m4.errors import closest
 from m4.files import decode_text, parse_json
 
 LONGEST = 1.1  # length of a normal that is still a unit vector
-
-
 SATURATED = 2**16 - 1  # of 16-bit depth: what sensors and converters write where they know nothing
-
-
 PICTURES = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "pbm", "pnm", "pfm")
-
-
 EXACT = ("png", "tif", "tiff", "bmp")
-
-
 SOUNDS = ("wav", "ogg", "oga", "flac", "mp3", "aiff", "opus")
-
 
 # What a signal's values are. A tokenizer says which kind it takes (`kind`); else the signal's name does.
 KINDS = {
@@ -54,7 +45,6 @@ KINDS = {
     "answer": "answer",
     "audio": "audio",
 }
-
 
 EXTENSIONS = {
     "image": (*PICTURES, "npy"),
@@ -78,22 +68,13 @@ EXTENSIONS = {
     "": ("npy", "png", "json", "txt"),  # of a signal of which nothing is known
 }
 
-
 OTHER = EXTENSIONS[""]
-
-
 LITERAL = ("text", "class", "boxes", "palette", "metadata", "answer")  # kinds that can be written out
-
 
 # Kinds of arrays [H W ...] that lie on the same pixels as the other signals of their example.
 ALIGNED = ("image", "mask", "edges", "depth", "relative_depth", "normals", "classes", "instances", "map")
-
-
 MAPS = ("classes", "instances", "mask", "map")  # of two axes they are a map even of integers, and never tokens
-
-
 ANY = None
-
 
 ARRAYS = {  # what an array may be that is not tokens: kinds of dtype, sizes of its axes (0 = any), in words
     "image": ("u", (0, 0, 3), "uint8 [H W 3]"),
@@ -109,7 +90,6 @@ ARRAYS = {  # what an array may be that is not tokens: kinds of dtype, sizes of 
     "palette": ("iu", (0, 3), "integers [n 3]"),
     "audio": ("f", (0,), "floats [T]"),
 }
-
 
 MODES = {  # of pictures that hold numbers
     "depth": ("I;16", "I;16B", "I"),

@@ -23,14 +23,8 @@ from m4.errors import check, closest
 from m4.files import check_name, shown
 
 SPLITS = ("train", "validation", "test")
-
-
 JUNK = ("thumbs.db", "desktop.ini", "__macosx")  # left by file managers, as are names with a dot in front
-
-
 KNOWN = {*OTHER, *(extension for extensions in EXTENSIONS.values() for extension in extensions)}  # of files
-
-
 RESERVED = ("id", "file")  # what an example tells about itself
 
 

@@ -18,10 +18,7 @@ from PIL import Image
 from m4.errors import check
 
 VERSION = "1.0.0"  # of the examples: raise it whenever the same fields give others
-
-
 SPLITS = ("train", "validation", "test")
-
 
 # All colour photographs of scenes in the two wheels. Left out: grey pictures, textures, drawings, photographs through
 # a microscope, a telescope or an eye's pupil, and motorcycle_right, which shows what motorcycle_left shows.
@@ -34,7 +31,6 @@ PICTURES = {
     "china.jpg": "sklearn/datasets/images",
     "flower.jpg": "sklearn/datasets/images",
 }
-
 
 INSTALL = 'pip install "m4-jax[photos]"'
 

@@ -23,7 +23,6 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 MAX_PIXELS = 64_000_000  # of a picture; a larger one is refused by its header, before it takes memory
 
-
 FORMATS = {  # how their files begin, and what decodes them: no other of PIL's decoders ever sees a file
     "png": ((b"\x89PNG\r\n\x1a\n",), PngImageFile),
     "jpeg": ((b"\xff\xd8\xff",), JpegImageFile),
@@ -34,14 +33,10 @@ FORMATS = {  # how their files begin, and what decodes them: no other of PIL's d
     "pnm": ((b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"), PpmImageFile),
 }
 
-
 # Whose pixels are the numbers that were stored: pnm may scale them, jpeg and webp change them, and what writes gif
 # numbers the colours anew.
 LOSSLESS = ("png", "tiff", "bmp")
-
-
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
-
 
 # How PIL unpacks what it changes: grey of 2 or 4 bits is stretched to 8, inverted grey is turned round, of channels of
 # 16 bits the lower half is dropped, and so are channels that have no name.

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SIZES = {"small": 0.42, "large": 0.95}  # metres; with the camera's height this leaves size readable from one image
-
-
 MIN_AREA = 32  # pixels of each object that are visible, in an image of 64 x 64
-
-
 FAR = 25.0  # metres; ground farther away has unknown depth
 
 

@@ -18,20 +18,11 @@ from m4.errors import check
 
 VERSION = "1.0.0"  # of the scenes: raise it whenever the same arguments give other scenes
 
-
 # Hues in degrees, far enough apart to be told from pixels.
 COLOURS = {"red": 0, "orange": 28, "yellow": 55, "green": 120, "cyan": 182, "blue": 228, "purple": 276, "pink": 326}
-
-
 SHAPES = ("cube", "sphere", "cylinder", "cone")  # the classes of `semseg`, from 2 on
-
-
 MATERIALS = ("matte", "metallic")
-
-
 NAMES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "material": MATERIALS}
-
-
 SPLITS = ("train", "validation", "test", "heldout")
 
 
@@ -65,10 +56,8 @@ VARIANTS = {
     ),
 }
 
-
 # Single objects: those that "simple" shows in training, and held out all others.
 _seen = VARIANTS["simple"]
-
 
 VARIANTS["kinds"] = Variant(
     colours=tuple(COLOURS),

@@ -15,16 +15,12 @@ from m4.data.sources.rendering import COLOURS, NAMES, VARIANTS
 
 Object = Mapping[str, str]  # shape, colour, size, material: those that are known
 
-
 ATTRIBUTES = {  # what the captions of each variant mention
     name: ("colour", "size", "material") if variant.phrasings else ("colour", "size")
     for name, variant in VARIANTS.items()
 }
 
-
 _ATTRIBUTE_OF = {word: attribute for attribute, words in NAMES.items() for word in words}
-
-
 _BOUNDARIES = {"a", "an", "and", "of", "the", "there", "is", "to", "which", "in", ",", ".", ":", ";"}
 
 

@@ -15,24 +15,13 @@ import numpy as np
 from jaxtyping import Float32
 
 RATES = (100, 1_000_000)  # samples a second; resampling from others takes minutes and gigabytes
-
-
 MAX_SAMPLES = 2**29  # of all channels of a file, which its header tells
-
-
 LOUDEST = 2.0  # of floats, where 1 is full scale: integers in floats are beyond it
-
-
 LOST = 64  # bytes that a header may announce too many
-
-
 STREAMED = 2**31 - 2**16  # bytes: so many and more are announced where a length was not known
-
 
 # What libsndfile says of files that end before their header says so.
 SHORTER = re.compile(r"(?i)\b(?:data|SSND|data size) *: (\d+) \(should be (\d+)\)")
-
-
 INSTALL = 'pip install "m4-jax[audio]"'
 
 

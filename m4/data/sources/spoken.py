@@ -29,14 +29,8 @@ from m4.errors import check
 from m4.files import fingerprint
 
 VERSION = "1.0.0"  # of the examples: raise it whenever the same arguments give others
-
-
 RATE = 16_000  # samples a second
-
-
 FARTHEST = 2.0  # metres: a stamp is at least half as long as its picture
-
-
 LOUDEST = np.float32(2**15 - 1)  # of what is stored
 
 

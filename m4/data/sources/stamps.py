@@ -33,16 +33,9 @@ from m4.errors import check
 from m4.files import fingerprint
 
 VERSION = "1.0.0"  # of the examples: raise it whenever the same arguments give others
-
-
 SPLITS = ("train", "validation", "test")
-
-
 SHARES = {"test": 0.1, "validation": 0.1}  # of the stamps; the rest is for training
-
-
 INSTALL = "apt-get install tuxpaint-stamps-default"
-
 
 # The folders that the corpus is sorted into: class i + 1 of `semseg`.
 CATEGORIES = ("animals", "clothes", "food", "hobbies", "household", "medical", "military", "naturalforces")
@@ -52,17 +45,9 @@ CATEGORIES += ("people", "plants", "seasonal", "space", "sports", "symbols", "to
 
 
 BACKGROUNDS = ("plain", "photos")
-
-
 NEAREST, FARTHEST, BACKDROP = 1.3, 4.0, 5.0  # metres
-
-
 MIN_SHARE = 0.3  # of a cut-out's own pixels that must be visible
-
-
 MIN_AREA = 1 / 256  # of the picture: 16 pixels of 64 x 64
-
-
 FULL_STOPS = ".!?:…|。．！？։।።។؟"
 
 

@@ -24,11 +24,7 @@ from m4.errors import closest
 from m4.files import fingerprint, read_json, shown, write_json
 
 VERSION = 2  # of the index: raise it whenever the same tar gives another, or is refused
-
-
 CHUNK = 2**20  # bytes read at once
-
-
 BLOCK = tarfile.BLOCKSIZE  # bytes; headers and contents of members start at multiples
 
 

@@ -26,29 +26,13 @@ from m4.errors import check, closest
 from m4.files import digest, fingerprint, read_json, replacing, shown, write_json
 
 VERSION = 2  # of the index: raise it whenever the same files give another
-
-
 SPLITS = ("train", "validation", "test")
-
-
 SUFFIXES = (".txt", ".jsonl")
-
-
 FILE, LINE, START, LENGTH, DRAW = range(5)  # columns: number of the file, of the line (from 1), bytes, hash of the text
-
-
 DRAWS = 2**62
-
-
 BOM = b"\xef\xbb\xbf"
-
-
 OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-
-
 HEAD = 4096  # bytes of a file, in which a NUL betrays another encoding
-
-
 CHUNK = 2**20  # bytes read at once
 
 

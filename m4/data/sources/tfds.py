@@ -25,13 +25,8 @@ from m4.errors import check
 from m4.files import fingerprint
 
 PIXELS = ("picture", "numbers")
-
-
 WORDS = ("text", "class")
-
-
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # that pictures of a data set may have
-
 
 # The kinds of features that a signal may be read from; other signals take any of `PIXELS` and `WORDS`.
 KINDS = {"rgb": PIXELS, "depth": PIXELS, "semseg": PIXELS, "instance": PIXELS, "caption": WORDS, "boxes": ("boxes",)}

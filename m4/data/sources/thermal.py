@@ -19,11 +19,7 @@ from m4.data.sources.scenes import Scenes, SceneSplit
 from m4.errors import check
 
 AIR, HAZE = 10.0, 15.0  # degrees Celsius; metres after which a share of 1 / e is left
-
-
 GROUND_HEAT = 8.0  # degrees Celsius above AIR, right before the camera
-
-
 HEAT = {("matte", "small"): 20.0, ("matte", "large"): 35.0, ("metallic", "small"): 50.0, ("metallic", "large"): 65.0}
 
 

@@ -18,8 +18,6 @@ from m4.in_context.tasks.nonce_words import same_text
 from m4.masking.episodes import Episode, Shot
 
 TEST_VALUES = (("colour", "cyan"), ("colour", "purple"), ("shape", "cylinder"))
-
-
 FEWEST = 40  # scenes of a count that are enough to draw from
 
 

@@ -22,8 +22,6 @@ from m4.in_context.tasks.nonce_words import draw_words, same_text
 from m4.masking.episodes import Episode, Shot
 
 STAMPS = Stamps(max_objects=1, num_train=6000, num_validation=8, num_test=3000)
-
-
 HELD_OUT = ("food", "household", "plants", "seasonal", "town")  # categories with several cut-outs among those for tests
 
 

@@ -19,8 +19,6 @@ from m4.errors import check
 from m4.in_context.tasks.episode_rng import SPLITS
 
 KINDS = Scenes(variant="kinds", num_train=8000, num_validation=8, num_test=8, num_heldout=3000)  # single objects
-
-
 SCENES = Scenes(variant="simple", num_train=8000, num_validation=8, num_test=4000, num_heldout=4000)
 
 

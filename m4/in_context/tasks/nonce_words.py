@@ -12,8 +12,6 @@ from m4.errors import check
 from m4.in_context.tasks.episode_rng import SPLITS
 
 CONSONANTS, VOWELS = "bdfgklmnprstvxz", "aeiou"
-
-
 NUM_TEST = 4000
 
 

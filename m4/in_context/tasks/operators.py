@@ -18,8 +18,6 @@ from m4.in_context.tasks.render_text import note
 from m4.masking.episodes import Episode, Shot
 
 OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "x": lambda a, b: a * b}
-
-
 FORMS = {"image": ("operator_induction", 1), "text": ("operator_induction_text", 0)}
 
 
@@ -49,7 +47,6 @@ def _split_pairs(num_test: int = 20) -> dict[str, list[Pair]]:
 
 
 PAIRS = _split_pairs()
-
 
 # Queries, whose results tell the operators apart.
 TELLING = {split: [p for p in pairs if len(set(_results(p))) == len(OPERATORS)] for split, pairs in PAIRS.items()}

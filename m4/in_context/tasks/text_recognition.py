@@ -14,8 +14,6 @@ from m4.in_context.tasks.render_text import write, written
 from m4.masking.episodes import Episode, Shot
 
 BOXES = {"red": (220, 30, 30), "green": (20, 150, 40), "blue": (40, 60, 230), "orange": (240, 150, 20)}
-
-
 NUM_WORDS = 3  # in each image
 
 

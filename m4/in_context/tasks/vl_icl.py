@@ -27,11 +27,7 @@ from m4.in_context.tasks.nonce_words import same_text
 from m4.masking.episodes import Episode, Shot
 
 Entry = dict[str, Any]
-
-
 DOWNLOAD = "git clone https://huggingface.co/datasets/ys-zong/VL-ICL && cd VL-ICL && bash unzip.sh"
-
-
 OPERATORS = ("+", "-", "x")  # the order of a support example's three answers
 
 
