@@ -26,8 +26,8 @@ from benchmarks.examples import random_example
 from m4.interchange import fourm
 from m4.masking.dirichlet import Masking, Strategy
 from m4.tokens.modality import Features, Modalities
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.text import TextRecipe
 
 WORDS = ("a", "photo", "of", "two", "brown", "dogs", "and", "one", "cat", "that", "sit", "on", "an", "old", "wooden")
 

@@ -26,9 +26,10 @@ from flax import nnx
 
 from m4.config import load_config
 from m4_tokenizers import training
-from m4_tokenizers.image import ImageRecipe
-from m4_tokenizers.networks import VQ, ViTDecoder, ViTEncoder
-from m4_tokenizers.quantizers import VectorQuantizer
+from m4_tokenizers.modalities.image import ImageRecipe
+from m4_tokenizers.networks.autoencoder import VQ
+from m4_tokenizers.networks.vit import ViTDecoder, ViTEncoder
+from m4_tokenizers.quantizers.vector import VectorQuantizer
 
 
 def vit_b() -> ImageRecipe:

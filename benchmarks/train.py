@@ -35,7 +35,7 @@ from m4.tokens.modality import Modalities
 from m4.training import flops
 from m4.training.optimizer import OptimizerConfig
 from m4.training.trainer import Trainer
-from m4_tokenizers.stored import IdsRecipe
+from m4_tokenizers.modalities.stored import IdsRecipe
 
 SETTINGS = {  # name: (size, dtype, batch size)
     "4m_tiny_mod7": ("tiny", "float32", 16),

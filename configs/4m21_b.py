@@ -14,8 +14,8 @@ from m4.config import Config, load_config
 from m4.data.dataset import Dataset
 from m4.interchange import fourm
 from m4.masking.dirichlet import Masking, Strategy
-from m4_tokenizers.image import PixelPatchesRecipe
-from m4_tokenizers.stored import IdsRecipe
+from m4_tokenizers.modalities.image import PixelPatchesRecipe
+from m4_tokenizers.modalities.stored import IdsRecipe
 
 base: Config = load_config("configs/4m7_b.py")
 batch_size, num_inputs, num_targets = 4096, 256, 256

@@ -13,8 +13,8 @@ from m4.data.dataset import Dataset
 from m4.interchange import fourm
 from m4.masking.dirichlet import Masking, Strategy
 from m4.training.optimizer import OptimizerConfig
-from m4_tokenizers.image import PixelPatchesRecipe
-from m4_tokenizers.stored import IdsRecipe
+from m4_tokenizers.modalities.image import PixelPatchesRecipe
+from m4_tokenizers.modalities.stored import IdsRecipe
 
 NUM_TOKENS = 500e9
 batch_size, num_inputs, num_targets = 8192, 128, 128

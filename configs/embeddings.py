@@ -18,11 +18,11 @@ from m4.masking.dirichlet import Masking, Strategy
 from m4.model.config import ModelConfig
 from m4.objectives.contrastive import Contrast
 from m4.training.optimizer import OptimizerConfig
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.depth import DepthRecipe
-from m4_tokenizers.image import PixelPatchesRecipe
-from m4_tokenizers.networks import PatchEncoder
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.depth import DepthRecipe
+from m4_tokenizers.modalities.image import PixelPatchesRecipe
+from m4_tokenizers.modalities.text import TextRecipe
+from m4_tokenizers.networks.patch_mixing import PatchEncoder
 
 # The contrast compares all of a picture with all of its caption, each by itself.
 scene = Strategy(

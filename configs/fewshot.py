@@ -22,8 +22,8 @@ from m4.in_context.tasks.source import EpisodeSource
 from m4.masking.dirichlet import Strategy
 from m4.masking.episodes import ShotMasking
 from m4.training.optimizer import OptimizerConfig
-from m4_tokenizers.stored import tokenizers_of
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.stored import tokenizers_of
+from m4_tokenizers.modalities.text import TextRecipe
 
 quickstart = load_config("configs/quickstart.py")
 pretrained = "runs/quickstart"

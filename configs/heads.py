@@ -20,10 +20,10 @@ from m4.evaluation.measures.classes import ClassAccuracy, ClassMapAccuracy
 from m4.inference.parallel import MaskGIT
 from m4.masking.dirichlet import Strategy
 from m4.training.optimizer import OptimizerConfig
-from m4_tokenizers.classes import ClassRecipe
-from m4_tokenizers.networks import PatchEncoder
-from m4_tokenizers.semseg import SemanticRecipe
-from m4_tokenizers.stored import tokenizers_of
+from m4_tokenizers.modalities.classes import ClassRecipe
+from m4_tokenizers.modalities.semseg import SemanticRecipe
+from m4_tokenizers.modalities.stored import tokenizers_of
+from m4_tokenizers.networks.patch_mixing import PatchEncoder
 
 quickstart = load_config("configs/quickstart.py")
 classes = ("nothing", *CATEGORIES)

@@ -14,12 +14,12 @@ from m4.data.sources.scenes import Scenes
 from m4.data.sources.stamps import Stamps
 from m4.data.sources.texts import Texts
 from m4.masking.dirichlet import Masking, Strategy
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.depth import DepthRecipe
-from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
-from m4_tokenizers.networks import PatchEncoder
-from m4_tokenizers.quantizers import LearnedVectorQuantizer
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.depth import DepthRecipe
+from m4_tokenizers.modalities.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.modalities.text import TextRecipe
+from m4_tokenizers.networks.patch_mixing import PatchEncoder
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
 
 quickstart: Config = load_config("configs/quickstart.py")
 targets = {"rgb_tokens": 0.5, "depth_tokens": 0.5, "caption": 0.5, "boxes": 0.5}

@@ -19,12 +19,12 @@ from m4.inference.parallel import MaskGIT
 from m4.masking.dirichlet import Masking, Strategy
 from m4.model.config import ModelConfig
 from m4.training.optimizer import OptimizerConfig
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.depth import DepthRecipe
-from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
-from m4_tokenizers.networks import PatchEncoder
-from m4_tokenizers.quantizers import LearnedVectorQuantizer
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.depth import DepthRecipe
+from m4_tokenizers.modalities.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.modalities.text import TextRecipe
+from m4_tokenizers.networks.patch_mixing import PatchEncoder
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
 
 strategies = (
     # Look at a picture, say all there is to say.

@@ -17,7 +17,7 @@ from m4.evaluation.retrieval import Retrieval
 from m4.masking.dirichlet import Strategy
 from m4.objectives.contrastive import Contrast
 from m4.training.optimizer import OptimizerConfig
-from m4_tokenizers.stored import tokenizers_of
+from m4_tokenizers.modalities.stored import tokenizers_of
 
 quickstart = load_config("configs/quickstart.py")
 spoken = load_config("configs/tokenizers/spoken.py")

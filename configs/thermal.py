@@ -19,9 +19,9 @@ from m4.evaluation.measures.maps import MapAccuracy
 from m4.inference.parallel import MaskGIT
 from m4.masking.dirichlet import Strategy
 from m4.training.optimizer import OptimizerConfig
-from m4_tokenizers.maps import MapRecipe
-from m4_tokenizers.networks import PatchEncoder
-from m4_tokenizers.stored import tokenizers_of
+from m4_tokenizers.modalities.maps import MapRecipe
+from m4_tokenizers.modalities.stored import tokenizers_of
+from m4_tokenizers.networks.patch_mixing import PatchEncoder
 
 quickstart = load_config("configs/quickstart.py")
 thermal = MapRecipe(

@@ -39,8 +39,8 @@ from m4.tokens.batch import MaskedBatch  # noqa: E402
 from m4.tokens.modality import Features, Grid, Sequence  # noqa: E402
 from m4.tokens.tokenizer import load_tokenizer  # noqa: E402
 from m4_tokenizers import architectures, released  # noqa: E402
-from m4_tokenizers.diffusion import Schedule  # noqa: E402
-from m4_tokenizers.quantizers import VectorQuantizer  # noqa: E402
+from m4_tokenizers.networks.diffusion import Schedule  # noqa: E402
+from m4_tokenizers.quantizers.vector import VectorQuantizer  # noqa: E402
 
 
 def converted_model(folder: Path) -> Model:

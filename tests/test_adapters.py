@@ -18,7 +18,7 @@ from m4.model.parameters import parameters
 from m4.tensor_file import TensorFile
 from m4.training.optimizer import OptimizerConfig
 from m4.training.trainer import Trainer
-from m4_tokenizers.stored import IdsRecipe
+from m4_tokenizers.modalities.stored import IdsRecipe
 
 KINDS = {
     "lora": {"lora": LoRA(rank=2)},

@@ -17,8 +17,8 @@ from m4.model.encoder_decoder import Model
 from m4.registry import from_json, to_json
 from m4.tokens.modality import Modalities
 from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenizer
-from m4_tokenizers.answers import KINDS, AnswerRecipe, AnswerTokenizer, utf8_steps
-from m4_tokenizers.text import EOS
+from m4_tokenizers.modalities.answers import KINDS, AnswerRecipe, AnswerTokenizer, utf8_steps
+from m4_tokenizers.modalities.text import EOS
 
 GRID = np.indices((8, 8)).sum(axis=0) % 3 == 0
 EXAMPLES = [

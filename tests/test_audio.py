@@ -21,8 +21,8 @@ from m4.data.sources.spoken import RATE, Spoken, compose, read_sound
 from m4.data.sources.stamps import SPLITS
 from m4.registry import from_json, to_json
 from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
-from m4_tokenizers.audio import AudioRecipe, AudioTokenizer, griffin_lim, istft, mel_bands, spread, stft
-from m4_tokenizers.networks import PatchDecoder, PatchEncoder
+from m4_tokenizers.modalities.audio import AudioRecipe, AudioTokenizer, griffin_lim, istft, mel_bands, spread, stft
+from m4_tokenizers.networks.patch_mixing import PatchDecoder, PatchEncoder
 
 needs_soundfile = pytest.mark.skipif(find_spec("soundfile") is None, reason=INSTALL)
 needs_corpus = pytest.mark.skipif(not Path(Spoken().path).is_dir(), reason=stamps.INSTALL)

@@ -15,8 +15,8 @@ from m4.evaluation.measures.depth import DepthAccuracy
 from m4.evaluation.measures.maps import MapAccuracy
 from m4.inference.parallel import MaskGIT
 from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
-from m4_tokenizers.classes import ClassRecipe
-from m4_tokenizers.maps import MapRecipe
+from m4_tokenizers.modalities.classes import ClassRecipe
+from m4_tokenizers.modalities.maps import MapRecipe
 
 
 def test_labels_there_and_back(tmp_path):

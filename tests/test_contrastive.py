@@ -29,9 +29,9 @@ from m4.registry import from_json, to_json
 from m4.tokens.batch import normalized
 from m4.tokens.modality import Modalities
 from m4.training.trainer import Trainer
-from m4_tokenizers.image import PixelPatchesRecipe
-from m4_tokenizers.stored import IdsRecipe
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.image import PixelPatchesRecipe
+from m4_tokenizers.modalities.stored import IdsRecipe
+from m4_tokenizers.modalities.text import TextRecipe
 
 THERE = np.array([True, False, True, True, True, False, True])
 

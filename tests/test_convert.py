@@ -31,8 +31,8 @@ from m4.objectives import cross_entropy as losses
 from m4.tensor_file import TensorFile, make_header, write
 from m4.tokens.modality import Features, Modalities
 from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.text import WordPieceRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.text import WordPieceRecipe
 
 PARITY = Path(os.environ.get("M4_PARITY", ROOT.parent / "shared" / "parity"))
 COMMITTED = ROOT / "tests" / "parity"

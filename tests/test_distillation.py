@@ -24,7 +24,7 @@ from m4.objectives.cross_entropy import Taught
 from m4.tokens.modality import Features, Grid, Modalities
 from m4.training.distillation import load_teacher
 from m4.training.trainer import Trainer
-from m4_tokenizers.stored import IdsRecipe
+from m4_tokenizers.modalities.stored import IdsRecipe
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.representations.embed import features
 from m4.tokens.modality import Modalities
-from m4_tokenizers.image import PixelPatchesRecipe
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.image import PixelPatchesRecipe
+from m4_tokenizers.modalities.text import TextRecipe
 
 
 @pytest.fixture(scope="module")

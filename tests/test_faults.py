@@ -31,17 +31,17 @@ from m4.distributed import workers
 from m4.distributed.worker_group import Others, Team, roll_call
 from m4.files import read_json
 from m4.tokens.tokenizer import load_tokenizer
-from m4_tokenizers.answers import AnswerRecipe
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.depth import DepthRecipe
-from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
-from m4_tokenizers.maps import MapRecipe
-from m4_tokenizers.networks import PatchDecoder, PatchEncoder
-from m4_tokenizers.normals import NormalsRecipe
-from m4_tokenizers.palette import PaletteRecipe
-from m4_tokenizers.quantizers import LearnedVectorQuantizer
-from m4_tokenizers.semseg import SemanticRecipe
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.answers import AnswerRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.depth import DepthRecipe
+from m4_tokenizers.modalities.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.modalities.maps import MapRecipe
+from m4_tokenizers.modalities.normals import NormalsRecipe
+from m4_tokenizers.modalities.palette import PaletteRecipe
+from m4_tokenizers.modalities.semseg import SemanticRecipe
+from m4_tokenizers.modalities.text import TextRecipe
+from m4_tokenizers.networks.patch_mixing import PatchDecoder, PatchEncoder
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
 from m4_tokenizers.vq import VQRecipe
 
 NUM = 20

@@ -23,8 +23,8 @@ from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.registry import from_json, to_json
 from m4.tokens.modality import Modalities
-from m4_tokenizers.image import PixelPatchesRecipe
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.image import PixelPatchesRecipe
+from m4_tokenizers.modalities.text import TextRecipe
 
 SMALL = FastBinding(
     kinds=SceneKinds(scenes=Scenes(variant="kinds", num_train=200, num_validation=1, num_test=1, num_heldout=250))

@@ -43,9 +43,9 @@ from m4.masking.episodes import Episode
 from m4.tensor_file import TensorFile
 from m4.tokens.tokenizer import load_tokenizer
 from m4_tokenizers import released
-from m4_tokenizers.answers import AnswerRecipe
-from m4_tokenizers.architectures import read_presets
-from m4_tokenizers.metadata import MetadataRecipe
+from m4_tokenizers.interchange.architectures import read_presets
+from m4_tokenizers.modalities.answers import AnswerRecipe
+from m4_tokenizers.modalities.metadata import MetadataRecipe
 
 pytestmark = pytest.mark.slow
 SECONDS = 120
@@ -328,7 +328,7 @@ def test_damaged_token_shards(tmp_path, capsys):
     from m4.data.dataset import Dataset
     from m4.data.pretokenize import prepare
     from m4.data.sources.folders import Folders
-    from m4_tokenizers.text import TextRecipe
+    from m4_tokenizers.modalities.text import TextRecipe
 
     (tmp_path / "raw/caption").mkdir(parents=True)
     for i in range(40):

@@ -32,7 +32,7 @@ from m4.tokens.modality import Features, Grid, Sequence
 from m4.training.distillation import load_teacher
 from m4.training.optimizer import OptimizerConfig
 from m4.training.trainer import Trainer
-from m4_tokenizers.stored import IdsRecipe
+from m4_tokenizers.modalities.stored import IdsRecipe
 
 FILE = Path(__file__).parent / "golden.json"
 NUM_STEPS, BATCH_SIZE = 20, 8

@@ -23,9 +23,9 @@ from m4.model.parameters import parameters
 from m4.tokens.modality import Features, Grid, Modalities, Sequence
 from m4.training.optimizer import OptimizerConfig
 from m4.training.trainer import Trainer
-from m4_tokenizers.maps import MapRecipe
-from m4_tokenizers.networks import PatchDecoder, PatchEncoder
-from m4_tokenizers.stored import IdsRecipe, tokenizers_of
+from m4_tokenizers.modalities.maps import MapRecipe
+from m4_tokenizers.modalities.stored import IdsRecipe, tokenizers_of
+from m4_tokenizers.networks.patch_mixing import PatchDecoder, PatchEncoder
 
 NEW = {
     "grid": Grid(name="thermal_tokens", signal="thermal", vocab_size=9, shape=(3, 4)),

@@ -8,8 +8,8 @@ from m4.data.sources.rendering import scene
 from m4.data.sources.scenes import Scenes
 from m4.data.sources.thermal import ThermalScenes, thermal
 from m4.evaluation.measures.maps import MapAccuracy
-from m4_tokenizers.maps import MapRecipe, MapTokenizer
-from m4_tokenizers.networks import PatchEncoder
+from m4_tokenizers.modalities.maps import MapRecipe, MapTokenizer
+from m4_tokenizers.networks.patch_mixing import PatchEncoder
 
 RECIPE = {"signal": "thermal", "name": "thermal_tokens", "lowest": 0, "highest": 80, "units": "degrees Celsius"}
 TINY = {"encoder": PatchEncoder(num_blocks=0), "num_steps": 60, "batch_size": 16, "log_every": 60, "save_every": 60}

@@ -26,7 +26,7 @@ from m4.tokens.batch import normalized
 from m4.tokens.modality import Features
 from m4.training.optimizer import OptimizerConfig
 from m4.training.trainer import Trainer, TrainState
-from m4_tokenizers.stored import IdsRecipe
+from m4_tokenizers.modalities.stored import IdsRecipe
 
 NUM_STEPS = 20
 

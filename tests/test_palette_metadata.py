@@ -15,8 +15,8 @@ from m4.interchange import fourm
 from m4.registry import from_json, to_json
 from m4.tokens.records import encode
 from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenizer
-from m4_tokenizers.metadata import FIELDS, Bins, MetadataRecipe, Steps, Whole, image_metadata
-from m4_tokenizers.palette import PaletteRecipe, extract_palette
+from m4_tokenizers.modalities.metadata import FIELDS, Bins, MetadataRecipe, Steps, Whole, image_metadata
+from m4_tokenizers.modalities.palette import PaletteRecipe, extract_palette
 
 PARITY = Path(os.environ.get("M4_PARITY", Path(__file__).parent.parent.parent / "shared" / "parity"))
 BY_NAME = {field.name: field for field in FIELDS}

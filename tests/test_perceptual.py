@@ -13,10 +13,10 @@ import pytest
 from jaxtyping import install_import_hook
 from PIL import Image, ImageFilter
 
-with install_import_hook(["m4_tokenizers.perceptual", "m4_tokenizers.hed"], "beartype.beartype"):
+with install_import_hook(["m4_tokenizers.networks.perceptual", "m4_tokenizers.networks.hed"], "beartype.beartype"):
     from m4_tokenizers import perceptual
-    from m4_tokenizers.hed import hed_edges
-    from m4_tokenizers.perceptual import VGG16, PerceptualLoss, halve, hed_weights, vgg16
+    from m4_tokenizers.networks.hed import hed_edges
+    from m4_tokenizers.networks.perceptual import VGG16, PerceptualLoss, halve, hed_weights, vgg16
 
 from m4.data.sources import photos
 from m4.data.sources.photos import Photos, picture

@@ -32,12 +32,12 @@ from m4.registry import from_json, to_json
 from m4.tokens.modality import Grid, Modalities
 from m4.tokens.records import compact, encode
 from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.classes import ClassRecipe
-from m4_tokenizers.image import PixelPatchesRecipe
-from m4_tokenizers.palette import PaletteRecipe
-from m4_tokenizers.stored import IdsRecipe, TokenizerFile
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.classes import ClassRecipe
+from m4_tokenizers.modalities.image import PixelPatchesRecipe
+from m4_tokenizers.modalities.palette import PaletteRecipe
+from m4_tokenizers.modalities.stored import IdsRecipe, TokenizerFile
+from m4_tokenizers.modalities.text import TextRecipe
 
 NUM = 40
 RECIPES = (

@@ -40,7 +40,7 @@ from m4.training.health import Health
 from m4.training.metrics import Metrics
 from m4.training.optimizer import OptimizerConfig
 from m4.training.trainer import random_key
-from m4_tokenizers.boxes import BoxRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
 
 TINY = "tests/tiny_config.py"
 

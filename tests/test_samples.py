@@ -31,24 +31,24 @@ from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.tokens.modality import Features, Grid, Modalities
 from m4.tokens.records import encode
-from m4_tokenizers.answers import AnswerRecipe
-from m4_tokenizers.audio import AudioRecipe
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.classes import ClassRecipe
-from m4_tokenizers.depth import DepthRecipe, RelativeDepthRecipe
-from m4_tokenizers.edges import EdgesRecipe
-from m4_tokenizers.features import FeatureMapRecipe, PoseRecipe, VectorRecipe
-from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
-from m4_tokenizers.instances import MaskRecipe
-from m4_tokenizers.maps import MapRecipe
-from m4_tokenizers.metadata import MetadataRecipe
-from m4_tokenizers.networks import PatchDecoder, PatchEncoder
-from m4_tokenizers.normals import NormalsRecipe
-from m4_tokenizers.palette import PaletteRecipe
-from m4_tokenizers.quantizers import LearnedVectorQuantizer
-from m4_tokenizers.semseg import SemanticRecipe
-from m4_tokenizers.stored import Ids, IdsRecipe, tokenizers_of
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.answers import AnswerRecipe
+from m4_tokenizers.modalities.audio import AudioRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.classes import ClassRecipe
+from m4_tokenizers.modalities.depth import DepthRecipe, RelativeDepthRecipe
+from m4_tokenizers.modalities.edges import EdgesRecipe
+from m4_tokenizers.modalities.features import FeatureMapRecipe, PoseRecipe, VectorRecipe
+from m4_tokenizers.modalities.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.modalities.instances import MaskRecipe
+from m4_tokenizers.modalities.maps import MapRecipe
+from m4_tokenizers.modalities.metadata import MetadataRecipe
+from m4_tokenizers.modalities.normals import NormalsRecipe
+from m4_tokenizers.modalities.palette import PaletteRecipe
+from m4_tokenizers.modalities.semseg import SemanticRecipe
+from m4_tokenizers.modalities.stored import Ids, IdsRecipe, tokenizers_of
+from m4_tokenizers.modalities.text import TextRecipe
+from m4_tokenizers.networks.patch_mixing import PatchDecoder, PatchEncoder
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
 
 SIZE = 16
 PARTS = {

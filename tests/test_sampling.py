@@ -30,9 +30,9 @@ from m4.tokens.grammar import Grammar
 from m4.tokens.modality import Sequence
 from m4.tokens.packing import pack
 from m4.tokens.spans import fill_spans, show_spans, trim
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.metadata import MetadataRecipe
-from m4_tokenizers.palette import PaletteRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.metadata import MetadataRecipe
+from m4_tokenizers.modalities.palette import PaletteRecipe
 
 PARITY = Path(os.environ.get("M4_PARITY", ROOT.parent / "shared" / "parity"))
 FAST = ("ar_caption_sampled",)  # one case of each kind of scheme takes half a minute to compile: the others are slow

@@ -35,8 +35,8 @@ from m4.tokens.modality import Modalities
 from m4.tokens.packing import ANSWER, coarse_to_fine, pack
 from m4.training.optimizer import OptimizerConfig
 from m4.training.trainer import Trainer
-from m4_tokenizers.image import PixelPatchesRecipe
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.image import PixelPatchesRecipe
+from m4_tokenizers.modalities.text import TextRecipe
 
 WORDS = ("dax", "blicket", "wug", "fep")
 

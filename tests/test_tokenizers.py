@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenizer
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.depth import DepthRecipe
-from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
-from m4_tokenizers.networks import PatchDecoder, PatchEncoder, to_patches
-from m4_tokenizers.quantizers import LearnedVectorQuantizer, code_use, fit_codebook, nearest_codes
-from m4_tokenizers.text import EOS, TextRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.depth import DepthRecipe
+from m4_tokenizers.modalities.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.modalities.text import EOS, TextRecipe
+from m4_tokenizers.networks.patch_mixing import PatchDecoder, PatchEncoder
+from m4_tokenizers.networks.patches import to_patches
+from m4_tokenizers.quantizers.codebooks import code_use, fit_codebook, nearest_codes
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
 from m4_tokenizers.train import train
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210)}

@@ -21,29 +21,19 @@ from test_tokenizers import EXAMPLES
 from m4.config import load_config
 from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers import losses
-from m4_tokenizers.diffusion import DiffusionDecoder, Schedule
-from m4_tokenizers.edges import EdgesRecipe, canny
-from m4_tokenizers.features import FeatureMapRecipe, PoseRecipe, VectorRecipe
-from m4_tokenizers.image import ImageRecipe, structural_similarity
-from m4_tokenizers.instances import MaskRecipe
-from m4_tokenizers.networks import (
-    PatchDecoder,
-    PatchEncoder,
-    VectorDecoder,
-    VectorEncoder,
-    ViTDecoder,
-    ViTEncoder,
-)
-from m4_tokenizers.normals import NormalsRecipe
-from m4_tokenizers.quantizers import (
-    FiniteScalarQuantizer,
-    LearnedVectorQuantizer,
-    LookupFreeQuantizer,
-    Memcodes,
-    VectorQuantizer,
-)
-from m4_tokenizers.semseg import SemanticRecipe
-from m4_tokenizers.unet import UNet, UViT
+from m4_tokenizers.modalities.edges import EdgesRecipe, canny
+from m4_tokenizers.modalities.features import FeatureMapRecipe, PoseRecipe, VectorRecipe
+from m4_tokenizers.modalities.image import ImageRecipe, structural_similarity
+from m4_tokenizers.modalities.instances import MaskRecipe
+from m4_tokenizers.modalities.normals import NormalsRecipe
+from m4_tokenizers.modalities.semseg import SemanticRecipe
+from m4_tokenizers.networks.diffusion import DiffusionDecoder, Schedule
+from m4_tokenizers.networks.patch_mixing import PatchDecoder, PatchEncoder
+from m4_tokenizers.networks.unet import UNet, UViT
+from m4_tokenizers.networks.vectors import VectorDecoder, VectorEncoder
+from m4_tokenizers.networks.vit import ViTDecoder, ViTEncoder
+from m4_tokenizers.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer, Memcodes, VectorQuantizer
 
 QUANTIZERS = {
     "cosine": VectorQuantizer(num_codes=24, latent_size=6),

@@ -6,12 +6,12 @@ from m4.config import Config, load_config
 from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
 from m4.model.config import ModelConfig
-from m4_tokenizers.boxes import BoxRecipe
-from m4_tokenizers.depth import DepthRecipe
-from m4_tokenizers.image import ImageRecipe, PixelPatchesRecipe
-from m4_tokenizers.networks import PatchDecoder, PatchEncoder
-from m4_tokenizers.quantizers import LearnedVectorQuantizer
-from m4_tokenizers.text import TextRecipe
+from m4_tokenizers.modalities.boxes import BoxRecipe
+from m4_tokenizers.modalities.depth import DepthRecipe
+from m4_tokenizers.modalities.image import ImageRecipe, PixelPatchesRecipe
+from m4_tokenizers.modalities.text import TextRecipe
+from m4_tokenizers.networks.patch_mixing import PatchDecoder, PatchEncoder
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
 
 quickstart: Config = load_config("configs/quickstart.py")
 small = {

@@ -10,10 +10,10 @@ the row scenes_rgb.
 import dataclasses
 
 from m4.config import load_config
-from m4_tokenizers.diffusion import DiffusionDecoder, Schedule
 from m4_tokenizers.losses import AbsoluteError
+from m4_tokenizers.networks.diffusion import DiffusionDecoder, Schedule
+from m4_tokenizers.networks.unet import UNet
 from m4_tokenizers.train import TokenizerConfig
-from m4_tokenizers.unet import UNet
 
 scenes: TokenizerConfig = load_config("configs/tokenizers/scenes.py")
 

@@ -6,9 +6,9 @@ Hardware: 2 CPU cores. Time and results: the table of tokenizers/README.md (card
 """
 
 from m4.data.sources.photos import Photos
-from m4_tokenizers.edges import EdgesRecipe
-from m4_tokenizers.image import ImageRecipe
-from m4_tokenizers.quantizers import LearnedVectorQuantizer
+from m4_tokenizers.modalities.edges import EdgesRecipe
+from m4_tokenizers.modalities.image import ImageRecipe
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
 from m4_tokenizers.train import TokenizerConfig
 
 codes = LearnedVectorQuantizer(num_codes=1024)

@@ -8,13 +8,9 @@ Hardware: 2 CPU cores, about 2 minutes each. Results: the table of tokenizers/RE
 import dataclasses
 
 from m4.data.sources.scenes import Scenes
-from m4_tokenizers.image import ImageRecipe
-from m4_tokenizers.quantizers import (
-    FiniteScalarQuantizer,
-    LearnedVectorQuantizer,
-    LookupFreeQuantizer,
-    VectorQuantizer,
-)
+from m4_tokenizers.modalities.image import ImageRecipe
+from m4_tokenizers.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer, VectorQuantizer
 from m4_tokenizers.train import TokenizerConfig
 
 base = ImageRecipe(num_steps=1500)

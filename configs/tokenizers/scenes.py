@@ -6,13 +6,13 @@ Hardware: 2 CPU cores. Time and results: the table of tokenizers/README.md (card
 """
 
 from m4.data.sources.scenes import Scenes
-from m4_tokenizers.depth import DepthRecipe
-from m4_tokenizers.edges import EdgesRecipe
-from m4_tokenizers.image import ImageRecipe
-from m4_tokenizers.instances import MaskRecipe
-from m4_tokenizers.normals import NormalsRecipe
-from m4_tokenizers.quantizers import LearnedVectorQuantizer
-from m4_tokenizers.semseg import SemanticRecipe
+from m4_tokenizers.modalities.depth import DepthRecipe
+from m4_tokenizers.modalities.edges import EdgesRecipe
+from m4_tokenizers.modalities.image import ImageRecipe
+from m4_tokenizers.modalities.instances import MaskRecipe
+from m4_tokenizers.modalities.normals import NormalsRecipe
+from m4_tokenizers.modalities.semseg import SemanticRecipe
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
 from m4_tokenizers.train import TokenizerConfig
 
 codes = LearnedVectorQuantizer(num_codes=1024)

@@ -7,7 +7,7 @@ Hardware: 2 CPU cores. Time and results: the table of tokenizers/README.md (card
 """
 
 from m4.data.sources.spoken import Spoken
-from m4_tokenizers.audio import AudioRecipe
+from m4_tokenizers.modalities.audio import AudioRecipe
 from m4_tokenizers.train import TokenizerConfig
 
 config = TokenizerConfig(source=Spoken(), tokenizers=(AudioRecipe(),))

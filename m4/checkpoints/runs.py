@@ -219,5 +219,5 @@ def check_tokenizers(source: str | Path, own: Mapping[str, Tokenizer]) -> None:
         if tokenizer_hash(theirs[name]) != tokenizer_hash(own[name]):
             raise ValueError(
                 f"{source} has another tokenizer of {name} than this run, for which its weights mean nothing; its own "
-                f"are m4_tokenizers.stored.tokenizers_of('{source}'), and a modality of another name is new"
+                f"are m4_tokenizers.modalities.stored.tokenizers_of('{source}'), and a modality of another name is new"
             )

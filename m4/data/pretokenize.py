@@ -236,7 +236,7 @@ def _fitting_examples(
     if not parts:
         raise ValueError(
             f"no data set has the signal {recipe.modality.signal!r} of modality {recipe.modality.name!r} (ids without "
-            "their tokenizer need m4_tokenizers.stored.IdsRecipe, with it TokenizerFile)"
+            "their tokenizer need m4_tokenizers.modalities.stored.IdsRecipe, with it TokenizerFile)"
         )
     if used is not None:
         used += parts

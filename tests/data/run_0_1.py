@@ -9,7 +9,7 @@ from m4.data.sources.scenes import Scenes
 from m4.masking.dirichlet import Masking, Strategy
 from m4.model.config import ModelConfig
 from m4.training.optimizer import OptimizerConfig
-from m4_tokenizers.stored import TokenizerFile
+from m4_tokenizers.modalities.stored import TokenizerFile
 
 FOLDER = "tests/data/runs_0.1/run"
 anything = Strategy(

@@ -40,7 +40,7 @@ def convert(argv: list[str]) -> None:
     name leave it open; --image-size makes it one for images of another size.
     """
     from m4_tokenizers import released
-    from m4_tokenizers.architectures import read_presets
+    from m4_tokenizers.interchange.architectures import read_presets
 
     parser = _parser("convert", convert.__doc__)
     parser.add_argument("source", metavar="IN", type=Path)

@@ -6,6 +6,8 @@ depth. All are means over what counts, so that a batch of mostly unknown pixels 
 B batch, H rows, W columns, C channels
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from m4_tokenizers.perceptual import PerceptualLoss, hed_weights, vgg16
+from m4_tokenizers.networks.perceptual import PerceptualLoss, hed_weights, vgg16
 
 
 def weighted_mean(values: Float[Array, "B ..."], weights: Float[Array, "B ..."]) -> Float[Array, ""]:

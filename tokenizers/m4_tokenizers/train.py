@@ -1,5 +1,7 @@
 """Trains the tokenizers of a config, measures them, and keeps the table of their cards."""
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json

@@ -6,6 +6,8 @@ What a step sees depends on (seed, step) alone. With a folder: FOLDER/checkpoint
 events with reconstructions.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 from collections.abc import Mapping
@@ -31,8 +33,8 @@ from m4.files import naming, write_atomically
 from m4.tokens.tokenizer import Tokenizer, load_tokenizer
 from m4.training.metrics import EventFile
 from m4.training.trainer import random_key
-from m4_tokenizers.networks import VQ, check_finite
-from m4_tokenizers.quantizers import use_of_counts
+from m4_tokenizers.networks.autoencoder import VQ, check_finite
+from m4_tokenizers.quantizers.codebooks import use_of_counts
 
 MAX_BYTES = 3 * 2**30  # of arrays that are kept in memory; larger sets are read step by step
 START_EXAMPLES = 2400  # that principal components and k-means are fitted to

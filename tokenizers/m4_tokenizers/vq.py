@@ -10,6 +10,8 @@ and diffusion.py, quantizers in quantizers.py, the training loop in training.py.
 N signals, B batch, H rows, W columns, C channels, h rows and w columns of tokens, D latent numbers
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import json
@@ -28,11 +30,13 @@ from jaxtyping import Array, Float
 from m4.registry import from_json, to_json
 from m4.tokens.modality import Grid
 from m4_tokenizers import training
-from m4_tokenizers.diffusion import DiffusionDecoder
 from m4_tokenizers.losses import SquaredError
-from m4_tokenizers.networks import VQ, PatchDecoder, PatchEncoder, check_finite
-from m4_tokenizers.quantizers import LearnedVectorQuantizer, code_use
-from m4_tokenizers.reading import Reader
+from m4_tokenizers.modalities.reading import Reader
+from m4_tokenizers.networks.autoencoder import VQ, check_finite
+from m4_tokenizers.networks.diffusion import DiffusionDecoder
+from m4_tokenizers.networks.patch_mixing import PatchDecoder, PatchEncoder
+from m4_tokenizers.quantizers.codebooks import code_use
+from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "method"))

@@ -1,4 +1,4 @@
-"""Accuracy of maps of any quantity, as m4_tokenizers.maps has them.
+"""Accuracy of maps of any quantity, as m4_tokenizers.modalities.maps has them.
 
 H rows, W columns
 """

@@ -1,0 +1,1 @@
+"""Released tokenizers of others, to and from m4's."""

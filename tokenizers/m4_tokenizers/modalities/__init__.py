@@ -1,0 +1,1 @@
+"""A tokenizer for each kind of signal."""

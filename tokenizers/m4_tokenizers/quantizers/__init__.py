@@ -1,0 +1,1 @@
+"""Latent vectors -> token ids -> codes."""
