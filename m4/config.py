@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import importlib.machinery
@@ -25,7 +26,7 @@ from m4.masking.dirichlet import Masking
 from m4.model.config import ModelConfig
 from m4.objectives.contrastive import Contrast
 from m4.objectives.cross_entropy import Weighting
-from m4.registry import config_in, to_json
+from m4.registry import PACKAGES, classes, config_in, to_json
 from m4.tokens.modality import Modalities, Sequence
 from m4.training.optimizer import OptimizerConfig
 
@@ -204,10 +205,20 @@ def load_config(path: str, attribute: str = "config") -> Any:
         words = error.msg if isinstance(error, SyntaxError) else str(error)
         words = words if isinstance(error, ValueError) else words.strip().partition("\n")[0]
         what = words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}".rstrip(": ")
+        if isinstance(error, ImportError) and (lines := _moved(file)):
+            what = "; ".join([what, "files have moved since m4 0.1, write", *lines])
         raise ValueError(f"{path}{_line_in(file, error)}: {what}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"{path} defines no `{attribute}`; it has {', '.join(n for n in vars(module) if n[0] != '_')}")
     return getattr(module, attribute)
+
+
+def _moved(file: Path) -> list[str]:
+    """Import lines for the classes of m4 that a file imports from where they no longer are."""
+    nodes = [n for n in ast.walk(ast.parse(file.read_bytes())) if isinstance(n, ast.ImportFrom)]
+    names = {(n.module, alias.name) for n in nodes for alias in n.names if (n.module or "").split(".")[0] in PACKAGES}
+    new = {name: classes()[name] for module, name in sorted(names) if name in classes() and classes()[name] != module}
+    return [f"from {module} import {name}" for name, module in new.items()]
 
 
 def _line_in(file: Path, error: BaseException) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 from m4.errors import closest
 from m4.files import read_json, shown
 
+PACKAGES = ("m4", "m4_tokenizers")
+
 
 @functools.cache
 def components() -> dict[str, importlib.metadata.EntryPoint]:
@@ -31,7 +33,7 @@ def components() -> dict[str, importlib.metadata.EntryPoint]:
 def classes() -> dict[str, str]:
     """Name of each public class of m4 and m4_tokenizers -> its module, read from the sources: nothing is imported."""
     modules = {}
-    for package in ("m4", "m4_tokenizers"):
+    for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         for root in map(Path, spec.submodule_search_locations or ()) if spec else ():
             for path in sorted(root.rglob("*.py")):
@@ -49,7 +51,7 @@ def component_class(name: Any) -> type:
         except (ImportError, AttributeError) as error:
             raise ValueError(f"component {name!r} cannot be loaded: {error}") from error
     module, _, attribute = str(name).rpartition(":")
-    if module.split(".")[0] in ("", "m4", "m4_tokenizers") and attribute in classes():
+    if module.split(".")[0] in ("", *PACKAGES) and attribute in classes():
         cls = getattr(importlib.import_module(classes()[attribute]), attribute)
         if dataclasses.is_dataclass(cls):
             return cls

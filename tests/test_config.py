@@ -60,6 +60,12 @@ def test_saved_names_are_those_of_classes(quickstart):
     assert component_class("m4.old.place:ModelConfig") is type(quickstart.model)
 
 
+def test_a_config_of_0_1_is_told_where_classes_have_gone(tmp_path):
+    (tmp_path / "old.py").write_text("import m4\nfrom m4.modality import Grid, Sequence\nconfig = 1\n")
+    with pytest.raises(ValueError, match=r"old.py, line 2.*write; from m4.tokens.modality import Grid; from m4.tok"):
+        load_config(str(tmp_path / "old.py"))
+
+
 def test_command_line_overrides_fields(quickstart):
     path = str(ROOT / "configs/quickstart.py")
     changed = from_cli("", [path, "--num-steps", "7", "--model.width", "48", "--datasets.0.source.num-train", "99"])

@@ -18,6 +18,7 @@ from m4.inference.parallel import MaskGIT
 from m4.inference.sampler import Sampler
 from m4.inference.scheme import Stage
 from m4.model.parameters import parameters
+from m4.tokens.tokenizer import load_tokenizer, tokenizer_hash
 
 SAVED = ROOT / "tests/data/runs_0.1"
 EXPECTED = json.loads((SAVED / "expected.json").read_text())
@@ -60,3 +61,11 @@ def test_it_resumes_to_the_same_parameters(tmp_path):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(losses, EXPECTED["losses"], rtol=1e-5)
     check_parameters(load_run(tmp_path / "run").model, EXPECTED["step_4"], 1e-5)
+
+
+def test_its_tokenizers_have_the_same_hashes():
+    """By which data, runs and checkpoints know them."""
+    hashes = {file.stem: tokenizer_hash(load_tokenizer(file)) for file in (SAVED / "run/tokenizers").iterdir()}
+    assert hashes == {
+        "caption": "94b05fe2ec73", "depth": "be9938de9f53", "rgb": "3d6dd33309ef", "rgb_pixels": "60bcaec0ec5e",
+    }  # fmt: skip

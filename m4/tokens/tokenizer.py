@@ -22,30 +22,30 @@ from m4.tokens.modality import Modality
 _MODULES_0_1 = {
     name: module
     for module, names in {
-        "m4.tokens.modality": "Grid Sequence Features",
-        "m4_tokenizers.modalities.answers": "AnswerRecipe",
-        "m4_tokenizers.modalities.audio": "AudioRecipe",
-        "m4_tokenizers.modalities.boxes": "BoxRecipe",
-        "m4_tokenizers.modalities.classes": "ClassRecipe",
-        "m4_tokenizers.modalities.depth": "DepthRecipe RelativeDepthRecipe",
-        "m4_tokenizers.networks.diffusion": "Schedule DiffusionDecoder",
-        "m4_tokenizers.modalities.edges": "EdgesRecipe",
-        "m4_tokenizers.modalities.features": "FeatureMapRecipe VectorRecipe PoseRecipe",
-        "m4_tokenizers.modalities.image": "ImageRecipe PixelPatchesRecipe",
-        "m4_tokenizers.modalities.instances": "MaskRecipe",
+        "m4.modality": "Grid Sequence Features",
+        "m4_tokenizers.answers": "AnswerRecipe",
+        "m4_tokenizers.audio": "AudioRecipe",
+        "m4_tokenizers.boxes": "BoxRecipe",
+        "m4_tokenizers.classes": "ClassRecipe",
+        "m4_tokenizers.depth": "DepthRecipe RelativeDepthRecipe",
+        "m4_tokenizers.diffusion": "Schedule DiffusionDecoder",
+        "m4_tokenizers.edges": "EdgesRecipe",
+        "m4_tokenizers.features": "FeatureMapRecipe VectorRecipe PoseRecipe",
+        "m4_tokenizers.image": "ImageRecipe PixelPatchesRecipe",
+        "m4_tokenizers.instances": "MaskRecipe",
         "m4_tokenizers.losses": "SquaredError AbsoluteError Huber CosineDistance CrossEntropy Perceptual Adversarial",
-        "m4_tokenizers.modalities.maps": "MapRecipe",
-        "m4_tokenizers.modalities.metadata": "Whole Bins Steps MetadataRecipe",
-        "m4_tokenizers.networks.patches": "ViTEncoder ViTDecoder VectorEncoder VectorDecoder PatchEncoder PatchDecoder",
-        "m4_tokenizers.modalities.normals": "NormalsRecipe",
-        "m4_tokenizers.modalities.palette": "PaletteRecipe",
-        "m4_tokenizers.quantizers.codebooks": (
+        "m4_tokenizers.maps": "MapRecipe",
+        "m4_tokenizers.metadata": "Whole Bins Steps MetadataRecipe",
+        "m4_tokenizers.networks": "ViTEncoder ViTDecoder VectorEncoder VectorDecoder PatchEncoder PatchDecoder",
+        "m4_tokenizers.normals": "NormalsRecipe",
+        "m4_tokenizers.palette": "PaletteRecipe",
+        "m4_tokenizers.quantizers": (
             "VectorQuantizer LearnedVectorQuantizer Memcodes FiniteScalarQuantizer LookupFreeQuantizer"
         ),
-        "m4_tokenizers.modalities.semseg": "SemanticRecipe",
-        "m4_tokenizers.modalities.stored": "TokenizerFile IdsRecipe",
-        "m4_tokenizers.modalities.text": "Layout TextRecipe WordPieceRecipe",
-        "m4_tokenizers.networks.unet": "UNet UViT",
+        "m4_tokenizers.semseg": "SemanticRecipe",
+        "m4_tokenizers.stored": "TokenizerFile IdsRecipe",
+        "m4_tokenizers.text": "Layout TextRecipe WordPieceRecipe",
+        "m4_tokenizers.unet": "UNet UViT",
     }.items()
     for name in names.split()
 }
