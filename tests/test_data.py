@@ -294,10 +294,12 @@ def test_fingerprint_sees_every_change():
 CONSUMER = """
 import hashlib, json, os, sys, time
 import numpy as np
-from m4.components import from_json
+from m4.registry import from_json
 from m4.files import write_atomically
-from m4.data import Dataset, Stream, TokenShards
-from m4.modality import Modalities
+from m4.data.dataset import Dataset
+from m4.data.stream import Stream
+from m4.data.token_shards import TokenShards
+from m4.tokens.modality import Modalities
 from pathlib import Path
 
 def main(folder, index, count, workers, num_batches):

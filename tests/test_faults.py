@@ -218,10 +218,10 @@ def test_names_of_any_bytes_and_any_output_finish_a_job(tmp_path, encoding):
     files |= {f"rgb/{NOT_UTF8}.png": b"bad", "rgb/小さな\n犬.png": picture(sixteen(9, shape=(16, 16, 3)))}
     write(tmp_path / "raw", files)
     script = f"""
-from m4.data import Dataset
-from m4.datasets.folders import Folders
-from m4.pretokenize import prepare
-from m4_tokenizers.image import PixelPatchesRecipe
+from m4.data.dataset import Dataset
+from m4.data.sources.folders import Folders
+from m4.data.pretokenize import prepare
+from m4_tokenizers.modalities.image import PixelPatchesRecipe
 source = Folders(root={str(tmp_path / "raw")!r}, validation_share=0, test_share=0)
 dataset = Dataset(source=source, skip_bad=0.2, name="犬")
 prepare([dataset], [PixelPatchesRecipe(image_size=16)], {str(tmp_path / "data")!r}, seed=0)
@@ -238,13 +238,13 @@ prepare([dataset], [PixelPatchesRecipe(image_size=16)], {str(tmp_path / "data")!
 
 PREPARE = """
 import sys
-from m4 import pretokenize
-from m4.data import Dataset
-from m4.datasets.scenes import Scenes
-from m4.datasets.texts import Texts
-from m4.pretokenize import prepare
-from m4_tokenizers.image import PixelPatchesRecipe
-from m4_tokenizers.text import TextRecipe
+from m4.data import pretokenize
+from m4.data.dataset import Dataset
+from m4.data.sources.scenes import Scenes
+from m4.data.sources.texts import Texts
+from m4.data.pretokenize import prepare
+from m4_tokenizers.modalities.image import PixelPatchesRecipe
+from m4_tokenizers.modalities.text import TextRecipe
 from m4_tokenizers.vq import VQRecipe
 if __name__ == "__main__":
     pretokenize.EXAMPLES_PER_SHARD = 16

@@ -102,7 +102,7 @@ TABLE = '{"caption": "a red cube"}\n{"rgb": "a.png", "caption": "käse"}\n'
 FACTS = '{"brightness": 120.5, "n_humans": 2}'
 ANSWERS = json.dumps([{"concept": "a cube", "kind": "point", "target": [0.25, 0.75]}])
 PLAN = """from m4.inference.sampler import Stage, default_scheme
-from m4.sampling import MaskGIT
+from m4.inference.parallel import MaskGIT
 
 plan = [Stage(target="depth", scheme=MaskGIT(steps=4, temperature=0.5))]
 """

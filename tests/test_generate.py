@@ -102,7 +102,8 @@ def test_plans_editing_guidance_and_streams(whole_run, tmp_path):
     """A plan file; what is kept of a picture; words printed as they come."""
     scene, out = str(ROOT / "tests/data/scene.png"), str(tmp_path / "out")
     (tmp_path / "plan.py").write_text(
-        "from m4.inference.sampler import Stage\nfrom m4.inference.scheme import ROAR, Autoregressive, Guidance\n"
+        "from m4.inference.autoregressive import Autoregressive\nfrom m4.inference.guidance import Guidance\n"
+        "from m4.inference.parallel import ROAR\nfrom m4.inference.scheme import Stage\n"
         "plan = [Stage(target='depth', scheme=ROAR(steps=3), guidance=Guidance(scale=2.0), ensemble=2),\n"
         "        Stage(target='caption', scheme=Autoregressive())]\n"
     )

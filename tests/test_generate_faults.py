@@ -298,7 +298,7 @@ def test_shots_from_a_pipe_do_not_hang(generate, tmp_path):
 def test_notices_are_plain_lines_and_few():
     code = """if True:
         import warnings
-        from m4.commands import ends_with_a_sentence
+        from m4.command_line import ends_with_a_sentence
         with ends_with_a_sentence():
             for i in range(8):
                 warnings.warn(f"{i}.png: resized")

@@ -370,10 +370,10 @@ def test_schedule_and_steps_are_checked():
 
 
 CONFIG = """
-from m4.datasets.scenes import Scenes
-from m4_tokenizers.image import ImageRecipe
-from m4_tokenizers.networks import PatchDecoder, PatchEncoder
-from m4_tokenizers.quantizers import VectorQuantizer
+from m4.data.sources.scenes import Scenes
+from m4_tokenizers.modalities.image import ImageRecipe
+from m4_tokenizers.networks.patch_mixing import PatchDecoder, PatchEncoder
+from m4_tokenizers.quantizers.vector import VectorQuantizer
 from m4_tokenizers.train import TokenizerConfig
 
 config = TokenizerConfig(
