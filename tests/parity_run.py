@@ -38,7 +38,8 @@ from m4.objectives import cross_entropy as losses  # noqa: E402
 from m4.tokens.batch import MaskedBatch  # noqa: E402
 from m4.tokens.modality import Features, Grid, Sequence  # noqa: E402
 from m4.tokens.tokenizer import load_tokenizer  # noqa: E402
-from m4_tokenizers import architectures, released  # noqa: E402
+from m4_tokenizers.interchange import architectures  # noqa: E402
+from m4_tokenizers.interchange import fourm_tokenizers as released  # noqa: E402
 from m4_tokenizers.networks.diffusion import Schedule  # noqa: E402
 from m4_tokenizers.quantizers.vector import VectorQuantizer  # noqa: E402
 

@@ -42,7 +42,7 @@ from m4.interchange.fourm_convert import convert
 from m4.masking.episodes import Episode
 from m4.tensor_file import TensorFile
 from m4.tokens.tokenizer import load_tokenizer
-from m4_tokenizers import released
+from m4_tokenizers.interchange import fourm_tokenizers as released
 from m4_tokenizers.interchange.architectures import read_presets
 from m4_tokenizers.modalities.answers import AnswerRecipe
 from m4_tokenizers.modalities.metadata import MetadataRecipe

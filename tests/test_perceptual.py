@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 from PIL import Image, ImageFilter
 
 with install_import_hook(["m4_tokenizers.networks.perceptual", "m4_tokenizers.networks.hed"], "beartype.beartype"):
-    from m4_tokenizers import perceptual
+    from m4_tokenizers.networks import perceptual
     from m4_tokenizers.networks.hed import hed_edges
     from m4_tokenizers.networks.perceptual import VGG16, PerceptualLoss, halve, hed_weights, vgg16
 

@@ -15,8 +15,9 @@ from test_convert import fixture
 
 from m4.tensor_file import TensorFile, make_header, write
 from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
-from m4_tokenizers import architectures, released
 from m4_tokenizers.__main__ import main
+from m4_tokenizers.interchange import architectures
+from m4_tokenizers.interchange import fourm_tokenizers as released
 
 VQVAES = [
     "vq_rgb_cosine", "vq_euclidean", "vq_featmap", "vq_global_memcodes", "vq_official_vit_s", "vq_poses_memcodes",

@@ -39,18 +39,19 @@ def convert(argv: list[str]) -> None:
     The way back gives the bytes that came in. --signal says what the tokenizer is of, where its config and its file's
     name leave it open; --image-size makes it one for images of another size.
     """
-    from m4_tokenizers import released
+    from m4_tokenizers.interchange import fourm_tokenizers
     from m4_tokenizers.interchange.architectures import read_presets
 
     parser = _parser("convert", convert.__doc__)
     parser.add_argument("source", metavar="IN", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--signal", default="", help=f"one of {', '.join(released.RECIPES)}")
+    parser.add_argument("--signal", default="", help=f"one of {', '.join(fourm_tokenizers.RECIPES)}")
     parser.add_argument("--image-size", type=int, default=0, help="pixels a side; default: the checkpoint's own")
     parser.add_argument("--presets", type=Path, help="JSON file: architectures by enc_type / dec_type")
     args = parser.parse_args(argv)
     presets = read_presets(args.presets) if args.presets else {}
-    print(released.convert(args.source, args.out, signal=args.signal, image_size=args.image_size, presets=presets))
+    sizes = {"image_size": args.image_size, "presets": presets}
+    print(fourm_tokenizers.convert(args.source, args.out, signal=args.signal, **sizes))
 
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:
