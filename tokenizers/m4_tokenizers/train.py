@@ -30,15 +30,16 @@ MARKS = ("<!-- cards -->", "<!-- end of cards -->")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """A training of tokenizers alone: configs/tokenizers/*.py expose one as `config`.
-
-    source: raw data (m4.data.dataset.Source); tokenizers: recipes.
-    """
+    """A training of tokenizers alone: configs/tokenizers/*.py expose one as `config`."""
 
     source: Any
+    """Raw data (m4.data.dataset.Source), such as m4.data.sources.scenes.Scenes."""
     tokenizers: tuple[Any, ...]
+    """Recipes of the tokenizers that are trained."""
     seed: int = 0
+    """Seed of parameters and batches."""
     data_dir: str = "data"
+    """Folder of prepared data and of the tokenizers."""
 
 
 def main(argv: Seq[str], *, description: str) -> None:
