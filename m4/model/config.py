@@ -50,8 +50,8 @@ class ModelConfig(BlockConfig):
     decoder_drop_path: float = 0.0
     """The same in the decoder."""
     remat: Literal["none", "blocks"] = "none"
-    """What the backward pass computes again to save memory: whole "blocks" (a third more compute), or with "none" only norms,
-    the gates of MLPs and attention weights."""
+    """What the backward pass computes again to save memory: whole "blocks" (a third more compute), or with "none" only
+    norms, the gates of MLPs and attention weights."""
     unroll: int = 1
     """Blocks that are compiled as one piece. More are faster on CPU, and take more memory and longer to compile."""
 

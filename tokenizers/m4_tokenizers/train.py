@@ -9,12 +9,11 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from m4.checkpoints.runs import replace_tokenizer
 from m4.config import load_config
 from m4.data.sources.files import read_for
 from m4.errors import check_numbers, closest
+from m4.field_help import parse
 from m4.files import locked, read_json, write_atomically, write_json
 from m4.pictures import write_png
 from m4.registry import to_json
@@ -49,7 +48,7 @@ def main(argv: Seq[str], *, description: str) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tokenizers"))
     args, overrides = parser.parse_known_args(argv)
     config = load_config(args.config)
-    config = tyro.cli(type(config), default=config, args=overrides, config=(tyro.conf.AvoidSubcommands,))
+    config = parse(config, overrides, prog=parser.prog, description=description)
     train(config, signals=args.signal, out=args.out)
 
 
