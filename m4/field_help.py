@@ -10,7 +10,7 @@ import itertools
 import shutil
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
@@ -65,47 +65,46 @@ _registry = ConstructorRegistry()
 
 @_registry.struct_rule
 def _described(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Dataclasses and tuples of them as tyro has them, but with docstrings as paragraphs, and with names of classes."""
-    value = info.default
-    if dataclasses.is_dataclass(info.type) and isinstance(value, info.type):
-        hints = typing.get_type_hints(info.type, include_extras=True)
-        fields = [
-            StructFieldSpec(
-                name=field.name,
-                # Nothing on the command line makes a part that is None: it is shown, to be set in the config's file.
-                type=hints[field.name] if getattr(value, field.name) is not None else _for_none(hints[field.name]),
-                default=getattr(value, field.name),
-                helptext=_words(info.type, field.name, getattr(value, field.name)),
-            )
-            for field in dataclasses.fields(info.type)
-            if field.init
-        ]
-        return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
-    is_tuple = info.type is tuple or typing.get_origin(info.type) is tuple
-    if is_tuple and isinstance(value, tuple) and value and all(dataclasses.is_dataclass(x) for x in value):
-        fields = [
-            StructFieldSpec(name=str(i), type=type(x), default=x, helptext=functools.partial(_summary, type(x)))
-            for i, x in enumerate(value)
-        ]
-        return StructConstructorSpec(instantiate=lambda **items: tuple(items.values()), fields=tuple(fields))
-    return None
+    """Dataclasses as tyro has them, but with docstrings as paragraphs, and with the names of classes."""
+    cls, value = info.type, info.default
+    if not (dataclasses.is_dataclass(cls) and isinstance(value, cls)):
+        return None
+    hints, specs = typing.get_type_hints(cls, include_extras=True), []
+    for name in [field.name for field in dataclasses.fields(cls) if field.init]:
+        item, hint = getattr(value, name), hints[name]
+        if _is_parts(item):
+            for i, part in enumerate(item):
+                words = functools.partial(_summary, type(part), field_docstrings(cls).get(name, "") if i == 0 else "")
+                specs.append(StructFieldSpec(name=f"{name}.{i}", type=type(part), default=part, helptext=words))
+            continue
+        if item is None and any(map(dataclasses.is_dataclass, typing.get_args(hint))):
+            hint = Any  # nothing on the command line makes this part: it is shown, to be set in the config's file
+        words = functools.partial(_words, cls, name, item)
+        specs.append(StructFieldSpec(name=name, type=hint, default=item, helptext=words))
+    return StructConstructorSpec(instantiate=functools.partial(_make, value), fields=tuple(specs))
 
 
-def _for_none(hint: Any) -> Any:
-    return Any if any(map(dataclasses.is_dataclass, typing.get_args(hint))) else hint
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(map(dataclasses.is_dataclass, value))
 
 
-def _words(cls: type, field: str, value: Any) -> Callable[[], str]:
-    def words() -> str:
-        docstring = field_docstrings(cls).get(field, "")
-        return f"{type(value).__name__}. {docstring}" if dataclasses.is_dataclass(value) else docstring
+def _make(old: Any, /, **given: Any) -> Any:
+    """The dataclass of these fields, where "datasets.0" is the first item of `datasets`."""
+    fields: dict[str, Any] = {}
+    for name, value in given.items():
+        field, dot, _ = name.partition(".")
+        fields[field] = (*fields.get(field, ()), value) if dot else value
+    return type(old)(**fields)
 
-    return words
+
+def _words(cls: type, field: str, value: Any) -> str:
+    docstring = field_docstrings(cls).get(field, "")
+    return f"{type(value).__name__}. {docstring}" if dataclasses.is_dataclass(value) else docstring
 
 
-def _summary(cls: type) -> str:
-    """ "Scenes. The recipe of a set of scenes." """
+def _summary(cls: type, field: str) -> str:
+    """The docstring of a field, then the name and the first paragraph of the class of its item."""
     docstring = inspect.getdoc(cls) or ""
     if docstring.startswith(f"{cls.__name__}("):  # what dataclasses make where there is none
         docstring = ""
-    return " ".join(f"{cls.__name__}. {docstring.partition(chr(10) * 2)[0]}".split())
+    return " ".join(f"{field} {cls.__name__}. {docstring.partition(chr(10) * 2)[0]}".split())
