@@ -77,8 +77,9 @@ def _described(info: StructTypeInfo) -> StructConstructorSpec | None:
                 words = functools.partial(_summary, type(part), field_docstrings(cls).get(name, "") if i == 0 else "")
                 specs.append(StructFieldSpec(name=f"{name}.{i}", type=type(part), default=part, helptext=words))
             continue
-        if item is None and any(map(dataclasses.is_dataclass, typing.get_args(hint))):
-            hint = Any  # nothing on the command line makes this part: it is shown, to be set in the config's file
+        if item in (None, ()) and any(map(dataclasses.is_dataclass, typing.get_args(hint))):
+            # No option makes a part that is not there: it is shown, to be set in the config's file.
+            hint = Any if item is None else tyro.conf.Fixed[str]
         words = functools.partial(_words, cls, name, item)
         specs.append(StructFieldSpec(name=name, type=hint, default=item, helptext=words))
     return StructConstructorSpec(instantiate=functools.partial(_make, value), fields=tuple(specs))
