@@ -270,11 +270,10 @@ def from_cli(description: str, argv: list[str] | None = None) -> Any:
     config = load_config(argv[0])
     if not isinstance(config, Config):
         raise ValueError(f"{argv[0]}: config must be an m4.config.Config, not {type(config).__name__}")
-    prog = f"{Path(sys.argv[0]).name} {argv[0]}"
     help_text = (
         f"{description}\n\nMost used, with their values here; all fields follow:\n{first_screen(config, MOST_USED)}"
     )
-    return parse(config, argv[1:], prog=prog, description=help_text)
+    return parse(config, argv[1:], prog=f"train.py {argv[0]}", description=help_text)
 
 
 @contextlib.contextmanager

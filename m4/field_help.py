@@ -79,7 +79,7 @@ def _described(info: StructTypeInfo) -> StructConstructorSpec | None:
             continue
         if item in (None, ()) and any(map(dataclasses.is_dataclass, typing.get_args(hint))):
             # No option makes a part that is not there: it is shown, to be set in the config's file.
-            hint = Any if item is None else tyro.conf.Fixed[str]
+            hint = Any if item is None else tyro.conf.Fixed[tuple[str, ...]]
         words = functools.partial(_words, cls, name, item)
         specs.append(StructFieldSpec(name=name, type=hint, default=item, helptext=words))
     return StructConstructorSpec(instantiate=functools.partial(_make, value), fields=tuple(specs))
