@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import subprocess
 import sys
 
@@ -11,8 +12,13 @@ import pytest
 from conftest import ROOT, environment
 from test_house import modules
 
+import m4.__main__
+import m4_tokenizers.__main__
 from m4.config import load_config
 from m4.field_help import field_docstrings
+
+PACKAGES = {"m4": m4.__main__, "m4_tokenizers": m4_tokenizers.__main__}
+TOKENIZER_VERBS = [("m4_tokenizers", verb) for verb in m4_tokenizers.__main__.VERBS]
 
 # What config.json holds, as annotations call it.
 JSON = {"str", "int", "float", "bool", "None", "tuple", "dict", "Mapping", "Literal", "Any"}
@@ -164,3 +170,23 @@ def test_help_loads_nothing_that_only_training_needs(help_text):
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and not done.stderr.strip(), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("package, verb", [("m4", verb) for verb in m4.__main__.verbs()] + TOKENIZER_VERBS)
+def test_help_of_each_verb_explains_each_option(package, verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as end:
+        PACKAGES[package].main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and all(len(line) <= 100 for line in text.splitlines())
+    options = text.partition("options:")[2].splitlines()[1:]
+    for line, after in zip(options, [*options[1:], ""], strict=True):
+        if line.startswith("  -"):  # words behind the option, or on the next line
+            assert re.search(r"\S {2,}\S", line) or after.startswith(" " * 8), line
+
+
+@pytest.mark.parametrize("package", ["m4", "m4_tokenizers"])
+def test_list_of_verbs_fits_a_terminal(package, capsys):
+    with pytest.raises(SystemExit):
+        PACKAGES[package].main(["--help"])
+    assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines())
