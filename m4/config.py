@@ -40,7 +40,7 @@ class Config:
     batch_size: int = 64
     """Examples per step, over all devices."""
     seed: int = 0
-    """Seed of the parameters, the order of examples, masks and dropped blocks."""
+    """Seed of all that is random: parameters, tokenizers, the order of examples, masks."""
     name: str
     """Name of the run, and of its folder under runs/."""
     workdir: str = ""
@@ -61,7 +61,7 @@ class Config:
     distill: float = 1.0
     """Share of the teacher's loss in the whole, in (0, 1]; the rest is that of the data."""
     contrast: Contrast | None = None
-    """A second loss, between embeddings of two groups of inputs (m4.objectives.contrastive); None is none."""
+    """A second loss, between embeddings of two groups of inputs (m4.objectives.contrastive); None leaves it out."""
     model: ModelConfig = ModelConfig()
     """Sizes and options of the encoder-decoder."""
     optimizer: OptimizerConfig = OptimizerConfig()

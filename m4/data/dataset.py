@@ -40,7 +40,7 @@ class Dataset:
     tokens: str = ""
     """Folder of token shards that `python -m m4 pretokenize` wrote; "" where `source` is given."""
     weight: float = 1.0
-    """Share of this data set among the examples of a batch, relative to the other weights; above 0."""
+    """Share of this data set in the stream of examples, relative to the other weights; above 0."""
     strategies: tuple[Strategy, ...] = ()
     """Its own mixture of masking strategies; () uses that of the config's masking."""
     crops: Any = None

@@ -65,7 +65,7 @@ class Direction:
     measure: Any
     """How it is compared with the truth (m4.evaluation.measures)."""
     guidance: Guidance | None = None
-    """Classifier-free guidance of the target; None is none."""
+    """Classifier-free guidance of the target; None leaves it out."""
     through: tuple[Stage, ...] = ()
     """Stages that are generated first, from the inputs alone, for the target to see (a layout before an image)."""
     dataset: str = ""

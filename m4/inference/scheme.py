@@ -92,6 +92,6 @@ class Stage:
     scheme: Any
     """MaskGIT or ROAR for grids, Autoregressive for sequences."""
     guidance: Guidance | None = None
-    """Classifier-free guidance; None is none."""
+    """Classifier-free guidance; None leaves it out."""
     ensemble: int = 1
     """Samples of each row that the target's tokenizer averages (dense outputs: depth, images); 1 averages none."""

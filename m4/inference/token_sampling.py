@@ -34,7 +34,7 @@ def _smallest(fits: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
 class Sampling:
     """How one token is drawn from its distribution.
 
-    Filters, in the order of their fields, act on the probabilities at temperature 1, as in 4M.
+    The filters top_k, top_p and min_p, in this order, act on the probabilities at temperature 1, as in 4M.
     """
 
     temperature: float = 1.0

@@ -48,7 +48,7 @@ class BlockConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products."""
     lora: LoRA | None = None
-    """Low-rank updates for fine-tuning; None is none."""
+    """Low-rank updates for fine-tuning; None adds none."""
     adapter_size: int = 0
     """Values in the bottleneck behind each feed-forward layer, for fine-tuning (Houlsby et al. 2019); 0 is none."""
 

@@ -63,7 +63,7 @@ class VQRecipe:
     losses: tuple[Any, ...] = (SquaredError(),)
     """What the reconstruction is compared by (m4_tokenizers.losses); the weighted sum is minimised."""
     adversarial: Any = None
-    """A discriminator beside the losses (m4_tokenizers.losses.Adversarial); None is none."""
+    """A discriminator beside the losses (m4_tokenizers.losses.Adversarial); None leaves it out."""
     num_steps: int = 1200
     """Training steps."""
     batch_size: int = 16
