@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
 from m4.checkpoints.hub import packaged
 from m4.data.dataset import Dataset
 from m4.distributed.mesh import MeshConfig
 from m4.errors import check_numbers, closest
+from m4.field_help import first_screen, parse
 from m4.files import locked, remove_leftovers, write_json
 from m4.inference.prompts import check_plan
 from m4.masking.dirichlet import Masking
@@ -33,60 +33,80 @@ from m4.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run. A config file exposes `config`; a variant is `dataclasses.replace(config, ...)`.
+    """One run. A config file exposes `config`; a variant is `dataclasses.replace(config, ...)`."""
 
-    datasets: what is read, by weight (each evaluation scores the first that has its signals); tokenizers: recipes, in
-    the model's modality order (m4.tokens.tokenizer.Recipe); evaluations: directions to score
-    (m4.evaluation.conditional_generation.Direction), on all of eval_splits, the first also in pictures; fewshot: what
-    `evaluate --suite fewshot` measures (m4.evaluation.few_shot.FewShot); retrieval: what `--suite retrieval` does (an
-    m4.evaluation.retrieval.Retrieval, or several). batch_size is the global number of examples a step; num_workers
-    processes on each host read and mask them (0: threads). contrast: a second loss, between embeddings of inputs
-    (m4.objectives.contrastive). micro_batches: parts of a batch that are computed one after the other, for memory; the
-    gradient is the same. average_decay: of an exponential moving average of the parameters, which is then what is
-    evaluated (0: none). init_from: a run's folder, a model file or a model of the package, whose weights are loaded
-    before the first step; teacher: one whose distributions are learned, as the share `distill` of the loss
-    (m4.training.distillation; "": the data). keep_last, keep_every: which checkpoints stay. skip_damaged: goes on from
-    the newest checkpoint that is whole, where a newer one is damaged. max_skipped: the run stops when so many steps in
-    a row had gradients that are not finite. gallery_every: steps between pictures of samples (0: at the end alone);
-    profile: first and last step of a profile for TensorBoard or Perfetto (0 0: none); wandb: a project of Weights &
-    Biases.
-    """
-
-    name: str
-    datasets: tuple[Dataset, ...]
-    tokenizers: tuple[Any, ...]
-    masking: Masking
-    model: ModelConfig = ModelConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loss: Weighting = "modality"
-    contrast: Contrast | None = None
-    mesh: MeshConfig = MeshConfig()
-    evaluations: tuple[Any, ...] = ()
-    eval_splits: tuple[str, ...] = ("test",)
-    fewshot: Any = None
-    retrieval: Any = None
-    num_eval_samples: int = 512
-    batch_size: int = 64
-    micro_batches: int = 1
-    num_workers: int = 0
     num_steps: int = 1000
+    """Training steps (optimizer updates). A finished run goes on when it is given more."""
+    batch_size: int = 64
+    """Examples per step, over all devices."""
     seed: int = 0
-    z_loss: float = 0.0
-    average_decay: float = 0.0
-    init_from: str = ""
-    teacher: str = ""
-    distill: float = 1.0
-    log_every: int = 20
-    save_every: int = 200
-    keep_last: int = 2
-    keep_every: int = 0
-    max_skipped: int = 20
-    gallery_every: int = 0
-    profile: tuple[int, int] = (0, 0)
-    wandb: str = ""
-    skip_damaged: bool = False
-    workdir: str = ""  # "" = runs/<name>
+    """Seed of all that is random: parameters, tokenizers, the order of examples, masks."""
+    name: str
+    """Name of the run, and of its folder under runs/."""
+    workdir: str = ""
+    """Folder of checkpoints, metrics and pictures; "" is runs/NAME. A run that is there is resumed."""
     data_dir: str = "data"
+    """Folder of prepared data: raw examples, tokenizers and token shards."""
+    init_from: str = ""
+    """Run folder, model file or packaged model whose weights are loaded before the first step; "" starts from random
+    ones."""
+    loss: Weighting = "modality"
+    """How tokens are averaged: every "modality" counts alike, or every "token"; 4m_modality and 4m_token as in 4M."""
+    average_decay: float = 0.0
+    """Decay of a moving average of the parameters, in [0, 1), which is then what is evaluated; 0 is none."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition of each token's logits, which keeps logits small; 0 is none."""
+    teacher: str = ""
+    """Run folder, model file or packaged model whose predicted distributions are learned; "" is none."""
+    distill: float = 1.0
+    """Share of the teacher's loss in the whole, in (0, 1]; the rest is that of the data."""
+    contrast: Contrast | None = None
+    """A second loss, between embeddings of two groups of inputs (m4.objectives.contrastive); None leaves it out."""
+    model: ModelConfig = ModelConfig()
+    """Sizes and options of the encoder-decoder."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule, and which parameters are trained."""
+    mesh: MeshConfig = MeshConfig()
+    """How batch and parameters are spread over devices."""
+    masking: Masking
+    """Which tokens go in, which are predicted, and how many of each."""
+    datasets: tuple[Dataset, ...]
+    """What is read, mixed by weight. Each evaluation scores the first data set that has its signals."""
+    tokenizers: tuple[Any, ...]
+    """Recipes of tokenizers, in the order of the model's modalities (m4.tokens.tokenizer.Recipe)."""
+    evaluations: tuple[Any, ...] = ()
+    """What is scored after training (m4.evaluation.conditional_generation.Direction); () is nothing."""
+    eval_splits: tuple[str, ...] = ("test",)
+    """Splits that are scored. Pictures are made of the first."""
+    num_eval_samples: int = 512
+    """Examples of each split that are scored, at most."""
+    fewshot: Any = None
+    """What `python -m m4 evaluate --suite fewshot` measures (m4.evaluation.few_shot.FewShot); None is the default
+    tasks."""
+    retrieval: Any = None
+    """What `--suite retrieval` measures: an m4.evaluation.retrieval.Retrieval, or several; None is the default one."""
+    micro_batches: int = 1
+    """Parts of a batch that are computed one after the other, to save memory. The gradient is the same."""
+    num_workers: int = 0
+    """Processes per host that read and mask examples; 0 uses threads."""
+    log_every: int = 20
+    """Steps between lines of metrics."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for good; 0 keeps only the newest."""
+    skip_damaged: bool = False
+    """Resume from the newest whole checkpoint where a newer one is damaged, instead of stopping."""
+    max_skipped: int = 20
+    """Steps in a row with gradients that are not finite, after which the run stops."""
+    gallery_every: int = 0
+    """Steps between pictures of generated samples; 0 makes them at the end only."""
+    profile: tuple[int, int] = (0, 0)
+    """First and last step of a profile for TensorBoard or Perfetto; 0 0 is none."""
+    wandb: str = ""
+    """Project of Weights & Biases that metrics are sent to; "" is none."""
 
     @property
     def folder(self) -> Path:
@@ -188,6 +208,14 @@ CHANGES = {
 }
 
 
+# What `--help` shows first.
+MOST_USED = (
+    "num_steps", "batch_size", "seed", "workdir", "data_dir", "init_from", "model.width", "model.encoder_depth",
+    "model.decoder_depth", "model.dtype", "optimizer.learning_rate", "optimizer.warmup_steps", "mesh.data", "mesh.fsdp",
+    "mesh.tensor", "masking.num_inputs", "masking.num_targets",
+)  # fmt: skip
+
+
 def load_config(path: str, attribute: str = "config") -> Any:
     """The object `config` (or another) of a Python file."""
     file = Path(path)
@@ -242,9 +270,10 @@ def from_cli(description: str, argv: list[str] | None = None) -> Any:
     config = load_config(argv[0])
     if not isinstance(config, Config):
         raise ValueError(f"{argv[0]}: config must be an m4.config.Config, not {type(config).__name__}")
-    return tyro.cli(
-        type(config), default=config, args=argv[1:], description=description, config=(tyro.conf.AvoidSubcommands,)
+    help_text = (
+        f"{description}\n\nMost used, with their values here; all fields follow:\n{first_screen(config, MOST_USED)}"
     )
+    return parse(config, argv[1:], prog=f"train.py {argv[0]}", description=help_text)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from conftest import ROOT
 PACKAGES = {"m4": ROOT / "m4", "m4_tokenizers": ROOT / "tokenizers" / "m4_tokenizers"}
 # A room imports from rooms of lower floors alone.
 FLOORS = """
-    errors files command_line
+    errors files command_line field_help
   < registry tensor_file pictures distributed
   < tokens
   < masking model

@@ -1,8 +1,9 @@
-"""CONFIG.py [--field value ...]: what a config will read, measured: counts, lengths, shares, samples, speed.
+"""CONFIG.py [--field value ...]: measures what training reads: counts, lengths, speed.
 
-Prepares the data first (as training would), then reads and masks examples of the training stream. Writes
-OUT/samples.png (rows = samples, columns = modalities: the example, what goes in, what must come out) and
-OUT/data.json.
+Prepares the data first (as training would), then reads and masks examples of the training stream.
+Writes OUT/data.json and OUT/samples.png: a row for each example, a column for each modality with
+the example, its input tokens and its targets. --field value pairs override fields of the config;
+`train.py CONFIG.py --help` lists them.
 """
 
 from __future__ import annotations
@@ -226,9 +227,11 @@ def _picked(m: Modality, positions: np.ndarray, is_input: bool) -> np.ndarray:
 
 def main(argv: list[str]) -> None:
     parser = parser_of("data", __doc__)
-    parser.add_argument("config", help="a Python file that defines `config`")
-    parser.add_argument("--num-examples", type=int, default=4096, help="of the stream that are measured")
-    parser.add_argument("--out", type=Path, default=None, help="default: <the run's folder>/data")
+    parser.add_argument("config", help="the Python file with the config, e.g. configs/quickstart.py")
+    parser.add_argument("--num-examples", type=int, default=4096, metavar="N", help="examples measured (default: 4096)")
+    parser.add_argument(
+        "--out", type=Path, default=None, metavar="DIR", help="folder of the results (default: data in the run's)"
+    )
     args, overrides = parser.parse_known_args(argv)
     if args.num_examples < 1:
         raise ValueError(f"--num-examples {args.num_examples} must be at least 1")

@@ -1,4 +1,4 @@
-"""RUN [--port 7860]: a local page that takes any signals and shows how others are generated."""
+"""RUN [--port 7860]: a local web page that generates any signals from any others."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from m4.inference.sampler import Sampler, keep_compiled
 
 def main(argv: list[str]) -> None:
     parser = parser_of("demo", __doc__)
-    parser.add_argument("run", help="the folder of a run, or a model that comes with m4")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: anybody on the network may use it")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("run", help="folder of a run, e.g. runs/quickstart, or a model in the package: scenes")
     parser.add_argument(
-        "--allow-host", nargs="+", default=[], metavar="NAME", help="by which browsers may call it, too"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0: the network (default: 127.0.0.1, this machine)",
     )
-    parser.add_argument("--max-upload-mb", type=int, default=10, help="MiB of a file (default: 10)")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860")
     parser.add_argument(
-        "--max-storage-mb", type=int, default=512, help="MiB of all uploads and results; the oldest go (default: 512)"
+        "--allow-host", nargs="+", default=[], metavar="NAME", help="other host names under which it is reached"
+    )
+    parser.add_argument("--max-upload-mb", type=int, default=10, metavar="N", help="largest file, MiB (default: 10)")
+    parser.add_argument(
+        "--max-storage-mb",
+        type=int,
+        default=512,
+        metavar="N",
+        help="MiB kept of uploads and results; the oldest are deleted (default: 512)",
     )
     args = parser.parse_args(argv)
 

@@ -1,12 +1,14 @@
 """RUN [--suite NAME] [--out DIR]: scores a trained model.
 
-directions: the config's conditional tasks on its test split; writes metrics.json and gallery.png.
-fewshot: tasks that labelled examples in the context define, against the number of examples and beside controls;
-writes fewshot.json, fewshot.md and fewshot.png.
-probes: labels read from the frozen encoder's embeddings by neighbours and by a linear map; probes.json and .md.
-subsets: a label read from every subset of signals, with probes of every other, and with signals that are missing
-by chance or by the label; subsets.json, .md and .png.
-retrieval: samples found by embeddings of other signals of theirs; retrieval.json, .md and .png.
+directions  generation of one signal from others, as the config's `evaluations` say, on held-out
+            examples: metrics.json, gallery.png
+fewshot     tasks that labelled examples in the prompt define, against the number of examples and
+            beside controls: fewshot.json, .md, .png
+probes      labels predicted from the frozen encoder's embeddings, by nearest neighbours and by a
+            linear map: probes.json, .md
+subsets     a label predicted from every subset of signals, with probes of every other, and with
+            signals missing at random or depending on the label: subsets.json, .md, .png
+retrieval   samples found by the embeddings of their other signals: retrieval.json, .md, .png
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from m4.evaluation import conditional_generation, few_shot, modality_subsets, pr
 
 def main(argv: list[str]) -> None:
     parser = parser_of("evaluate", __doc__)
-    parser.add_argument("run", help="the folder of a run, e.g. runs/quickstart, or a model of the package")
+    parser.add_argument("run", help="folder of a run, e.g. runs/quickstart, or a model in the package: scenes")
     suites = ["directions", "fewshot", "probes", "retrieval", "subsets"]
-    parser.add_argument("--suite", choices=suites, default="directions")
-    parser.add_argument("--out", default="", help="folder of the results (default: RUN)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--suite", choices=suites, default="directions", help="default: directions")
+    parser.add_argument("--out", default="", metavar="DIR", help="folder of the results (default: RUN)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of generation (default: 0)")
     args = parser.parse_args(argv)
 
     if args.suite == "fewshot":

@@ -1,4 +1,4 @@
-"""RUN OUT: a trained model as a folder of its own: config, tokenizers, and the parameters in one file."""
+"""RUN OUT: a trained model as one folder: config, tokenizers and a file of parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from m4.tensor_file import DTYPES
 def main(argv: list[str]) -> None:
 
     parser = parser_of("export", __doc__)
-    parser.add_argument("run", help="the folder of a run, e.g. runs/quickstart, or of one of its checkpoints")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; RUN elsewhere may name it, too")
-    parser.add_argument("--dtype", default="BF16", choices=list(DTYPES), help="of the parameters (default: BF16)")
+    parser.add_argument("run", help="folder of a run, e.g. runs/quickstart, or of one of its checkpoints")
+    parser.add_argument("out", metavar="OUT", help="folder to write; other commands take it as RUN")
+    parser.add_argument("--dtype", default="BF16", choices=list(DTYPES), help="type of the parameters (default: BF16)")
     args = parser.parse_args(argv)
     export_run(args.run, args.out, dtype=args.dtype)
     print(f"{args.out}: {sum(p.stat().st_size for p in Path(args.out).rglob('*') if p.is_file()) / 2**20:.1f} MiB")

@@ -1,8 +1,9 @@
-"""RUN --inputs NAME=VALUE ... --targets NAME ... --out OUT: any signals in, any others out.
+"""RUN --inputs NAME=VALUE --targets NAME --out OUT: generates signals from others.
 
-VALUE is a file (rgb=photo.png, depth=depth.png, boxes=boxes.json), a folder of such files (one sample each), or the
-text itself (caption="a small red cube"; [MASK] in it stands for words to generate). A file PROMPTS.jsonl instead
-holds one sample a line, of any inputs each. Targets are generated in the order given, each seeing those before it.
+VALUE is a file (rgb=photo.png, depth=depth.png, boxes=boxes.json), a folder of such files (one
+sample each), or the text itself (caption="a small red cube"; [MASK] in it stands for words to
+generate). Instead of NAME=VALUE pairs, a file PROMPTS.jsonl holds one sample per line, with any
+inputs. Targets are generated in the order given; each sees those before it.
 """
 
 from __future__ import annotations
@@ -47,33 +48,33 @@ SIGNALS = ("rgb", "depth", "normals", "semseg", "instance", "caption", "boxes") 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="the folder of a run, e.g. runs/quickstart, or a model that comes with m4")
-    parser.add_argument("--inputs", nargs="+", required=True, metavar="NAME=VALUE", help="or PROMPTS.jsonl")
-    parser.add_argument("--targets", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--plan", default="", metavar="FILE.py", help="a Python file: plan = [Stage(...), ...]")
-    parser.add_argument("--out", required=True, help="folder for the results: OUT/<sample>/rgb.png, depth.png, ...")
-    parser.add_argument("--keep", nargs="+", default=[], metavar="NAME=MASK", help="what stays of an input that is a "
-                        "target too: a picture, white = stays, or a share (rgb=0.5: variations)")  # fmt: skip
+    add = parser.add_argument
+    add("run", help="folder of a run, e.g. runs/quickstart, or a model in the package: scenes")
+    add("--inputs", nargs="+", required=True, metavar="NAME=VALUE", help="what is given, or PROMPTS.jsonl")
+    add("--targets", nargs="+", default=[], metavar="NAME", help="signals to generate, e.g. depth caption")
+    add("--plan", default="", metavar="FILE.py", help="targets and schemes: a Python file, plan = [Stage(...), ...]")
+    add("--out", required=True, help="folder for the results: OUT/<sample>/rgb.png, depth.png, ...")
+    add("--keep", nargs="+", default=[], metavar="NAME=MASK", help="what stays of an input that is also a target: "
+        "an image (white stays) or a share (rgb=0.5: variations)")  # fmt: skip
     like = '[{"inputs": {"rgb": "a.png"}, "outputs": {"caption": "a dax"}}, ...]'
-    parser.add_argument("--shots", default="", metavar="FILE.json", help=f"labelled examples of a task: {like}")
-    parser.add_argument("--shot-tokens", type=int, default=0, help="of each image of --shots (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same results (default: 0)")
-    parser.add_argument("--num-samples", type=int, default=1, help="results for each input (different draws)")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--scheme", choices=["maskgit", "roar"], help="of grids (default: maskgit)")
-    parser.add_argument("--steps", type=int, help="of grids")
-    parser.add_argument("--schedule", choices=["maskgit", "cosine", "linear"], help="tokens by step")
-    parser.add_argument("--temperature", type=float, help="0: the most likely token")
-    parser.add_argument("--top-k", type=float, help="draw among the k most likely tokens; below 1: a share of all")
-    parser.add_argument("--top-p", type=float, help="draw among the tokens that hold this probability")
-    parser.add_argument("--min-p", type=float, help="draw among tokens at least so likely relative to the likeliest")
-    parser.add_argument(
-        "--guidance", nargs="+", metavar="SCALE", help="classifier-free: one number, or NAME=WEIGHT ..."
-    )
-    parser.add_argument("--ensemble", type=int, default=1, help="samples to average, for dense outputs")
-    parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
-    parser.add_argument("--with-inputs", action="store_true", help="write inputs, too, to train on what was generated")
-    parser.add_argument("--stream", action="store_true", help="print text as it comes (one sample)")
+    add("--shots", default="", metavar="FILE.json", help=f"labelled examples of a task: {like}")
+    add("--shot-tokens", type=int, default=0, metavar="N", help="tokens of each image of --shots (default: all)")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same results (default: 0)")
+    add("--num-samples", type=int, default=1, metavar="N", help="results for each input (default: 1)")
+    add("--batch-size", type=int, default=16, metavar="N", help="samples at a time (default: 16)")
+    add("--scheme", choices=["maskgit", "roar"], help="how grids are decoded (default: maskgit)")
+    add("--steps", type=int, metavar="N", help="decoding steps of grids")
+    schedules = ["maskgit", "cosine", "linear"]
+    add("--schedule", choices=schedules, help="tokens per step: ever more, few at first and last, or equally many")
+    add("--temperature", type=float, metavar="X", help="of sampling; 0 takes the most likely token")
+    add("--top-k", type=float, metavar="K", help="draw among the K most likely tokens; below 1: a share of all")
+    add("--top-p", type=float, metavar="P", help="draw among the most likely tokens that hold P of the probability")
+    add("--min-p", type=float, metavar="P", help="draw among tokens at least P times as likely as the likeliest")
+    add("--guidance", nargs="+", metavar="SCALE", help="classifier-free: one number, or NAME=WEIGHT for each input")
+    add("--ensemble", type=int, default=1, metavar="N", help="average N samples, for images and maps")
+    add("--pad", action="store_true", help="pad images to a square instead of cropping them")
+    add("--with-inputs", action="store_true", help="write the inputs too, so that one can train on the results")
+    add("--stream", action="store_true", help="print text while it is generated (one sample)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -388,4 +389,4 @@ def main(argv: list[str]) -> None:
     parser = parser_of("generate", __doc__)
 
     add_arguments(parser)
-    main(parser.parse_args(argv))
+    run(parser.parse_args(argv))

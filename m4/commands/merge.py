@@ -1,8 +1,10 @@
-"""RUN_A RUN_B --out DIR: scores the models between two that are fine-tuned from one, and keeps the best.
+"""RUN_A RUN_B --out DIR: averages two related models in several shares, keeps the best.
 
-Writes merge.json, merge.md and merge.png (normalised validation scores over alpha; test scores of both ends and of
-the best), and the model whose validation scores have the highest mean into DIR, for RUN elsewhere to name it.
-Directions are those of RUN_B's config. A modality that RUN_B alone has keeps its parameters.
+Both are fine-tuned from one model, or RUN_B from RUN_A. Each model between them has parameters
+(1 - alpha) x RUN_A + alpha x RUN_B. Writes merge.json, merge.md and merge.png (normalised
+validation scores over alpha; test scores of both ends and of the best), and the model whose
+validation scores have the highest mean, into DIR, which other commands take as RUN. Scores are
+those of RUN_B's config. A modality that RUN_B alone has keeps its parameters.
 """
 
 from __future__ import annotations
@@ -90,10 +92,12 @@ def curves(results: Mapping[str, Mapping[str, float]], file: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = parser_of("merge", __doc__)
-    parser.add_argument("run_a", help="alpha 0: the folder of a run, or a model of the package")
+    parser.add_argument("run_a", help="alpha 0: folder of a run, or name of a model in the package")
     parser.add_argument("run_b", help="alpha 1: another, with all modalities of the first")
-    parser.add_argument("--alphas", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument(
+        "--alphas", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="X", help="shares of RUN_B"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     args = parser.parse_args(argv)
 
     sweep(args.run_a, args.run_b, args.alphas, args.out)

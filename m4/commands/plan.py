@@ -1,8 +1,10 @@
-"""CONFIG.py --topology NAME [--field value ...]: memory, collectives and speed of a run, without its devices.
+"""CONFIG.py --topology NAME: memory and speed of a run on devices that are not there.
 
-Compiles the run's training step for a TPU topology (v5e:16x16, v5p:4x4x8, v5e:16x16*2 for two slices; libtpu is
-needed, a TPU is not) or for simulated devices (cpu:8). Exits with 0 if it compiles and fits, 1 if it does not fit,
-2 if it cannot be tried. Further --field value pairs override fields of the config, such as --mesh.fsdp 64.
+Compiles the run's training step for a TPU topology (v5e:16x16, v5p:4x4x8, v5e:16x16*2 for two
+slices; libtpu is needed, a TPU is not) or for simulated devices (cpu:8), and prints memory,
+communication and time of a step. Exits with 0 if it compiles and fits, 1 if it does not fit, 2 if
+it cannot be tried. --field value pairs override fields of the config, such as --mesh.fsdp 64;
+`train.py CONFIG.py --help` lists them.
 """
 
 from __future__ import annotations
@@ -327,8 +329,8 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = parser_of("plan", __doc__)
-    parser.add_argument("config", help="a Python file that defines `config`")
-    parser.add_argument("--topology", required=True, metavar="NAME")
+    parser.add_argument("config", help="the Python file with the config, e.g. configs/quickstart.py")
+    parser.add_argument("--topology", required=True, metavar="NAME", help="devices, e.g. v5e:16x16 or cpu:8")
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
     args, overrides = parser.parse_known_args(argv)
 

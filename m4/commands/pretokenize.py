@@ -1,7 +1,9 @@
-"""CONFIG.py [--field value ...]: raw data, tokenizers and token shards of a config, without training.
+"""CONFIG.py [--field value ...]: prepares the data of a config, without training.
 
-A killed job goes on at the shard where it was. On several hosts that see the same files, run the same command on
-each with its own --host; further --field value pairs override fields of the config.
+Raw data, tokenizers and token shards are written into the config's data_dir. A killed job goes on
+at the shard where it stopped. On several hosts that see the same files, give the same command on
+each with its own --host. --field value pairs override fields of the config;
+`train.py CONFIG.py --help` lists them.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from m4.distributed.worker_group import Team
 
 def main(argv: list[str]) -> None:
     parser = parser_of("pretokenize", __doc__)
-    parser.add_argument("config", help="a Python file that defines `config`")
-    parser.add_argument("--splits", nargs="+", default=["train"], help="default: train")
-    parser.add_argument("--processes", type=int, default=1, help="of this host, each with the tokenizers in memory")
-    parser.add_argument("--host", default="0/1", metavar="I/N", help="this is host I (from 0) of N")
+    parser.add_argument("config", help="the Python file with the config, e.g. configs/quickstart.py")
+    parser.add_argument("--splits", nargs="+", default=["train"], metavar="NAME", help="default: train")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes of this host (default: 1)")
+    parser.add_argument("--host", default="0/1", metavar="I/N", help="this is host I of N, from 0 (default: 0/1)")
     args, overrides = parser.parse_known_args(argv)
 
     index, slash, count = args.host.partition("/")

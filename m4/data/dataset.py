@@ -33,25 +33,27 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """One part of what a run reads: raw examples (`source`), or a folder of token shards made before (`tokens`).
-
-    weight: share of this data set in the stream, relative to the others'. strategies: its own mixture of masking
-    strategies (default: those of the config's masking). crops: aligned random crops, m4.data.sources.crops.Crops.
-    skip_bad: the greatest share of examples that pre-tokenization may skip because they cannot be read (0: none).
-    shots: its examples are those of episodes, one after the other, and are masked so (then `strategies` are not used).
-    signals: which signals of raw examples are tokenized (default: all that the model has). name: default the source's
-    class, or the folder.
-    """
+    """One part of what a run reads: raw examples (`source`), or a folder of finished token shards (`tokens`)."""
 
     source: Any = None
+    """Raw examples, such as m4.data.sources.scenes.Scenes; None where `tokens` is given."""
     tokens: str = ""
+    """Folder of token shards that `python -m m4 pretokenize` wrote; "" where `source` is given."""
     weight: float = 1.0
+    """Share of this data set in the stream of examples, relative to the other weights; above 0."""
     strategies: tuple[Strategy, ...] = ()
+    """Its own mixture of masking strategies; () uses that of the config's masking."""
     crops: Any = None
+    """Aligned random crops (m4.data.sources.crops.Crops); None takes whole examples."""
     skip_bad: float = 0.0
+    """Largest share of unreadable examples that pre-tokenization skips, in [0, 1); 0 stops at the first."""
     shots: ShotMasking | None = None
+    """Its examples are those of few-shot episodes, one after the other, and are masked as such; None for ordinary
+    data."""
     signals: tuple[str, ...] = ()
+    """Signals of raw examples that are tokenized; () is all that the model has."""
     name: str = ""
+    """Name in tables and metrics; "" is that of the source's class, or of the folder."""
 
     def __post_init__(self):
         if (self.source is None) == (not self.tokens):

@@ -19,7 +19,6 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 from tqdm import tqdm
 
@@ -242,6 +241,8 @@ def _fitting_examples(
         used += parts
     if len(parts) == 1:
         return parts[0]
+    import grain  # here, for --help to come fast
+
     endless = [grain.MapDataset.source(part).repeat() for part in parts]
     return grain.MapDataset.mix(endless, np.array(weights) / sum(weights))[: sum(map(len, parts))]
 

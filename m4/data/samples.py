@@ -119,11 +119,14 @@ def written_out(kind: str, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How pictures of H x W pixels (or that at another scale) become squares: their middle, or the whole with bars."""
+    """How images of H x W pixels (or that at another scale) become squares: their middle, or the whole with bars."""
 
     height: int
+    """Rows, pixels."""
     width: int
+    """Columns, pixels."""
     pad: bool
+    """Keep the whole image and add bars; else take its middle."""
 
     @property
     def window(self) -> tuple[np.ndarray, np.ndarray]:

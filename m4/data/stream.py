@@ -19,7 +19,6 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import grain
 import numpy as np
 
 from m4.data.dataset import Dataset
@@ -88,8 +87,11 @@ class _Numbered:
         return self.dataset, self.records[index]
 
 
-def examples(shards: Seq[Seq[dict[str, np.ndarray]]], weights: Seq[float], *, seed: int) -> grain.MapDataset:
-    """The whole stream before it is masked: (number in the stream, (data set, stored arrays)), endless."""
+def examples(shards: Seq[Seq[dict[str, np.ndarray]]], weights: Seq[float], *, seed: int) -> Any:
+    """The whole stream before it is masked, a grain.MapDataset: (index in the stream, (data set, stored arrays)),
+    endless."""
+    import grain  # here, for --help to come fast
+
     parts = [
         grain.MapDataset.source(_Numbered(part, k)).seed(seed * len(shards) + k).shuffle().repeat()
         for k, part in enumerate(shards)
@@ -178,6 +180,8 @@ class Stream:
         self._batches, self._thread, self._pending = None, None, deque()
 
     def _start(self) -> None:
+        import grain
+
         index, count = self.share
         mine = self.examples[self.next_example + index :: count]
         batches = mine.batch(self.batch_size // count, drop_remainder=True, batch_fn=list).map(self.mask)

@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader
@@ -80,6 +79,8 @@ class TokenShards:
 
     @functools.cached_property
     def _records(self):
+        import grain  # here, for --help to come fast
+
         whole = [_Whole(str(p), s["num_examples"]) for p, s in zip(self.paths, self.shards.values(), strict=True)]
         return grain.sources.ArrayRecordDataSource(whole)
 

@@ -45,7 +45,9 @@ class Hosts:
     """
 
     listens: str
+    """Address that the page listens on."""
     allowed: tuple[str, ...] = ()
+    """Other names under which it may be used; () is none."""
 
     def __contains__(self, host: str) -> bool:
         """Whether a Host header, or what follows "https://" in an Origin, is of this page."""

@@ -42,11 +42,14 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; data = -1 takes all that the others leave."""
+    """Devices along each axis of the mesh; their product is the number of all devices."""
 
     data: int = -1
+    """Copies of the parameters, each with its part of the batch; -1 takes all devices that the others leave."""
     fsdp: int = 1
+    """Devices over which both batch and parameters are sharded."""
     tensor: int = 1
+    """Devices over which each layer's matrices are sharded, and the batch is not."""
 
     def shape(self, num_devices: int) -> tuple[int, int, int]:
         rest = self.fsdp * self.tensor

@@ -29,14 +29,14 @@ GREETING = "m4-roll-call"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Team:
-    """Who shares the work: this process is number `index` of `count` (hosts that see the same files).
-
-    `workers` processes are started here.
-    """
+    """Who shares the work of preparation: processes that see the same files."""
 
     index: int = 0
+    """This process, from 0."""
     count: int = 1
+    """Processes in all."""
     workers: int = 1
+    """Worker processes that this one starts."""
 
     def __post_init__(self):
         if not 0 <= self.index < self.count or self.workers < 1:

@@ -52,21 +52,24 @@ class Measure(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Direction:
-    """One conditional task: input signals -> target signal by `scheme`, scored by `measure`.
-
-    `guidance`: of the target's stage. `through`: what is generated on the way, from the inputs alone, for the target
-    to see (a layout before a picture). `dataset`: whose raw examples it is scored on, by label ("": the first data set
-    that has its signals).
-    """
+    """One conditional task: input signals -> target signal."""
 
     name: str
+    """Name in tables and files."""
     inputs: tuple[str, ...]
+    """Given signals."""
     target: str
+    """Predicted signal."""
     scheme: Any
+    """How the target is generated: MaskGIT, ROAR or Autoregressive of m4.inference."""
     measure: Any
+    """How it is compared with the truth (m4.evaluation.measures)."""
     guidance: Guidance | None = None
+    """Classifier-free guidance of the target; None leaves it out."""
     through: tuple[Stage, ...] = ()
+    """Stages that are generated first, from the inputs alone, for the target to see (a layout before an image)."""
     dataset: str = ""
+    """Name of the data set whose raw examples are scored; "" is the first that has the signals."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -49,20 +49,22 @@ DEALS = 3  # of shuffled labels
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewShot:
-    """What is measured: every task with each number of shots, on `seeds` draws of `num_queries` episodes each.
-
-    `num_tokens`: of each context image (0: all), one number or one for each task; `token_counts`: those of the
-    accuracy-against-tokens curve.
-    `calibrate`: scores of candidates less those after a query without content.
-    """
+    """What is measured: every task with each number of shots, on `seeds` draws of `num_queries` episodes each."""
 
     tasks: tuple[Any, ...] = (FastBinding(), OperatorInduction(), Counting())
+    """Tasks (m4.in_context.tasks), each once."""
     shots: tuple[int, ...] = (0, 1, 2, 4, 8)
+    """Numbers of labelled examples in a prompt; 0 is zero-shot."""
     num_queries: int = 200
+    """Episodes of each draw."""
     seeds: int = 3
+    """Independent draws of episodes."""
     num_tokens: int | tuple[int, ...] = 16
+    """Tokens of each context image, one number or one for each task; 0 is all."""
     token_counts: tuple[int, ...] = (1, 4, 16, 64)
+    """Tokens of each context image along the curve of accuracy against tokens; () draws none."""
     calibrate: bool = False
+    """Subtract from each candidate's score its score after a query without content."""
 
     def __post_init__(self):
         if not self.tasks or not self.shots or min(*self.shots, 0) < 0 or min(self.num_queries, self.seeds) < 1:

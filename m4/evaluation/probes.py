@@ -60,19 +60,23 @@ def labels_of(label: str, examples: Seq[Mapping[str, Any]], what: str) -> list[A
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A label of pictures: fitted on `num_train` of one split, scored on `num_test` of another.
-
-    `same`: what is equal in several pictures of one thing, as "caption" ("": no two are), whose answers are
-    not independent: standard errors count things then, not pictures.
-    """
+    """A label of images, fitted on some of them and scored on others."""
 
     label: str
+    """Label that is predicted from embeddings."""
     same: str = ""
+    """Signal that is equal in several images of one thing, such as "caption", whose answers are not independent:
+    standard errors count things then, not images. "" if no two are."""
     source: Any = KINDS
+    """Raw examples, with annotations of their objects."""
     train: str = "heldout"
+    """Split that is fitted on."""
     test: str = "heldout"
+    """Split that is scored."""
     num_train: int = 2000
+    """Images that are fitted on."""
     num_test: int = 1000
+    """Images that are scored."""
 
     def __post_init__(self):
         check("label", self.label, LABELS)

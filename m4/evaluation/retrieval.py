@@ -43,18 +43,21 @@ NUM_DRAWN, NUM_HITS = 4, 5  # queries of each direction in the picture, and what
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Signals `a` and `b` of the first `num_samples` of a split that have some of both; each is to find the other.
-
-    source: of raw examples (None: the run's first data set). label: a name in raw examples, such as a digit's class;
-    all samples with the query's value of it are right answers then ("": its own sample alone).
-    """
+    """Two groups of signals of the same samples; each is to find the other."""
 
     a: tuple[str, ...] = ("rgb",)
+    """Signals of the first group."""
     b: tuple[str, ...] = ("audio",)
+    """Signals of the second group, none of them in the first."""
     source: Any = None
+    """Raw examples; None is the run's first data set."""
     split: str = "test"
+    """Split that is searched."""
     num_samples: int = 1000
+    """Samples that are searched: the first that have signals of both groups."""
     label: str = ""
+    """Name in raw examples, such as a digit's class: all samples with the query's value of it are right answers. "" is
+    its own sample alone."""
 
     def __post_init__(self):
         if not self.a or not self.b or {*self.a} & {*self.b}:

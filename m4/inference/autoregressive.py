@@ -18,13 +18,15 @@ from m4.tokens.modality import Modality, Sequence
 class Autoregressive(Sampling):
     """Left to right with a key/value cache, from the opening sentinel until every row has closed its last span.
 
-    What is kept of a sequence stays: each masked span is generated up to its closing sentinel. `max_length` bounds the
-    number of generated ids (0: by the modality). `constrained`: outputs follow the tokenizer's grammar, if it has one.
+    What is kept of a sequence stays: each masked span is generated up to its closing sentinel.
     """
 
     temperature: float = 0.0
+    """Divisor of the logits; 0 takes the most likely token."""
     max_length: int = 0
+    """Generated tokens, at most; 0 is the modality's own limit."""
     constrained: bool = True
+    """Follow the tokenizer's grammar, if it has one."""
 
     def check(self, modality: Modality) -> None:
         super().check(modality)

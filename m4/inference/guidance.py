@@ -20,19 +20,21 @@ from m4.errors import check_choice
 class Guidance:
     """Classifier-free guidance (Ho & Salimans 2022): logits = without + scale x (with - without).
 
-    `scale` is one number for all conditions together, or pairs (name, weight) for several, each alone beside what no
-    pair names (Liu et al. 2022; negative weights lead away): without + sum_i weight_i x (with condition i - without).
-    `drop`: what one number drops; (): all inputs, and with `grow` also what earlier stages generated. A name may be
-    that of an input given twice ("caption#not"), which is read by its own pass alone. `schedule` of the scales over the
-    steps: constant, or rising from 1 (linear, cosine). `dropped_sequences`: a dropped sequence is "absent", or leaves
-    its first sentinel as if it were masked whole, which is what 4M does.
+    With pairs (name, weight) as scale: without + sum_i weight_i x (with condition i - without), each condition alone
+    beside what no pair names (Liu et al. 2022; negative weights lead away).
     """
 
     scale: float | tuple[tuple[str, float], ...] = 3.0
+    """One value for all conditions together, or pairs (name, weight) for several. A name may be that of an input given
+    twice ("caption#not"), which is read by its own pass alone."""
     drop: tuple[str, ...] = ()
+    """Inputs that the pass without conditions lacks, where `scale` is one value; () is all."""
     grow: bool = False
+    """With `drop` empty, it lacks what earlier stages generated too."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Scales over the steps: constant, or rising from 1 (linear, cosine)."""
     dropped_sequences: Literal["absent", "masked"] = "absent"
+    """A dropped sequence is "absent", or leaves its first sentinel as if it were "masked" whole, as in 4M."""
 
     def __post_init__(self):
         check_choice(self, "schedule", ("constant", "linear", "cosine"))

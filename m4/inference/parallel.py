@@ -67,10 +67,17 @@ class _Parallel(Sampling):
     """A grid in several steps, each of which decodes some of its tokens; see MaskGIT and ROAR."""
 
     steps: int = 8
+    """Decoding steps, at least 1."""
     schedule: Schedule = "maskgit"
+    """Tokens per step: "maskgit" ever more (Chang et al. 2022, section 3.3), "cosine" few at first and last, "linear"
+    equally many."""
     temperature_schedule: Literal["constant", "linear", "power"] = "constant"
+    """Temperature over the steps: "constant", "linear" in the share of known tokens, or falling as a "power" of the
+    step (4M's onex)."""
     final_temperature: float = 0.0
+    """Temperature at the end of a schedule that is not constant."""
     temperature_power: float = 0.5
+    """Exponent of the schedule "power"."""
 
     def check(self, modality: Modality) -> None:
         super().check(modality)
@@ -215,13 +222,14 @@ class _Parallel(Sampling):
 class MaskGIT(_Parallel):
     """Parallel decoding of a grid (Chang et al. 2022, section 3.2, as used by 4M, section 2.3).
 
-    Each step predicts all open positions, and keeps those it is surest of. Sureness is the log-probability with which
-    the token was drawn plus Gumbel noise times `choice_temperature`, which falls linearly to zero: without it
-    background, being easiest, comes first and then crowds out what is rare. A very large value keeps positions in
-    random order.
+    Each step predicts all open positions, and keeps those of highest confidence: the log-probability with which the
+    token was drawn plus Gumbel noise. Without noise background, being easiest, comes first and then crowds out what is
+    rare.
     """
 
     choice_temperature: float = 0.0
+    """Factor of the Gumbel noise in the order of positions, which falls linearly to zero; 0 is none. A very large value
+    keeps positions in random order."""
     by_confidence = True
 
     def check(self, modality: Modality) -> None:
@@ -238,3 +246,4 @@ class ROAR(_Parallel):
     """
 
     schedule: Schedule = "linear"
+    """Tokens per step: "linear" equally many, "maskgit" ever more, "cosine" few at first and last."""

@@ -85,12 +85,13 @@ class Scheme(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One target (a signal or an exact modality name) and how to generate it.
-
-    `ensemble`: so many samples of each row are averaged by the target's tokenizer (dense outputs: depth, pictures).
-    """
+    """One target and how to generate it."""
 
     target: str
+    """Signal or exact modality name."""
     scheme: Any
+    """MaskGIT or ROAR for grids, Autoregressive for sequences."""
     guidance: Guidance | None = None
+    """Classifier-free guidance; None leaves it out."""
     ensemble: int = 1
+    """Samples of each row that the target's tokenizer averages (dense outputs: depth, images); 1 averages none."""

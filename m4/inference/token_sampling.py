@@ -34,16 +34,17 @@ def _smallest(fits: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
 class Sampling:
     """How one token is drawn from its distribution.
 
-    Filters, in this order, act on the probabilities at temperature 1, as in 4M: `top_k` keeps the k most likely tokens
-    (below 1: a share of the vocabulary; Fan et al. 2018), `top_p` the smallest set that holds this much probability
-    (Holtzman et al. 2020), `min_p` those at least so likely relative to the likeliest (Nguyen et al. 2024). Then
-    logits are divided by the temperature; 0 takes the most likely token.
+    The filters top_k, top_p and min_p, in this order, act on the probabilities at temperature 1, as in 4M.
     """
 
     temperature: float = 1.0
+    """Divisor of the logits after the filters; 0 takes the most likely token."""
     top_k: float = 0
+    """Keep the k most likely tokens; below 1, this share of the vocabulary (Fan et al. 2018). 0 keeps all."""
     top_p: float = 1.0
+    """Keep the smallest set that holds this much probability, in (0, 1] (Holtzman et al. 2020). 1 keeps all."""
     min_p: float = 0.0
+    """Keep tokens at least this likely relative to the likeliest, in [0, 1) (Nguyen et al. 2024). 0 keeps all."""
 
     def check(self, modality: Modality) -> None:
         allowed = {

@@ -41,20 +41,23 @@ Keep = Literal["random", "all", "binary"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """Dirichlet concentrations by modality name; a modality that is not named is never picked.
+    """One way to choose inputs and targets: Dirichlet concentrations by modality.
 
     A large value (1000) against small ones gives a modality nearly all slots; 0.5 everywhere gives varied subsets.
-    `keep` says how much of a sequence that goes in is kept: a random share, all of it, or all or nothing; by modality
-    name where they differ (what is not named there: random).
-    `input_share` bounds the share of the input slots that is used, drawn uniformly for each example: parallel decoding
-    of a grid needs to have seen few known tokens as well as many.
     """
 
     inputs: Mapping[str, float]
+    """Concentration by name of each modality that may go in. Others never do."""
     targets: Mapping[str, float]
+    """Concentration by name of each modality that may be predicted. Others never are."""
     weight: float = 1.0
+    """Probability of this strategy, relative to the other weights of the mixture."""
     keep: Keep | Mapping[str, Keep] = "random"
+    """How much of an input sequence is kept: a "random" share, "all", or all or nothing ("binary"); by modality name
+    where they differ (those not named: random)."""
     input_share: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest share of the input slots that is used, drawn uniformly for each example; in [0, 1]. Parallel
+    decoding of a grid needs to have seen few known tokens as well as many."""
 
     def __post_init__(self):
         low, high = self.input_share
@@ -74,16 +77,17 @@ class Strategy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Masking:
-    """Static numbers of slots, and the mixture of strategies that fills them.
-
-    `budgets`: "filled" hands what a modality cannot use to the others. "drawn" leaves those slots empty, and counts a
-    target sequence's opening sentinel: the distribution of the original 4M.
-    """
+    """The fixed sizes of a masked example, and the mixture of strategies that fills it."""
 
     num_inputs: int = 128
+    """Input tokens of an example, at most."""
     num_targets: int = 128
+    """Predicted tokens of an example, at most."""
     strategies: tuple[Strategy, ...]
+    """The mixture of strategies, one of which is drawn for each example."""
     budgets: Literal["filled", "drawn"] = "filled"
+    """"filled" gives slots that a modality cannot use to the others. "drawn" leaves them empty, and counts a target
+    sequence's opening sentinel: the distribution of 4M."""
 
     def check(self, modalities: Modalities) -> None:
         """Raises ValueError for unknown names, continuous targets, and weights or budgets that are not positive."""

@@ -34,24 +34,25 @@ class Shot:
     """One example: signals by name.
 
     A list is several images of one signal; an image may be the path of its file, a text a pathlib.Path. Text is a str,
-    or a tuple of str and int: i says "image i of this example" (from 1), in reading order. A signal may be both input
-    (a question) and output (its answer).
+    or a tuple of str and int: i says "image i of this example" (from 1), in reading order.
     """
 
     inputs: Mapping[str, Any]
+    """Given signals. A signal may be both input (a question) and output (its answer)."""
     outputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Signals to predict, as the example answers them; {} in a query."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Episode:
-    """Labelled examples, then a query whose outputs are the truth.
-
-    `candidates`: answers among which closed-ended scoring chooses (empty: open-ended).
-    """
+    """Labelled examples, then a query whose outputs are the truth."""
 
     shots: tuple[Shot, ...]
+    """The labelled examples, in their order in the prompt."""
     query: Shot
+    """The example that is answered."""
     candidates: tuple[Any, ...] = ()
+    """Answers among which closed-ended scoring chooses; () is open-ended."""
 
 
 class Task(Protocol):
@@ -162,21 +163,27 @@ class ShotMasking:
     """How episodes become masked examples. An episode is `num_examples` consecutive ones of its data set, each of
     `num_images` records (the first with all but the further images); the last example is its query.
 
-    A random number of examples, `labelled` from..to, go in with their outputs, and the query is asked. Others are left
-    out, or asked as well (`ask_all`): one forward pass answers several queries then. If labels of an episode are drawn
-    to be balanced, the labelled ones tell what these others are not, and a task in which there is little else to go by
-    is not learned. `inputs`, `outputs`: signals or modalities; an output goes in as the model reads its signal, and is
-    asked as tokens. `num_tokens`: how many tokens of an image go in, one of these for each episode (0: all), coarse to
-    fine; the query's image goes in whole. Addresses are drawn, so that all of them are learned.
+    A random number of examples goes in with their outputs, and the query's outputs are predicted. If labels of an
+    episode are drawn to be balanced, the labelled ones tell what these others are not, and a task in which there is
+    little else to go by is not learned. Addresses are drawn, so that all of them are learned.
     """
 
     num_examples: int = 9
+    """Examples of an episode, the query included."""
     num_images: int = 1
+    """Images of each example."""
     inputs: tuple[str, ...] = ("rgb",)
+    """Signals or modalities that go in."""
     outputs: tuple[str, ...] = ("caption",)
+    """Signals or modalities that are predicted. In labelled examples they go in, as the model reads their signal."""
     labelled: tuple[int, int] = (0, 8)
+    """Smallest and largest number of examples that go in with their outputs, drawn uniformly."""
     num_tokens: tuple[int, ...] = (0,)
+    """Tokens of an image that go in, coarse to fine, one of these drawn for each episode; 0 is all. The query's image
+    goes in whole."""
     ask_all: bool = False
+    """Predict the outputs of the other examples too, so that one pass answers several queries; else they are left
+    out."""
 
     def __post_init__(self):
         low, high = self.labelled

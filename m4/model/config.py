@@ -10,48 +10,50 @@ from m4.model.layers import BlockConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(BlockConfig):
-    """Sizes and variants; `m4.interchange.fourm.released` gives those of the original, Tiny to XL.
-
-    embeddings: which tables of token embeddings there are.
-        "shared"           one, read by encoder and decoder, and the output weights too
-        "encoder_decoder"  one of the encoder; one of the decoder, its output weights too (4M's training script)
-        "separate"         the encoder's, the decoder's, the output weights (4M's released checkpoints)
-    share_modality_embeddings: one modality embedding for both sides (4M-7), or one for each (4M-21).
-    embedding_scale multiplies token embeddings where they are read (sqrt(width) in Vaswani et al. 2017, section 3.4).
-    position_base is the longest wavelength of the sine-cosine positions over 2 pi: for small grids a smaller one tells
-    neighbours apart sooner.
-    num_registers: learned tokens before all inputs of the encoder (Darcet et al. 2023).
-    remat: what the backward pass computes again instead of keeping: whole "blocks" (a third more compute), or "none" of
-        them but norms, the MLPs' gates and attention weights.
-    unroll: blocks that are compiled as one piece: several are faster on CPU (fewer copies), and take more memory and
-        longer to compile.
-    separate_depth: of the encoder's blocks the first so many, in which the query and each in-context example (each
-        image of it) see only themselves, as in pretraining; those behind see all.
-    match_size: of the vectors by which examples are compared for the decoder to copy from those that are like the query
-        (m4.model.similarity_prior; 0: none). match_words: the text modality by whose words they are compared too,
-        "caption"; images with captions among the data teach them.
-    shot_depth: blocks that read the in-context examples before the encoder does: a light module to train beside a
-        frozen model (`OptimizerConfig.train`), after Chen et al. 2023 (M2IXT, section 3).
-    encoder_drop_path, decoder_drop_path: stochastic depth in training, from 0 in the first block to this in the last.
-    """
+    """Sizes and variants of the encoder-decoder; `m4.interchange.fourm.released` gives those of 4M, Tiny to XL."""
 
     encoder_depth: int = 4
+    """Blocks of the encoder."""
     decoder_depth: int = 4
+    """Blocks of the decoder."""
     embeddings: Literal["shared", "encoder_decoder", "separate"] = "shared"
+    """Tables of token embeddings. "shared": one for encoder, decoder and output weights. "encoder_decoder": one of the
+    encoder, one of the decoder and its output weights (4M's training script). "separate": the encoder's, the decoder's,
+    the output weights (4M's released checkpoints)."""
     share_modality_embeddings: bool = True
+    """One embedding of each modality for both sides (4M-7), or one for each side (4M-21)."""
     embedding_scale: float = 1.0
+    """Factor of token embeddings where they are read (sqrt(width) in Vaswani et al. 2017, section 3.4)."""
     position_base: float = 10_000.0
+    """Longest wavelength of the sine-cosine positions over 2 pi. A smaller one tells neighbours in small grids apart
+    sooner."""
     num_registers: int = 0
+    """Learned tokens before all inputs of the encoder (Darcet et al. 2023); 0 is none."""
     separate_depth: int = 0
+    """First blocks of the encoder in which the query and each in-context example (each image of it) see only
+    themselves, as in pretraining; later blocks see all. Less than encoder_depth."""
     match_size: int = 0
+    """Values in the vectors by which in-context examples are compared, for the decoder to copy from those like the
+    query (m4.model.similarity_prior); 0 is none."""
     match_words: str = ""
+    """Text modality by whose words examples are compared too, such as "caption"; images with captions in the data teach
+    them. "" is none."""
     shot_depth: int = 0
+    """Blocks that read the in-context examples before the encoder does: a light module to train beside a frozen model
+    (Chen et al. 2023, M2IXT, section 3); 0 is none."""
     decoder_within_modality: bool = True
+    """Targets see only targets of their own modality; if false, those of earlier modalities too."""
     decoder_causal: bool = False
+    """Targets see earlier slots only, in grids too."""
     encoder_drop_path: float = 0.0
+    """Stochastic depth in training: rate of the encoder's last block, from 0 in the first; in [0, 1)."""
     decoder_drop_path: float = 0.0
+    """The same in the decoder."""
     remat: Literal["none", "blocks"] = "none"
+    """What the backward pass computes again to save memory: whole "blocks" (a third more compute), or with "none" only
+    norms, the gates of MLPs and attention weights."""
     unroll: int = 1
+    """Blocks that are compiled as one piece. More are faster on CPU, and take more memory and longer to compile."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -21,26 +21,36 @@ from m4.model.lora import LoRA, LowRank
 class BlockConfig:
     """What the blocks are made of. The defaults, with `hidden` = 2/3 x 4 x width, are the released 4M-7 and 4M-21.
 
-    `hidden` is the inner width of the MLPs: "swiglu" (Shazeer 2020) or "gelu" (the exact one, not the tanh formula).
-    `qk_norm` normalises queries and keys of each head. `mimetic_init` starts query and key kernels equal, so that a
-    token first attends to its own address (Trockman & Kolter 2023, section 3); 4M draws them apart. `dtype` is that of
-    matrix products: parameters, norms, softmax and the sum that runs through the blocks are float32 always. `lora`, and
-    `adapter_size` (numbers in a bottleneck behind each MLP, Houlsby et al. 2019; 0: none), are for fine-tuning.
+    Parameters, norms, softmax and the sum that runs through the blocks are float32 always.
     """
 
     width: int = 192
+    """Values in the vector of a token, a multiple of num_heads and of 4."""
     num_heads: int = 3
+    """Attention heads in each layer."""
     hidden: int = 512
+    """Inner width of the feed-forward layers."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward layer: "swiglu" (Shazeer 2020), or "gelu" (the exact one, not the tanh formula)."""
     qk_norm: bool = False
+    """Normalise the queries and keys of each head."""
     qkv_bias: bool = False
+    """Biases in the maps to queries, keys and values."""
     proj_bias: bool = False
+    """Biases in the output maps of attention."""
     mlp_bias: bool = False
+    """Biases in the feed-forward layers."""
     norm_bias: bool = False
+    """Biases in the layer norms."""
     mimetic_init: bool = False
+    """Query and key kernels start equal, so that a token first attends to its own address (Trockman & Kolter 2023,
+    section 3). If false they are drawn apart, as in 4M."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products."""
     lora: LoRA | None = None
+    """Low-rank updates for fine-tuning; None adds none."""
     adapter_size: int = 0
+    """Values in the bottleneck behind each feed-forward layer, for fine-tuning (Houlsby et al. 2019); 0 is none."""
 
     def __post_init__(self):
         if self.num_heads < 1 or self.width % self.num_heads or self.width % 4:

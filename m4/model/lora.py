@@ -14,13 +14,15 @@ from jaxtyping import Array, Float
 class LoRA:
     """A change of low rank to each linear map of the blocks: kernel + alpha / rank x A B (Hu et al. 2022, section 4.1).
 
-    A is drawn and B zero: nothing changes at first. `routed`: each modality has its own A and B, and each token is
-    changed by those of its modality.
+    A is drawn and B zero: nothing changes at first.
     """
 
     rank: int = 8
+    """Inner size of the two factors A and B, at least 1."""
     alpha: float = 16.0
+    """Scale of the change, above 0."""
     routed: bool = False
+    """Each modality has its own A and B, and each token is changed by those of its modality."""
 
     def __post_init__(self):
         if self.rank < 1 or self.alpha <= 0:

@@ -31,17 +31,21 @@ from m4.tokens.modality import Modalities
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """InfoNCE in both directions over the rows whose inputs have tokens of both groups of modalities, times `weight`.
+    """InfoNCE in both directions over the rows whose inputs have tokens of both groups of modalities.
 
-    van den Oord et al. 2018, section 2.3; symmetric as in Radford et al. 2021, section 2.3. `weighted`: every pair
-    counts, by how alike its two rows are within group a (Srinivasa et al. 2023, section 2), in both directions.
+    van den Oord et al. 2018, section 2.3; symmetric as in Radford et al. 2021, section 2.3.
     """
 
     a: tuple[str, ...] = ("rgb_pixels",)
+    """Input modalities of the first group."""
     b: tuple[str, ...] = ("audio_tokens",)
+    """Input modalities of the second group, none of them in the first."""
     weight: float = 1.0
+    """Factor of this loss in the whole, above 0."""
     temperature: float = 0.1
+    """Divisor of the cosines, above 0."""
     weighted: bool = False
+    """Count every pair by how alike its two rows are within group a (Srinivasa et al. 2023, section 2)."""
 
     def __post_init__(self):
         if not self.a or not self.b or {*self.a} & {*self.b}:

@@ -23,18 +23,22 @@ from m4.files import check_name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A raster of `shape` token ids in [0, vocab_size); position = raster index.
-
-    `is_input`, `is_target`: what the model may use it for. Positions are sines and cosines, or learned.
-    """
+    """A raster of `shape` token ids in [0, vocab_size); position = raster index."""
 
     name: str
+    """Name of the modality."""
     signal: str
+    """Signal that it stands for, as users name it: "rgb", "depth"."""
     vocab_size: int
+    """Different token ids."""
     shape: tuple[int, ...]
+    """Rows and columns of tokens."""
     is_input: bool = True
+    """Whether the model may read it."""
     is_target: bool = True
+    """Whether the model may predict it."""
     learned_positions: bool = False
+    """Learned position embeddings; else sines and cosines."""
 
     @property
     def max_tokens(self) -> int:
@@ -47,23 +51,34 @@ class Sequence:
 
     Masked spans are replaced by the sentinels first_sentinel, first_sentinel + 1, ... (T5, Raffel et al. 2020,
     section 3.1.4; 4M, Mizrahi et al. 2023, section 2.2). Targets may be two tokens longer than the sequence: they
-    open and close with a sentinel. A chunk is masked whole: it begins at a token within `chunk_ids` (first, last + 1),
-    or at [EOS]; (0, 0): every token is a chunk. Of `num_declarations` ids from `first_declaration` on, the
-    first stands before an answer, and number i for image i of an in-context example (m4.masking.episodes).
+    open and close with a sentinel.
     """
 
     name: str
+    """Name of the modality."""
     signal: str
+    """Signal that it stands for, as users name it: "caption", "boxes"."""
     vocab_size: int
+    """Different token ids."""
     max_length: int
+    """Ids of a sequence, at most, `end_id` included."""
     first_sentinel: int
+    """Id of the first sentinel."""
     num_sentinels: int
+    """Sentinels, and so masked spans of a sequence, at most."""
     end_id: int
+    """Id that ends a sequence."""
     is_input: bool = True
+    """Whether the model may read it."""
     is_target: bool = True
+    """Whether the model may predict it."""
     chunk_ids: tuple[int, int] = (0, 0)
+    """Ids (first, last + 1) that begin a chunk, which is masked whole, as [EOS] does; (0, 0) makes every token one."""
     first_declaration: int = 0
+    """First of the ids that declare an answer (the first) or image i of an in-context example (number i;
+    m4.masking.episodes)."""
     num_declarations: int = 0
+    """How many such ids there are; 0 is none."""
 
     learned_positions = False
 
@@ -74,22 +89,30 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-    """prod(shape) continuous vectors of `size` numbers, input only.
+    """prod(shape) continuous vectors of `size` values, input only.
 
-    Shards store them as `dtype` (uint8 for pixels); the model reads (stored / scale - mean) / std,
-    where mean and std repeat along the last axis (channels vary fastest in a patch). A sequence of vectors (T5) has a
-    `shape` of one axis, its greatest length. `bias`: whether the map to the model's width has one.
+    The model reads (stored / scale - mean) / std, where mean and std repeat along the last axis (channels vary fastest
+    in a patch).
     """
 
     name: str
+    """Name of the modality."""
     signal: str
+    """Signal that it stands for, as users name it: "rgb"."""
     shape: tuple[int, ...]
+    """Rows and columns of vectors; of a sequence of vectors (T5) its greatest length."""
     size: int
+    """Values of each vector."""
     scale: float = 1.0
+    """Divisor of stored values: 255 for pixels."""
     mean: tuple[float, ...] = (0.0,)
+    """Mean of values after scaling."""
     std: tuple[float, ...] = (1.0,)
+    """Standard deviation of values after scaling."""
     bias: bool = False
+    """Whether the map to the model's width has a bias."""
     dtype: str = "float32"
+    """Type of stored values, such as "uint8"."""
 
     vocab_size = 0
     is_input = True

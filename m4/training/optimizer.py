@@ -17,20 +17,25 @@ from m4.model.parameters import fits
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Peak learning rate after `warmup_steps`, cosine to zero at the last step of the run. clip_norm=0: no clipping.
-
-    `train`: patterns of the parameters that are trained ("shot_encoder*", "decoder.*"), less those that fit one of
-    `freeze`; all others keep their bytes. A table's rows are named by modality ("token_embedding[thermal_tokens]").
-    """
+    """AdamW with a linear warm-up, then a cosine to zero at the last step of the run."""
 
     learning_rate: float = 1e-3
+    """Peak learning rate, reached after the warm-up."""
     warmup_steps: int = 100
+    """Steps in which the learning rate rises from 0 to its peak."""
     b1: float = 0.9
+    """Decay of the gradients' moving mean."""
     b2: float = 0.95
+    """Decay of the squared gradients' moving mean."""
     weight_decay: float = 0.05
+    """Decoupled weight decay, of matrices only."""
     clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
     train: tuple[str, ...] = ("*",)
+    """Patterns of the parameters that are trained, such as "shot_encoder*" or "decoder.*"; all others keep their bytes.
+    A table's rows are named by modality: "token_embedding[thermal_tokens]"."""
     freeze: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained though `train` names them; () is none."""
 
     def __post_init__(self):
         for field in ("train", "freeze"):

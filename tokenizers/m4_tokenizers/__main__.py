@@ -1,57 +1,64 @@
 """`python -m m4_tokenizers VERB`: train, evaluate, table, convert."""
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 
 def train(argv: list[str]) -> None:
-    """Trains the tokenizers of a config, or goes on with those that were killed.
+    """Trains the tokenizers of a config, or resumes those that were stopped.
 
-    CONFIG is a tokenizer's config (configs/tokenizers/*.py, any field as --field value) or a run's (its `tokenizers`,
-    or those of --signal). Writes OUT/<name>.safetensors with its card, and OUT/<name>.png: given above, decoded below.
+    CONFIG is a tokenizer's config (configs/tokenizers/*.py) or a run's. Writes for each tokenizer
+    OUT/<name>.safetensors, the tokenizer, OUT/<name>.json, its measured quality, and OUT/<name>.png,
+    examples above and their reconstructions below. --field value pairs override fields of the config;
+    `train CONFIG --help` lists them.
     """
     from m4_tokenizers import train as module
 
-    module.main(argv, description=train.__doc__)
+    module.main(argv, description=inspect.getdoc(train))
 
 
 def evaluate(argv: list[str]) -> None:
-    """Measures a tokenizer file on a config's held-out examples: prints the card, draws a sheet, and, with --write,
-    stores the card in the file.
+    """Measures a tokenizer file on held-out examples of a config.
+
+    Prints the card (its measured quality) and writes it as <name>.json, with examples and their
+    reconstructions as <name>.png; with --write, the card is stored in the tokenizer file too.
     """
     from m4_tokenizers import train as module
 
-    module.evaluate(argv, description=evaluate.__doc__)
+    module.evaluate(argv, description=inspect.getdoc(evaluate))
 
 
 def table(argv: list[str]) -> None:
     """Writes the table of tokenizers/README.md from the cards of tokenizers/cards/*.json."""
     from m4_tokenizers import train as module
 
-    module.table(argv, description=table.__doc__)
+    module.table(argv, description=inspect.getdoc(table))
 
 
 def convert(argv: list[str]) -> None:
-    """Converts a released 4M tokenizer (VQVAE or DiVAE, safetensors) to a tokenizer file, or such a file back.
+    """Converts a released 4M tokenizer to a tokenizer file, or such a file back.
 
-    The way back gives the bytes that came in. --signal says what the tokenizer is of, where its config and its file's
-    name leave it open; --image-size makes it one for images of another size.
+    IN is a VQVAE or DiVAE in safetensors; the way back gives the bytes that came in. --signal says
+    which signal it is for, where its config and its file's name leave it open.
     """
     from m4_tokenizers.interchange import fourm_tokenizers
     from m4_tokenizers.interchange.architectures import read_presets
 
-    parser = _parser("convert", convert.__doc__)
-    parser.add_argument("source", metavar="IN", type=Path)
-    parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--signal", default="", help=f"one of {', '.join(fourm_tokenizers.RECIPES)}")
-    parser.add_argument("--image-size", type=int, default=0, help="pixels a side; default: the checkpoint's own")
-    parser.add_argument("--presets", type=Path, help="JSON file: architectures by enc_type / dec_type")
+    parser = _parser("convert", inspect.getdoc(convert))
+    parser.add_argument("source", metavar="IN", type=Path, help="file to convert")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
+    parser.add_argument("--signal", default="", metavar="NAME", help=f"one of {', '.join(fourm_tokenizers.RECIPES)}")
+    parser.add_argument("--image-size", type=int, default=0, metavar="N", help="pixels a side (default: its own)")
+    parser.add_argument(
+        "--presets", type=Path, metavar="FILE", help="JSON file with architectures by their enc_type or dec_type"
+    )
     args = parser.parse_args(argv)
     presets = read_presets(args.presets) if args.presets else {}
-    sizes = {"image_size": args.image_size, "presets": presets}
-    print(fourm_tokenizers.convert(args.source, args.out, signal=args.signal, **sizes))
+    options = {"signal": args.signal, "image_size": args.image_size, "presets": presets}
+    print(fourm_tokenizers.convert(args.source, args.out, **options))
 
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:

@@ -30,6 +30,7 @@ class Loss:
     """`network`, if a loss has one, is an argument of the jitted step and comes back with each call."""
 
     weight: float = 1.0
+    """Factor of this loss in the sum."""
 
     def network(self) -> Any:
         return None
@@ -53,9 +54,10 @@ class AbsoluteError(Loss):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Huber(Loss):
-    """Squared up to `delta`, absolute beyond (Huber 1964)."""
+    """Squared for small errors, absolute for large ones (Huber 1964)."""
 
     delta: float = 0.1
+    """Error at which it turns from squared to absolute."""
 
     def __call__(
         self, prediction: Float[Array, "B H W C"], target: Array, weights: Array, network: Any = None
@@ -89,11 +91,15 @@ class CrossEntropy(Loss):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perceptual(Loss):
-    """Distance of images in the features of VGG16's first `num_blocks` blocks; a subclass with its own `network`
-    takes any other. Pixels that do not count (weight 0) are those of the target on both sides."""
+    """Distance of images in the features of VGG16; a subclass with its own `network` takes any other.
+
+    Pixels that do not count (weight 0) are those of the target on both sides.
+    """
 
     weight: float = 0.1
+    """Factor of this loss in the sum."""
     num_blocks: int = 2
+    """Blocks of VGG16 whose features are compared, from the first."""
 
     def network(self) -> Callable[[Float[Array, "B H W 3"]], list[Array]]:
         return vgg16(hed_weights(), num_blocks=self.num_blocks)
@@ -107,13 +113,18 @@ class Perceptual(Loss):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adversarial(Loss):
-    """A patch discriminator (Isola et al. 2017; hinge loss as in VQGAN, Esser et al. 2021), from `first_step` on."""
+    """A patch discriminator (Isola et al. 2017; hinge loss as in VQGAN, Esser et al. 2021)."""
 
     weight: float = 0.1
+    """Factor of this loss in the sum."""
     first_step: int = 500
+    """Step from which it counts."""
     width: int = 32
+    """Channels of the discriminator's first layer."""
     depth: int = 3
+    """Layers of the discriminator that halve the image."""
     learning_rate: float = 5e-4
+    """Learning rate of the discriminator."""
 
     def make(self, *, num_channels: int, rngs: nnx.Rngs) -> "Discriminator":
         return Discriminator(self, num_channels, rngs=rngs)

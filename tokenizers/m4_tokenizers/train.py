@@ -9,12 +9,11 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from m4.checkpoints.runs import replace_tokenizer
 from m4.config import load_config
 from m4.data.sources.files import read_for
 from m4.errors import check_numbers, closest
+from m4.field_help import parse
 from m4.files import locked, read_json, write_atomically, write_json
 from m4.pictures import write_png
 from m4.registry import to_json
@@ -30,25 +29,29 @@ MARKS = ("<!-- cards -->", "<!-- end of cards -->")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """A training of tokenizers alone: configs/tokenizers/*.py expose one as `config`.
-
-    source: raw data (m4.data.dataset.Source); tokenizers: recipes.
-    """
+    """A training of tokenizers alone: configs/tokenizers/*.py expose one as `config`."""
 
     source: Any
+    """Raw data (m4.data.dataset.Source), such as m4.data.sources.scenes.Scenes."""
     tokenizers: tuple[Any, ...]
+    """Recipes of the tokenizers that are trained."""
     seed: int = 0
+    """Seed of parameters and batches."""
     data_dir: str = "data"
+    """Folder of prepared data and of the tokenizers."""
 
 
 def main(argv: Seq[str], *, description: str) -> None:
-    parser = _parser("train", description, "further --field value pairs override fields of the config")
-    parser.add_argument("config", help="a Python file that defines `config`")
-    parser.add_argument("--signal", nargs="+", default=[], help="only the tokenizers of these signals")
-    parser.add_argument("--out", type=Path, default=Path("runs/tokenizers"))
-    args, overrides = parser.parse_known_args(argv)
+    parser = _parser("train", description)
+    parser.add_argument("config", metavar="CONFIG", help="the Python file with the config")
+    parser.add_argument("--signal", nargs="+", default=[], metavar="NAME", help="only the tokenizers of these signals")
+    parser.add_argument("--out", type=Path, default=Path("runs/tokenizers"), help="default: runs/tokenizers")
+    wants_help = bool({"-h", "--help"} & {*argv}) and len(argv) > 1  # with a config: its fields too
+    args, overrides = parser.parse_known_args([x for x in argv if x not in ("-h", "--help")] if wants_help else argv)
     config = load_config(args.config)
-    config = tyro.cli(type(config), default=config, args=overrides, config=(tyro.conf.AvoidSubcommands,))
+    description = f"{parser.format_help().partition(chr(10) * 2)[2]}\nFields of the config:"
+    overrides = ["--help"] if wants_help else overrides
+    config = parse(config, overrides, prog=f"{parser.prog} {args.config}", description=description)
     train(config, signals=args.signal, out=args.out)
 
 
@@ -102,13 +105,17 @@ def save_or_check(folder: Path, content: dict[str, Any]) -> None:
 
 
 def evaluate(argv: Seq[str], *, description: str) -> None:
-    parser = _parser("evaluate", description, "")
-    parser.add_argument("file", type=Path, help="a tokenizer file")
-    parser.add_argument("config", help="a Python file whose `config` has the source of examples")
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--num-samples", type=int, default=512)
-    parser.add_argument("--out", type=Path, help="where to write <name>.json and <name>.png; default: beside the file")
-    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="other tokenizer files to show in between")
+    parser = _parser("evaluate", description)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the tokenizer file")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="the Python file with the config, whose source has the examples"
+    )
+    parser.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
+    parser.add_argument("--num-samples", type=int, default=512, metavar="N", help="examples measured (default: 512)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: that of FILE)")
+    parser.add_argument(
+        "--beside", type=Path, nargs="+", default=[], metavar="FILE", help="other tokenizers to show beside it"
+    )
     parser.add_argument("--write", action="store_true", help="store the card in the tokenizer file too")
     args = parser.parse_args(argv)
     tokenizer, config = load_tokenizer(args.file), load_config(args.config)
@@ -158,9 +165,9 @@ def row(name: str, card: dict[str, Any]) -> str:
 
 
 def table(argv: Seq[str], *, description: str) -> None:
-    parser = _parser("table", description, "")
-    parser.add_argument("--cards", type=Path, default=CARDS)
-    parser.add_argument("--readme", type=Path, default=README)
+    parser = _parser("table", description)
+    parser.add_argument("--cards", type=Path, default=CARDS, metavar="DIR", help="folder of the cards")
+    parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="page that holds the table")
     args = parser.parse_args(argv)
     cards = {file.stem: json.loads(file.read_text()) for file in sorted(args.cards.glob("*.json"))}
     if not cards:
@@ -177,10 +184,9 @@ def table(argv: Seq[str], *, description: str) -> None:
     print("\n".join(lines))
 
 
-def _parser(verb: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"python -m m4_tokenizers {verb}",
         description=description,
-        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -46,33 +46,47 @@ def _apply(graph, state, batch, *, method: str):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VQRecipe:
-    """Parts, training and measurement of a learned tokenizer.
-
-    encoder, quantizer, decoder: dataclasses of networks.py, quantizers.py, diffusion.py (or a user's own).
-    sizes: image sizes drawn from, step by step, in multi-resolution training; () = image_size alone.
-    start_from: a tokenizer file whose encoder and quantizer are taken and kept as they are: only the decoder learns.
-    adversarial: a losses.Adversarial. num_examples: how many are trained on, at most; num_held_out: on the card.
-    """
+    """Parts, training and measurement of a learned tokenizer."""
 
     signal: str
+    """Signal that is read."""
     name: str
+    """Name of the modality."""
     image_size: int = 64
+    """Rows and columns of the signal as an array, pixels."""
     encoder: Any = PatchEncoder()
+    """Signal -> latents (m4_tokenizers.networks, or a user's own)."""
     quantizer: Any = LearnedVectorQuantizer()
+    """Latents -> token ids (m4_tokenizers.quantizers)."""
     decoder: Any = PatchDecoder()
+    """Codes -> signal (m4_tokenizers.networks)."""
     losses: tuple[Any, ...] = (SquaredError(),)
+    """What the reconstruction is compared by (m4_tokenizers.losses); the weighted sum is minimised."""
     adversarial: Any = None
+    """A discriminator beside the losses (m4_tokenizers.losses.Adversarial); None leaves it out."""
     num_steps: int = 1200
+    """Training steps."""
     batch_size: int = 16
+    """Signals per step."""
     learning_rate: float = 2e-3
+    """Peak learning rate of Adam."""
     warmup_steps: int = 50
+    """Steps in which the learning rate rises from 0 to its peak."""
     weight_decay: float = 0.0
+    """Decoupled weight decay; 0 is none."""
     sizes: tuple[int, ...] = ()
+    """Image sizes, one of which is drawn in each step (multi-resolution training); () is image_size alone."""
     start_from: str = ""
+    """Tokenizer file whose encoder and quantizer are taken and kept unchanged, so that only the decoder learns; ""
+    learns all."""
     num_examples: int = 6000
+    """Examples that are trained on, at most."""
     num_held_out: int = 512
+    """Examples that are held out and measured, for the tokenizer's card; at most a fifth."""
     log_every: int = 50
+    """Steps between lines of metrics."""
     save_every: int = 500
+    """Steps between checkpoints."""
 
     kind = ""  # of signals (m4.data.sources.files.KINDS); a recipe without has a tokenizer with its own `read`
     num_classes = 0

@@ -19,19 +19,19 @@ PICTURES = {"rgb": ("u", 3), "depth": ("f", 2), "normals": ("f", 3), "semseg": (
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """How `Cropped` draws square crops.
-
-    Of each example `num` crops are made. The side is drawn evenly from `scale`, as shares of the shorter side of the
-    reference picture, and then the place; scale=(1, 1) takes the centre. With `flip`, half of the crops are mirrored.
-    Pictures are resized to [size size], or with None keep their pixels. A box is dropped when a smaller share of its
-    area than `min_visible` is within the crop.
-    """
+    """How `Cropped` draws square crops of examples, the same for all signals."""
 
     num: int = 1
+    """Crops of each example."""
     scale: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest side of a crop, as shares of the reference image's shorter side, in (0, 1]; (1, 1) takes the
+    centre."""
     flip: bool = True
+    """Mirror half of the crops."""
     size: int | None = None
+    """Pixels of a side that crops are resized to; None keeps their pixels."""
     min_visible: float = 0.25
+    """Smallest share of a box's area within the crop with which the box is kept, in (0, 1]."""
 
     def __post_init__(self):
         if self.num < 1:

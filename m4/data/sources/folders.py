@@ -65,10 +65,15 @@ class Aligned:
     """What `Folders` and `Tars` share: which signals and splits there are, and how files become examples."""
 
     root: str
+    """Folder of the data."""
     signals: tuple[str, ...] = ()
+    """Signals to read; () is every folder there."""
     allow_missing: bool = False
+    """Examples may lack signals; else a missing one is an error."""
     validation_share: float = 0.05
+    """Share of ids in the split validation, by their hash, where folders say no splits."""
     test_share: float = 0.05
+    """Share of ids in the split test, by their hash."""
 
     num_crops = 1
     splits = SPLITS
@@ -161,17 +166,19 @@ class Aligned:
 class AlignedSplit:
     """A sequence of raw examples, as `decode` reads them; listed when first read, so that it can be sent to workers.
 
-    `kinds`: what signals are by name, where their tokenizers say so (m4.data.sources.files.KINDS).
-
     Besides its signals an example has `id`, and `file`, one of its files, for errors. Reading one raises ValueError
     "FILE: what is wrong" for a signal that is missing (unless allow_missing) or there twice, for content that `decode`
     refuses and for pictures of unequal sizes: never a shift against the neighbours.
     """
 
     source: Aligned
+    """The data set."""
     name: str
+    """Name of the split."""
     data_dir: str
+    """Folder of prepared data, for the list of examples."""
     kinds: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What signals are by name, where their tokenizers say so (m4.data.sources.files.KINDS)."""
 
     def __getstate__(self):
         return {"source": self.source, "name": self.name, "data_dir": self.data_dir, "kinds": self.kinds}
@@ -276,11 +283,10 @@ class AlignedSplit:
 class Folders(Aligned):
     """Files aligned by their path without extension, which is the example's id.
 
-        root/<signal>/<subfolders>/<name>.<ext>             split by a hash of the id: `validation_share`, `test_share`
-        root/<split>/<signal>/<subfolders>/<name>.<ext>     splits train, validation, test as they lie
+        root/<signal>/<subfolders>/<name>.<ext>             split by a hash of the id
+        root/<split>/<signal>/<subfolders>/<name>.<ext>     splits train, validation, test as they are
 
-    `signals` are those to read (all folders, if none is named); `m4.data.sources.files.decode` tells what files may
-    hold. With `allow_missing` an example may lack signals. Hidden files and those of file managers are left out.
+    `m4.data.sources.files.decode` tells what files may hold. Hidden files and those of file managers are left out.
     """
 
     def files(self, folder: Path) -> Iterator[str]:

@@ -87,21 +87,26 @@ class Photos:
         |           |    test    |
         +-----------+------------+
 
-    So validation and test show unseen parts of seen pictures; they tell little about other pictures.
-
-    The side of a crop is drawn evenly from `smallest` to `largest`, as shares of its picture's shorter side (300 to 512
-    pixels; at most 0.5, for crops of all splits to be alike), and resized to `size` with antialiasing. With `flips`,
-    half of the training crops are mirrored. Example i of a split depends on (seed, split, i) and these fields alone.
+    So validation and test show unseen parts of seen pictures; they tell little about other pictures. Example i of a
+    split depends on (seed, split, i) and these fields alone.
     """
 
     size: int = 64
+    """Pixels of a side that crops are resized to, with antialiasing."""
     num_train: int = 20_000
+    """Examples of the split train."""
     num_validation: int = 512
+    """Examples of the split validation."""
     num_test: int = 1024
+    """Examples of the split test."""
     seed: int = 0
+    """Seed of places, scales and mirroring."""
     smallest: float = 0.2
+    """Smallest side of a crop, as a share of its image's shorter side (300 to 512 pixels)."""
     largest: float = 0.5
+    """Largest side of a crop, as such a share; at most 0.5, for crops of all splits to be alike."""
     flips: bool = True
+    """Mirror half of the training crops."""
 
     splits = SPLITS
 

@@ -17,10 +17,16 @@ FAR = 25.0  # metres; ground farther away has unknown depth
 
 @dataclass(frozen=True, kw_only=True)
 class Camera:
-    height: float  # metres
-    pitch: float  # radians, downwards
-    focal: float  # pixels
-    size: int  # pixels
+    """Where the camera is, and what it sees."""
+
+    height: float
+    """Height above the ground, metres."""
+    pitch: float
+    """Angle downwards, radians."""
+    focal: float
+    """Focal length, pixels."""
+    size: int
+    """Rows and columns of the image, pixels."""
 
     @functools.cached_property
     def rotation(self) -> np.ndarray:

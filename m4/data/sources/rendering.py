@@ -28,12 +28,20 @@ SPLITS = ("train", "validation", "test", "heldout")
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
+    """What a family of scenes may show."""
+
     colours: tuple[str, ...]
+    """Names of colours."""
     shapes: tuple[str, ...]
+    """Names of shapes."""
     materials: tuple[str, ...]
+    """Names of materials."""
     max_objects: int
-    heldout: tuple[tuple[str, str], ...]  # (colour, shape) pairs that only the split heldout shows
-    phrasings: bool  # many ways to say a scene, with materials and relations, or a single plain one
+    """Objects of a scene, at most."""
+    heldout: tuple[tuple[str, str], ...]
+    """Pairs (colour, shape) that only the split heldout shows."""
+    phrasings: bool
+    """Many ways to describe a scene, with materials and relations; else a single plain one."""
 
 
 # Ways to draw and caption scenes; a set of scenes names one. New ones go last: their number seeds the scenes.

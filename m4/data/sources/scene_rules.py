@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from m4.data.sources.rendering import COLOURS, NAMES, VARIANTS
 
@@ -54,6 +53,8 @@ def attribute_counts(
     those that the truth mentions, so give `ATTRIBUTES["simple"]` if the truth is a list of objects that knows more than
     a simple caption says.
     """
+    from scipy.optimize import linear_sum_assignment  # here, since it loads slowly and configs name this file
+
     truth = parse_caption(truth) if isinstance(truth, str) else truth
     counted = set(attributes) if attributes is not None else {name for thing in truth for name in thing}
     counted -= {"shape"}

@@ -95,12 +95,19 @@ class Scenes:
     """The recipe of a set of scenes: what `prepare` builds once and `split` reads."""
 
     variant: str = "simple"
+    """What scenes show: "simple", "full" or "kinds" (m4.data.sources.rendering.VARIANTS)."""
     seed: int = 0
+    """Seed of the scenes."""
     num_train: int = 20_000
+    """Examples of the split train."""
     num_validation: int = 512
+    """Examples of the split validation."""
     num_test: int = 1024
+    """Examples of the split test."""
     num_heldout: int = 512
+    """Examples of the split heldout, with pairs of colour and shape that no other split has."""
     size: int = 64
+    """Rows and columns of the images, pixels."""
 
     splits = SPLITS
 

@@ -178,24 +178,29 @@ def __getattr__(name: str):
 class Spoken:
     """The recipe of a set of single stamps with what is said of them: `prepare` builds it once and `split` reads.
 
-    Stamps are split as `Stamps` splits them, and those that nobody speaks of in `languages` (codes of the corpus: "fr",
-    "en", ...) are not used. Sounds are `seconds` long: cut, or followed by silence.
+    Stamps are split as `Stamps` splits them, and those that nobody speaks of in `languages` are not used.
 
-    Training draws a recording for each of `num_train` examples. Validation and test have every recording once, in
-    turns: each turn shows different stamps alone, every one that still has a recording left, and neighbours speak
-    different languages. So the first examples, as many as there are stamps, are fit for retrieval: to each picture
-    belongs one recording. With one language there is but one turn.
+    Training draws a recording for each example. Validation and test have every recording once, in turns: each turn
+    shows different stamps alone, every one that still has a recording left, and neighbours speak different languages.
+    So the first examples, as many as there are stamps, are fit for retrieval: to each picture belongs one recording.
+    With one language there is but one turn.
 
         stamp     lion  pear  moon  lion  pear  moon        languages=("fr", "ru")
         language  fr    ru    fr    ru    fr    ru
     """
 
     path: str = "/usr/share/tuxpaint/stamps"
+    """Folder of the corpus."""
     languages: tuple[str, ...] = ("bg", "ca", "es", "fr", "ro", "ru")
+    """Codes of the corpus: "fr", "en", ..."""
     seed: int = 0
+    """Seed of the examples."""
     num_train: int = 10_000
+    """Examples of the split train."""
     size: int = 64
+    """Rows and columns of the images, pixels."""
     seconds: float = 2.048
+    """Length of sounds: longer ones are cut, shorter ones followed by silence."""
 
     splits = SPLITS
 

@@ -295,21 +295,27 @@ class Stamps:
 
     Labels of boxes and classes of `semseg` are the 16 folders of the corpus rather than names: stamps, and with them
     most names, are in one split only, so that a detector could not have learned those of the test split.
-
-    `language` is a code of the corpus ("en", "fr", "zh_TW", ...), and stamps without a caption in it are not used; or
-    it is "any": then each example draws one in which all of its stamps have captions. `backgrounds` are "plain"
-    gradients, or crops of "photos" of the same split (see m4.data.sources.photos, whose packages they need).
     """
 
     path: str = "/usr/share/tuxpaint/stamps"
+    """Folder of the corpus."""
     language: str = "en"
+    """Code of the corpus ("en", "fr", "zh_TW", ...), or "any", drawn for each example. Stamps without it are left
+    out."""
     seed: int = 0
+    """Seed of the compositions."""
     num_train: int = 20_000
+    """Examples of the split train."""
     num_validation: int = 512
+    """Examples of the split validation."""
     num_test: int = 1024
+    """Examples of the split test."""
     size: int = 64
+    """Rows and columns of the images, pixels."""
     max_objects: int = 5
+    """Stamps in an image, 1 to 255 at most."""
     backgrounds: str = "plain"
+    """"plain" gradients, or crops of "photos" of the same split (m4.data.sources.photos says what they need)."""
 
     splits = SPLITS
 

@@ -102,19 +102,17 @@ def _zeros_from(file: Path, start: int) -> tuple[int, int | None]:
 class Tars(Aligned):
     """Members aligned by their name without extension, which is the example's id, over all shards.
 
-        root/<signal>/<shard>.tar             split by a hash of the id: `validation_share`, `test_share`
-        root/<split>/<signal>/<shard>.tar     splits train, validation, test as they lie
+        root/<signal>/<shard>.tar             split by a hash of the id
+        root/<split>/<signal>/<shard>.tar     splits train, validation, test as they are
 
-    `shards` names the shards to read, as in "shard-{00000..00009}" (all, if empty); with split folders, those that a
-    split has. Each signal needs the same shards, and each shard the same members, unless `allow_missing` is set.
-    `signals` are those to read (all folders, if none is named).
-
-    With `num_crops` > 1 there are as many examples per id: each takes its row of tokens, [num_crops, num_tokens], and
-    repeats all else. With 1, tokens are as they are stored.
+    Each signal needs the same shards, and each shard the same members, unless `allow_missing` is set.
     """
 
     shards: str = ""
+    """Shards to read, such as "shard-{00000..00009}", of which each split folder reads those that it has; "" is all."""
     num_crops: int = 1
+    """Examples per id: each takes its row of tokens [num_crops, num_tokens] and repeats all else. With 1, tokens are
+    read as stored."""
 
     def __post_init__(self):
         super().__post_init__()

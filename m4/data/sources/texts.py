@@ -115,21 +115,24 @@ def _until_cr(file: BinaryIO) -> Iterator[bytes]:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Documents of .txt files (one a line) and .jsonl files (one JSON object a line, whose key `field` holds the text).
-
-    `files` may hold patterns as "corpus/*.jsonl"; files count in the order given, those of a pattern by name. UTF-8;
-    empty lines are skipped. Documents are cut after `max_chars` characters.
+    """Documents of .txt files (one a line) and .jsonl files (one JSON object a line). UTF-8; empty lines are skipped.
 
     The hash of a whole document, not its line number, tells its split: doubles are never in two splits, and none moves
-    when files grow, are sorted or are joined. A line that cannot be read is hashed as it is, and raises when read.
+    when files grow, are sorted or are joined. A line that cannot be read is hashed unchanged, and raises when read.
     """
 
     files: tuple[str, ...]
+    """Paths, or patterns such as "corpus/*.jsonl"; files count in the order given, those of a pattern by name."""
     signal: str = "caption"
+    """Signal that the texts are."""
     field: str = "text"
+    """Key of a JSON object that holds the text."""
     validation_share: float = 0.01
+    """Share of documents in the split validation."""
     test_share: float = 0.01
+    """Share of documents in the split test."""
     max_chars: int = 2000
+    """Characters after which documents are cut."""
 
     splits = SPLITS
 

@@ -34,7 +34,7 @@ KINDS = {"rgb": PIXELS, "depth": PIXELS, "semseg": PIXELS, "instance": PIXELS, "
 
 @dataclass(frozen=True, kw_only=True)
 class Tfds:
-    """A data set that tfds has prepared as ArrayRecord; `signals` maps each signal to the path of its feature.
+    """A data set that tfds has prepared as ArrayRecord.
 
         Tfds(
             name="coco_captions",  # or with a config and a version: "coco/2017:1.1.0"
@@ -53,23 +53,25 @@ class Tfds:
     file                the place of the example in tfds, unless it is mapped
 
     Of several texts, such as the five captions of a COCO picture, an example has number (draw + pass) modulo their
-    count, where the draw depends on its place alone; and so has a box with several labels. The sequence goes over the
-    data `num_passes` times, with the next text each time: num_passes=5 shows all captions of a picture that has five.
-
-    `names` gives other words for labels and texts, since the classes of some data sets have codes for names:
-    {"/m/0bt9lr": "dog"} in open_images_v4, {"18": "dog"} for the numbers that ref_coco has as labels.
-
-    `splits` gives tfds's name or slice ("train[90%:]") of a split; those that it lacks are called the same in tfds.
-    `tfds_dir` is where tfds keeps its data, "" its default.
+    count, where the draw depends on its place alone; and so has a box with several labels.
     """
 
     name: str
+    """Name in tfds, perhaps with a config and a version."""
     signals: dict[str, str | tuple[str, str]]
+    """Path of the feature that each signal is."""
     splits: dict[str, str] = field(default_factory=dict)
+    """Name or slice in tfds ("train[90%:]") of each split; one that is not named here is called the same in tfds."""
     tfds_dir: str = ""
+    """Folder in which tfds keeps its data; "" is its default."""
     names: dict[str, str] = field(default_factory=dict)
-    depth_unit: float = 1.0  # metres; 0.001 where depth is stored in millimetres
+    """Other words for labels and texts, since some data sets have codes for names: {"/m/0bt9lr": "dog"} in
+    open_images_v4, {"18": "dog"} for the numbers that ref_coco has as labels."""
+    depth_unit: float = 1.0
+    """Metres of one unit of stored depth: 0.001 where it is in millimetres."""
     num_passes: int = 1
+    """Times that the sequence goes over the data, with the next text each time: 5 shows all captions of an image that
+    has five."""
 
     def __post_init__(self):
         if not self.signals:

@@ -18,6 +18,7 @@ class ClassAccuracy:
     """`value` is the share of samples whose label (a string) is right."""
 
     signal: str = "category"
+    """Signal that is compared."""
 
     @property
     def metric(self) -> str:
@@ -38,6 +39,7 @@ class ClassMapAccuracy:
     the prediction, whose class is right; `foreground` is the same of object or not."""
 
     signal: str = "semseg"
+    """Signal that is compared."""
 
     @property
     def metric(self) -> str:

@@ -18,7 +18,9 @@ class MapAccuracy:
     (`object_pixels`)."""
 
     signal: str
+    """Signal that is compared."""
     tolerance: float
+    """Largest error of a pixel that counts as right, in the map's units."""
 
     @property
     def metric(self) -> str:

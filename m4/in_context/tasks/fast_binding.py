@@ -30,6 +30,7 @@ class SceneKinds:
     """Pairs of colour and shape; those for tests, new colours and a new shape among them, are in no training split."""
 
     scenes: Scenes = KINDS
+    """Scenes of single objects from which images are drawn."""
 
     suffix: ClassVar[str] = ""
 
@@ -52,6 +53,7 @@ class StampKinds:
     """Categories of cut-outs, which need the package of m4.data.sources.stamps; those for tests are HELD_OUT."""
 
     stamps: Stamps = STAMPS
+    """Compositions of single stamps from which images are drawn."""
 
     suffix: ClassVar[str] = "_stamps"
 
@@ -72,11 +74,14 @@ def _stamp_kinds(stamps: Stamps, split: str, data_dir: str) -> tuple[np.ndarray,
 
 @dataclass(frozen=True, kw_only=True)
 class FastBinding:
-    """Image -> made-up name of its kind, of `ways` in the episode."""
+    """Image -> made-up name of its kind."""
 
     ways: int = 2
+    """Kinds in an episode."""
     kinds: SceneKinds | StampKinds = SceneKinds()
+    """What the images show: rendered objects or cut-outs."""
     max_shots: int = 8
+    """Labelled examples of an episode."""
 
     output: ClassVar[str] = "caption"
     images: ClassVar[int] = 1
@@ -107,8 +112,11 @@ class FastBindingRgb:
     """Made-up name -> image of its kind; kinds of an episode have different colours, by which answers are judged."""
 
     ways: int = 2
+    """Kinds in an episode."""
     kinds: SceneKinds = SceneKinds()
+    """What the images show."""
     max_shots: int = 8
+    """Labelled examples of an episode."""
 
     name: ClassVar[str] = "fast_binding_rgb"
     output: ClassVar[str] = "rgb"

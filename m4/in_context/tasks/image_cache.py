@@ -27,7 +27,9 @@ class SceneTask:
     """What tasks over rendered scenes have in common."""
 
     scenes: Scenes = SCENES
+    """Scenes from which images are drawn."""
     max_shots: int = 8
+    """Labelled examples of an episode."""
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
         self.scenes.prepare(data_dir)

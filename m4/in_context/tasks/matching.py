@@ -21,7 +21,9 @@ class PairMatching:
     """Two images -> one made-up word if they agree in colour (or shape, one of both in an episode), else another."""
 
     kinds: SceneKinds = SceneKinds()
+    """What the images show."""
     max_shots: int = 8
+    """Labelled examples of an episode."""
 
     name: ClassVar[str] = "pair_matching"
     output: ClassVar[str] = "caption"

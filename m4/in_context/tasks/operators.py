@@ -54,11 +54,14 @@ TELLING = {split: [p for p in pairs if len(set(_results(p))) == len(OPERATORS)] 
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorInduction:
-    """Two digits -> their sum, difference or product. form: "image", "text" or "interleaved"; size: pixels."""
+    """Two digits -> their sum, difference or product."""
 
     form: str = "image"
+    """Where digits are written: in one "image", in "text", or "interleaved", each in an image of its own."""
     size: int = 64
+    """Rows and columns of the images, pixels."""
     max_shots: int = 8
+    """Labelled examples of an episode."""
 
     output: ClassVar[str] = "caption"
 

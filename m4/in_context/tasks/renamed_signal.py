@@ -12,14 +12,17 @@ from m4.masking.episodes import Episode, Shot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Renamed:
-    """`task` with signal `new` where it has `old`: Renamed(task=FastBinding(), old="caption", new="name").
+    """A task with a signal under another name: Renamed(task=FastBinding(), old="caption", new="name").
 
     ValueError where an example has both.
     """
 
     task: Any
+    """The task."""
     old: str
+    """Name of the signal in the task."""
     new: str
+    """Its name here."""
 
     @property
     def name(self) -> str:

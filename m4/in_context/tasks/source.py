@@ -27,9 +27,13 @@ class EpisodeSource:
     """
 
     task: Any
+    """The task (m4.in_context.tasks)."""
     num_train: int = 2000
+    """Episodes of the split train."""
     num_test: int = 200
+    """Episodes of the split test."""
     seed: int = 0
+    """Seed of the episodes."""
 
     splits = SPLITS
 

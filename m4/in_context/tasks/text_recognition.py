@@ -22,7 +22,9 @@ class Reading:
     """Image of made-up words in boxes -> the word in the box of one colour, the same in the whole episode."""
 
     size: int = 64
+    """Rows and columns of the images, pixels."""
     max_shots: int = 8
+    """Labelled examples of an episode."""
 
     name: ClassVar[str] = "reading"
     output: ClassVar[str] = "caption"

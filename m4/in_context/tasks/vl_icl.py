@@ -92,12 +92,16 @@ DATASETS: dict[str, tuple[str, int, Callable]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class VLICL:
-    """One data set of VL-ICL Bench in `folder`; episode i asks its query i. Images are resized to [size size]."""
+    """One data set of VL-ICL Bench; episode i has its query i."""
 
     folder: str
+    """Folder of the benchmark."""
     dataset: str
+    """Name of the data set: a folder within."""
     size: int = 224
+    """Rows and columns that images are resized to, pixels."""
     max_shots: int = 8
+    """Labelled examples of an episode."""
 
     def __post_init__(self):
         check("dataset", self.dataset, DATASETS)

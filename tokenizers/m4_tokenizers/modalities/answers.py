@@ -30,6 +30,7 @@ from m4.tokens.modality import Sequence
 from m4_tokenizers.modalities.boxes import AS_TOKENS, canvas, draw_box, draw_label, hue
 from m4_tokenizers.modalities.reading import Reader
 from m4_tokenizers.modalities.text import ALPHABET, EOS, NUM_COORDINATES, Layout, TextRecipe, TextTokenizer, fit_pieces
+from m4_tokenizers.modalities.utf8 import NUM_UTF8, utf8_steps
 
 Answer = list[dict[str, Any]]  # {"concept": str, "kind": one of KINDS, "target": see TARGETS}
 KINDS = ("box", "point", "mask", "depth")  # declared by the layout's last declarations: new kinds go in front
@@ -43,47 +44,33 @@ TARGETS = {
 OWN = [ord(character) for character in ALPHABET if ord(character) < 256]  # bytes that stand for themselves
 BYTES = dict(zip(ALPHABET, [*OWN, *sorted({*range(256)} - {*OWN})], strict=True))
 
-# Well-formed UTF-8 (Unicode Standard, table 3-7): (state, first and last byte allowed, state after). State 0 is between
-# characters, 1 to 3 await so many bytes; 4 to 7 also exclude overlong forms, surrogates and what lies past U+10FFFF.
-UTF8 = (
-    (0, 0x00, 0x7F, 0), (0, 0xC2, 0xDF, 1), (0, 0xE0, 0xE0, 4), (0, 0xE1, 0xEC, 2), (0, 0xED, 0xED, 5),
-    (0, 0xEE, 0xEF, 2), (0, 0xF0, 0xF0, 6), (0, 0xF1, 0xF3, 3), (0, 0xF4, 0xF4, 7),
-    (1, 0x80, 0xBF, 0), (2, 0x80, 0xBF, 1), (3, 0x80, 0xBF, 2),
-    (4, 0xA0, 0xBF, 1), (5, 0x80, 0x9F, 1), (6, 0x90, 0xBF, 2), (7, 0x80, 0x8F, 2),
-)  # fmt: skip
-
-NUM_UTF8 = 8  # states
-AFTER = np.full((NUM_UTF8 + 1, 256), -1)  # state, byte -> state; -1: cannot follow, and nothing follows on that
-
-
-for _state, _first, _last, _after in UTF8:
-    AFTER[_state, _first : _last + 1] = _after
-
-
-def utf8_steps(data: bytes) -> tuple[int, ...]:
-    """The state after these bytes from each state, -1 where they cannot follow."""
-    return tuple(functools.reduce(lambda states, byte: AFTER[states, byte], data, np.arange(NUM_UTF8)).tolist())
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerRecipe:
-    """Answers of at most `max_length` tokens, [EOS] included, of some `kinds`; ids do not depend on which.
-
-    Masks have mask_size x mask_size cells; depths from `near` to `far` metres have bins of equal ratio, nearer or
-    farther ones are clipped.
-    """
+    """How answers become tokens; ids do not depend on which kinds are used."""
 
     signal: str = "answer"
+    """Signal that is read."""
     name: str = "answer"
+    """Name of the modality."""
     kinds: tuple[str, ...] = KINDS
+    """Kinds of referents: box, point, mask, depth."""
     mask_size: int = 8
+    """Rows and columns of a mask's cells."""
     near: float = 0.5
+    """Smallest depth, metres; smaller ones are clipped."""
     far: float = 30.0
+    """Largest depth, metres; larger ones are clipped."""
     num_bins: int = 64
+    """Bins of a coordinate in [0, 1], and of a depth (bins of equal ratio)."""
     max_length: int = 64
+    """Tokens of an answer, at most, [EOS] included."""
     vocab_size: int = 768
+    """Different token ids."""
     num_sentinels: int = 16
+    """Masked spans of an answer, at most."""
     num_examples: int = 4000
+    """Answers that the words are learned from, at most."""
 
     def __post_init__(self):
         for kind in self.kinds:

@@ -116,18 +116,22 @@ def spread(bands: Float32[np.ndarray, "N F M"], weights: Float32[np.ndarray, "M 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AudioRecipe(VQRecipe):
-    """Sounds of `seconds` at `rate` samples a second, as image_size mel bands of image_size frames.
-
-    What is quieter than `lowest` dB (0: a sine of full scale) counts as silent. `num_phase_steps`: of Griffin-Lim.
-    """
+    """Sounds as image_size mel bands of image_size frames."""
 
     signal: str = "audio"
+    """Signal that is read."""
     name: str = "audio_tokens"
+    """Name of the modality."""
     seconds: float = 2.048
+    """Length of a sound; seconds * rate is a multiple of image_size."""
     rate: int = RATE
+    """Samples a second."""
     lowest: float = -80.0
+    """Level in dB below which a sound counts as silent; 0 is a sine of full scale."""
     num_phase_steps: int = 32
+    """Steps of Griffin-Lim, which finds the phases."""
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
+    """Latents -> token ids (m4_tokenizers.quantizers)."""
 
     kind = "audio"
     num_channels = 1

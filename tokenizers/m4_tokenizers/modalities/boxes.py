@@ -74,20 +74,25 @@ def draw_box(pen: ImageDraw.ImageDraw, size: tuple[int, int], box: np.ndarray, l
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoxRecipe:
-    """At most `max_objects` boxes of one-token labels; fewer if labels need more tokens.
-
-    `wordpiece`, the path of the original's WordPiece file, gives the original's ids (its modality "det"): 1000 bins,
-    rounded to the nearest of i / 999, and its class names.
-    """
+    """Boxes of one-token labels; fewer fit if labels need more tokens."""
 
     signal: str = "boxes"
+    """Signal that is read."""
     name: str = "boxes"
+    """Name of the modality."""
     num_bins: int = 64
+    """Bins of a coordinate in [0, 1]."""
     max_objects: int = 4
+    """Boxes of an example, at most."""
     vocab_size: int = 640
+    """Different token ids."""
     num_sentinels: int = 16
+    """Masked spans of an example, at most."""
     num_examples: int = 4000
+    """Examples that the labels are learned from, at most."""
     wordpiece: str = ""
+    """Path of 4M's WordPiece file, for the ids of its modality "det": 1000 bins, rounded to the nearest of i / 999, and
+    its class names. "" is m4's own ids."""
 
     @property
     def text(self) -> TextRecipe | WordPieceRecipe:

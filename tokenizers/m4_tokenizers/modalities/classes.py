@@ -19,11 +19,14 @@ from m4_tokenizers.modalities.text import draw_text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassRecipe:
-    """The label that raw examples have under `signal`, one of `classes`; its token is its place in them."""
+    """The label of an example; its token is its index in the classes."""
 
     signal: str = "category"
+    """Signal that is read."""
     name: str = "category"
+    """Name of the modality."""
     classes: tuple[str, ...]
+    """Names of the classes, at least two."""
 
     kind = "class"
 

@@ -36,17 +36,19 @@ def as_picture(image: UInt8[np.ndarray, "H W 3"]) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CoordinateRecipe:
-    """A subclass says how many bins an axis has (num_bins), and how long a sequence may be (max_length).
-
-    `wordpiece`, the path of the original's WordPiece file, gives the original's ids. The ids follow from the layout;
-    the file is only read to see that it is the right one.
-    """
+    """A subclass says how many bins an axis has (num_bins), and how long a sequence may be (max_length)."""
 
     signal: str
+    """Signal that is read."""
     name: str
+    """Name of the modality."""
     num_sentinels: int = 16
+    """Masked spans of a sequence, at most."""
     num_examples: int = 4000
+    """Examples that are read, at most, to see that they can be encoded."""
     wordpiece: str = ""
+    """Path of 4M's WordPiece file, for its ids; they follow from the layout, the file is only checked. "" is m4's
+    own."""
 
     tokenizer_class: ClassVar[type]
 

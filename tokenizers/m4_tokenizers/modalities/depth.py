@@ -47,14 +47,20 @@ def depth_quality(given: np.ndarray, predicted: np.ndarray, where: np.ndarray) -
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DepthRecipe(VQRecipe):
-    """Depths from `min_depth` to `max_depth` metres; nearer or farther ones are clipped."""
+    """Depths in metres."""
 
     signal: str = "depth"
+    """Signal that is read."""
     name: str = "depth_tokens"
+    """Name of the modality."""
     min_depth: float = 0.5
+    """Smallest depth, metres; smaller ones are clipped."""
     max_depth: float = 30.0
+    """Largest depth, metres; larger ones are clipped."""
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
+    """Latents -> token ids (m4_tokenizers.quantizers)."""
     num_steps: int = 400
+    """Training steps."""
 
     kind = "depth"
     num_channels = 2
@@ -120,7 +126,9 @@ class RelativeDepthRecipe(VQRecipe):
     """
 
     signal: str = "depth"
+    """Signal that is read."""
     name: str = "depth_tokens"
+    """Name of the modality."""
 
     kind = "relative_depth"
     num_channels = 1

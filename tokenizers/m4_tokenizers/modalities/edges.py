@@ -42,14 +42,20 @@ def canny(image: UInt8[np.ndarray, "H W 3"], *, sigma: float = 1.0, low: float =
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EdgesRecipe(VQRecipe):
-    """Maps in [0, 1]; `sigma`, `low`, `high` are those of `canny`, for examples that have an image only."""
+    """Maps in [0, 1], computed by `canny` for examples that have an image only."""
 
     signal: str = "edges"
+    """Signal that is read."""
     name: str = "edges_tokens"
+    """Name of the modality."""
     sigma: float = 1.0
+    """Width of the smoothing before edges are found, pixels."""
     low: float = 0.05
+    """Strength above which pixels belong to an edge that touches a strong one."""
     high: float = 0.15
+    """Strength above which an edge is strong."""
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
+    """Latents -> token ids (m4_tokenizers.quantizers)."""
 
     kind = "edges"
     num_channels = 1

@@ -33,17 +33,26 @@ def agreement(given: Float[np.ndarray, "N C"], decoded: Float[np.ndarray, "N C"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureMapRecipe(VQRecipe):
-    """Maps of image_size x image_size vectors of `num_features` numbers: one token each."""
+    """Maps of image_size x image_size vectors: one token each."""
 
     signal: str = "clip"
+    """Signal that is read."""
     name: str = "clip_tokens"
+    """Name of the modality."""
     num_features: int = 512
+    """Values of each vector."""
     image_size: int = 14
+    """Rows and columns of vectors."""
     encoder: Any = ViTEncoder(patch_size=1)
+    """Signal -> latents (m4_tokenizers.networks)."""
     quantizer: Any = VectorQuantizer()
+    """Latents -> token ids (m4_tokenizers.quantizers)."""
     decoder: Any = ViTDecoder(patch_size=1)
+    """Codes -> signal (m4_tokenizers.networks)."""
     losses: tuple[Any, ...] = (SquaredError(), CosineDistance())
+    """What the reconstruction is compared by (m4_tokenizers.losses); the weighted sum is minimised."""
     learning_rate: float = 5e-4
+    """Peak learning rate of Adam."""
 
     kind = "features"
 
@@ -72,14 +81,20 @@ class FeatureMapRecipe(VQRecipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VectorRecipe(FeatureMapRecipe):
-    """Single vectors of `num_features` numbers: one token a codebook."""
+    """Single vectors: one token a codebook."""
 
     signal: str = "clip_global"
+    """Signal that is read."""
     name: str = "clip_global_tokens"
+    """Name of the modality."""
     image_size: int = 1
+    """Rows and columns of vectors: 1."""
     encoder: Any = VectorEncoder()
+    """Vector -> latent (m4_tokenizers.networks.vectors)."""
     quantizer: Any = Memcodes(num_codebooks=8, latent_size=128)
+    """Latent -> token ids (m4_tokenizers.quantizers)."""
     decoder: Any = VectorDecoder()
+    """Codes -> vector (m4_tokenizers.networks.vectors)."""
 
     @property
     def signal_shape(self) -> tuple[int, ...]:
@@ -91,9 +106,13 @@ class PoseRecipe(VectorRecipe):
     """A body's joints as rotation matrices: float32 [joints 3 3], 23 joints in SMPL (Loper et al. 2015)."""
 
     signal: str = "human_poses"
+    """Signal that is read."""
     name: str = "human_poses_tokens"
+    """Name of the modality."""
     num_features: int = 207
+    """Values of a pose: 9 for each joint."""
     losses: tuple[Any, ...] = (SquaredError(),)
+    """What the reconstruction is compared by (m4_tokenizers.losses)."""
 
     @property
     def values(self) -> str:

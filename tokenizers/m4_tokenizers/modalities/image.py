@@ -77,7 +77,9 @@ class ImageRecipe(VQRecipe):
     """Images of image_size x image_size, uint8."""
 
     signal: str = "rgb"
+    """Signal that is read."""
     name: str = "rgb_tokens"
+    """Name of the modality."""
 
     kind = "image"
     num_channels = 3
@@ -120,14 +122,20 @@ ImageRecipe.tokenizer_class = ImageTokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PixelPatchesRecipe:
-    """Patches of pixels as they are, channels fastest; the model normalises them with mean and std."""
+    """Patches of unchanged pixels, channels fastest; the model normalises them."""
 
     signal: str = "rgb"
+    """Signal that is read."""
     name: str = "rgb_pixels"
+    """Name of the modality."""
     image_size: int = 64
+    """Rows and columns of the images, pixels."""
     patch_size: int = 8
+    """Rows and columns of a patch, pixels."""
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Mean of each channel, of values in [0, 1]."""
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    """Standard deviation of each channel."""
 
     kind = "image"
 

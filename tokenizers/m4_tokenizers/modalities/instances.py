@@ -27,9 +27,13 @@ class MaskRecipe(VQRecipe):
     """Masks. Examples without one that have `instance` maps (0 = none) give the mask of their largest instance."""
 
     signal: str = "mask"
+    """Signal that is read."""
     name: str = "mask_tokens"
+    """Name of the modality."""
     quantizer: Any = LearnedVectorQuantizer(num_codes=256)
+    """Latents -> token ids (m4_tokenizers.quantizers)."""
     losses: tuple[Any, ...] = (AbsoluteError(),)
+    """What the reconstruction is compared by (m4_tokenizers.losses)."""
 
     kind = "mask"
     num_channels = 1

@@ -31,16 +31,21 @@ def shade(level: Float[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W 3"]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapRecipe(VQRecipe):
-    """Numbers from `lowest` to `highest` (beyond them they are clipped), the same for all channels.
+    """Values of any quantity, with the same range in all channels.
 
     MapRecipe(signal="thermal", name="thermal_tokens", lowest=0, highest=80, units="degrees Celsius")
     """
 
     lowest: float
+    """Smallest value; smaller ones are clipped."""
     highest: float
+    """Largest value; larger ones are clipped."""
     units: str = ""
+    """Unit of the values, for pictures and tables."""
     channels: int = 1
+    """Channels of a map."""
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
+    """Latents -> token ids (m4_tokenizers.quantizers)."""
 
     kind = "map"
 

@@ -51,11 +51,14 @@ class Field(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Whole numbers from 0, `step` of them to a bin; more than the last bin has count as in it."""
+    """Whole numbers from 0; more than the last bin has count as in it."""
 
     name: str
+    """Name of the field."""
     step: int = 1
+    """Numbers of a bin."""
     num_bins: int = 1000
+    """Bins."""
 
     def bin(self, value: float) -> int:
         if value != int(value):
@@ -68,12 +71,16 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """num_bins - 1 bins of equal width over [low, high), and as the original has it a last one for `high` itself."""
+    """num_bins - 1 bins of equal width over [low, high), and as in 4M-21 a last one for `high` itself."""
 
     name: str
+    """Name of the field."""
     low: float
+    """Smallest value."""
     high: float
+    """Largest value."""
     num_bins: int
+    """Bins, at least 2."""
 
     def __post_init__(self):
         if self.num_bins < 2 or not self.low < self.high:
@@ -93,7 +100,9 @@ class Steps:
     """A bin between each two edges, its lower one included; what lies beyond the outer edges counts as within."""
 
     name: str
+    """Name of the field."""
     edges: tuple[float, ...]
+    """Rising edges between bins, at least 2."""
 
     def __post_init__(self):
         if len(self.edges) < 2 or any(a >= b for a, b in itertools.pairwise(self.edges)):
@@ -155,15 +164,16 @@ def image_metadata(image: UInt8[np.ndarray, "H W 3"]) -> Metadata:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetadataRecipe(CoordinateRecipe):
-    """Any of `fields`, two tokens each. The original's modality has max_length=40: 19 fields.
-
-    With `wordpiece` the ids are the original's.
-    """
+    """Fields of two tokens each. 4M-21's modality has max_length=40: 19 fields."""
 
     signal: str = "metadata"
+    """Signal that is read."""
     name: str = "metadata"
+    """Name of the modality."""
     fields: tuple[Field, ...] = FIELDS
+    """Fields that an example may have, with their bins."""
     max_length: int = 64
+    """Tokens of an example, at most."""
 
     kind = "metadata"
 

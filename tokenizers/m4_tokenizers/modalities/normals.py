@@ -27,8 +27,11 @@ class NormalsRecipe(VQRecipe):
     """Unit vectors; a decoded vector shorter than 1/2 reads as unknown."""
 
     signal: str = "normals"
+    """Signal that is read."""
     name: str = "normals_tokens"
+    """Name of the modality."""
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
+    """Latents -> token ids (m4_tokenizers.quantizers)."""
 
     kind = "normals"
     num_channels = 3

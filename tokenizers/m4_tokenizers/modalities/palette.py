@@ -48,17 +48,18 @@ def extract_palette(image: UInt8[np.ndarray, "H W 3"], num_colors: int) -> Palet
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PaletteRecipe(CoordinateRecipe):
-    """Palettes of 1 to `max_colors` colours; an image gives `num_colors`.
-
-    `read` brings images to image_size x image_size first, as the tokenizers of images do. With `wordpiece` the ids are
-    the original's.
-    """
+    """Palettes of 1 to `max_colors` colours, given or read from an image."""
 
     signal: str = "palette"
+    """Signal that is read."""
     name: str = "color_palette"
+    """Name of the modality."""
     max_colors: int = 7
+    """Colours of a palette, at most."""
     num_colors: int = 5
+    """Colours that are read from an image."""
     image_size: int = 64
+    """Rows and columns that an image is resized to before its colours are read, pixels."""
 
     kind = "palette"
     num_bins = 256

@@ -24,18 +24,22 @@ ClassMap = Int[np.ndarray, "H W"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SemanticRecipe(VQRecipe):
-    """Maps of `num_classes` classes, read through an embedding of `embedding_size` numbers (0: one-hot).
-
-    `class_names`, if given, are what pictures and errors say.
-    """
+    """Maps of classes, read through an embedding or as one-hot vectors."""
 
     signal: str = "semseg"
+    """Signal that is read."""
     name: str = "semseg_tokens"
+    """Name of the modality."""
     num_classes: int = 6
+    """Classes."""
     embedding_size: int = 0
+    """Values of each class's learned vector; 0 is one-hot."""
     class_names: tuple[str, ...] = ()
+    """Names of the classes in pictures and errors; () names none."""
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
+    """Latents -> token ids (m4_tokenizers.quantizers)."""
     losses: tuple[Any, ...] = (CrossEntropy(),)
+    """What the reconstruction is compared by (m4_tokenizers.losses)."""
 
     kind = "classes"
     num_channels = 1

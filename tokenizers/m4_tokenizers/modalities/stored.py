@@ -31,15 +31,18 @@ TILE = 128  # pixels
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerFile:
-    """The tokenizer in a file, as it is. ValueError if there is none.
+    """The tokenizer in a file, unchanged. ValueError if there is none.
 
-    `modality` and `digest` (of what it computes) are read from the file: a run's config stands without it, and no
-    stage of preparation takes another tokenizer under the same name for it.
+    What is read from the file is part of a run's config, which so can be used without it, and no stage of preparation
+    takes another tokenizer under the same name for it.
     """
 
     path: str
+    """Path of the tokenizer file."""
     modality: Modality | None = None
+    """Its modality; None reads it from the file."""
     digest: str = ""
+    """Hash of what it computes; "" reads it from the file."""
 
     def __post_init__(self):
         if self.modality is None:
@@ -79,6 +82,7 @@ class IdsRecipe:
     ids."""
 
     modality: Modality
+    """The modality, whose name examples hold the ids under."""
 
     kind = "ids"
 

@@ -40,11 +40,14 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # one printable characte
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the reserved ids lie."""
+    """The reserved ids, in this order."""
 
     num_sentinels: int
+    """Sentinels [S_i]."""
     num_bins: int
+    """Bins of each of the four coordinates."""
     num_declarations: int = NUM_DECLARATIONS
+    """Declarations [D_i]."""
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -112,16 +115,24 @@ def fit_pieces(texts: Seq[Text], *, num_pieces: int, split_words: bool) -> tuple
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextRecipe:
-    """Text of at most `max_length` tokens, the closing [EOS] included; longer ones are refused, or cut."""
+    """Text of at most `max_length` tokens, in byte-level pieces."""
 
     signal: str = "caption"
+    """Signal that is read."""
     name: str = "caption"
+    """Name of the modality."""
     vocab_size: int = 768
+    """Different token ids, reserved ones and 256 bytes included."""
     max_length: int = 32
+    """Tokens of a text, at most, the closing [EOS] included."""
     num_bins: int = 64
+    """Reserved ids for bins of a coordinate."""
     num_sentinels: int = 16
+    """Masked spans of a text, at most."""
     num_examples: int = 4000
+    """Texts that the pieces are learned from, at most."""
     cut_long: bool = False
+    """Cut texts that are too long; else they are an error."""
 
     def __post_init__(self):
         smallest = self.layout.first_text + len(ALPHABET)
@@ -294,14 +305,19 @@ class TextTokenizer(Reader):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WordPieceRecipe:
-    """The original 4M's text tokenizer, from its own file (text_tokenizer_4m_wordpiece_30k.json): 30,000 lower-case
-    word pieces, 200 sentinels, 1000 bins a coordinate, object classes as single ids behind them."""
+    """4M's text tokenizer, from its own file (text_tokenizer_4m_wordpiece_30k.json): 30,000 lower-case word pieces, 200
+    sentinels, 1000 bins a coordinate, object classes as single ids behind them."""
 
     path: str
+    """Path of the file."""
     signal: str = "caption"
+    """Signal that is read."""
     name: str = "caption"
+    """Name of the modality."""
     max_length: int = 256
+    """Tokens of a text, at most, the closing [EOS] included."""
     cut_long: bool = False
+    """Cut texts that are too long; else they are an error."""
 
     layout = Layout(num_sentinels=200, num_bins=1000, num_declarations=0)
     vocab_size = 30_000

@@ -34,20 +34,21 @@ Spacing = Literal["trailing", "leading", "linspace"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How much signal is left at each of `num_steps` steps, what the network predicts, and how that is bounded.
-
-    kind: betas "linear" (Ho et al. 2020), "scaled_linear" (Rombach et al. 2022) or "squaredcos_cap_v2" (Nichol &
-    Dhariwal 2021); "shifted_cosine:S" moves the cosine schedule by log S in log-SNR (Hoogeboom et al. 2023, section
-    3.1): S < 1 is less noise. zero_terminal_snr: the last step holds no signal (Lin et al. 2023, section 3.1).
-    prediction: the clean signal, the noise, or v = sqrt(a) noise - sqrt(1 - a) signal (Salimans & Ho 2022).
-    clip: predicted signals are clipped to [-1, 1] while decoding.
-    """
+    """How much signal is left at each step, what the network predicts, and how that is bounded."""
 
     kind: str = "shifted_cosine:0.5"
+    """Betas "linear" (Ho et al. 2020), "scaled_linear" (Rombach et al. 2022) or "squaredcos_cap_v2" (Nichol & Dhariwal
+    2021). "shifted_cosine:S" moves the cosine schedule by log S in log-SNR (Hoogeboom et al. 2023, section 3.1): S < 1
+    is less noise."""
     num_steps: int = 1000
+    """Steps from the clean signal to pure noise."""
     prediction: Prediction = "v_prediction"
+    """What the network predicts: the clean signal ("sample"), the noise ("epsilon"), or v = sqrt(a) noise - sqrt(1 - a)
+    signal ("v_prediction", Salimans & Ho 2022)."""
     zero_terminal_snr: bool = True
+    """The last step holds no signal (Lin et al. 2023, section 3.1)."""
     clip: bool = True
+    """Clip predicted signals to [-1, 1] while decoding."""
 
     def __post_init__(self):
         kinds = ("linear", "scaled_linear", "squaredcos_cap_v2", "shifted_cosine:SHIFT")
@@ -151,17 +152,20 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusionDecoder:
-    """A decoder that denoises: `network` (UNet or UViT of unet.py) under a schedule, `num_decode_steps` by DDIM.
-
-    In training each example's tokens are masked out, all of them, with probability `drop_tokens`, so that decoding may
-    be guided (Ho & Salimans 2022).
-    """
+    """A decoder that denoises, by DDIM."""
 
     network: Any
+    """What predicts: UNet or UViT of m4_tokenizers.networks.unet."""
     schedule: Schedule = Schedule()
+    """Noise at each step, and what is predicted."""
     num_decode_steps: int = 25
+    """Steps of decoding."""
     spacing: Spacing = "trailing"
+    """Which of the schedule's steps decoding takes: from the last ("trailing"), from the first ("leading"), or both
+    ends ("linspace")."""
     drop_tokens: float = 0.0
+    """Share of training examples whose tokens are all masked out, so that decoding may be guided (Ho & Salimans 2022);
+    0 is none."""
 
     def make(
         self, *, num_channels: int, latent_size: int, grid: tuple[int, int], rngs: nnx.Rngs

@@ -72,8 +72,11 @@ class Patches:
     """
 
     patch_size: int = 8
+    """Rows and columns of a patch, pixels: one token."""
     width: int = 144
+    """Channels of the residual network."""
     num_blocks: int = 2
+    """Blocks of the residual network; 0 is the linear map alone."""
 
     def __post_init__(self):
         if self.width % NUM_MOVES:
@@ -109,6 +112,7 @@ class PatchEncoderModule(nnx.Module):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchDecoder(Patches):
     num_blocks: int = 4
+    """Blocks of the residual network; 0 is the linear map alone."""
 
     def make(self, *, num_channels: int, latent_size: int, grid: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return PatchDecoderModule(self, num_channels, latent_size, grid, rngs=rngs)

@@ -167,17 +167,23 @@ class SelfAttention(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNet:
-    """`num_blocks` residual blocks on levels of width x multipliers; attention on the levels in `attention_levels`.
+    """Residual blocks on levels of width x multipliers, with attention on some of them.
 
     The patched 4M-7 decoders: patch_size 4, width 256, multipliers (1, 2, 2, 2), 3 blocks, attention levels (2, 3).
     """
 
     patch_size: int = 4
-    token_patch_size: int = 8  # pixels a token stands for, along one side
+    """Rows and columns of a patch of the noised signal, pixels."""
+    token_patch_size: int = 8
+    """Rows and columns of pixels that a token stands for."""
     width: int = 64
+    """Channels of the first level, before its multiplier."""
     multipliers: tuple[int, ...] = (1, 2)
+    """Channels of each level, in units of `width`; each level halves the one before."""
     num_blocks: int = 2
+    """Residual blocks of each level."""
     attention_levels: tuple[int, ...] = (1,)
+    """Levels with attention, from 0."""
 
     def make(self, *, num_channels: int, latent_size: int, rngs: nnx.Rngs) -> "UNetModule":
         return UNetModule(self, num_channels, latent_size, rngs=rngs)
@@ -226,24 +232,33 @@ class UNetModule(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UViT:
-    """Residual blocks on levels of `widths`, then a transformer of its own width.
+    """Residual blocks on levels, then a transformer of its own width.
 
-    conditioning: "concat" adds the codes to the transformer's tokens (the original's name for it), "xattn" lets these
-    attend to them. The original's B, f16: patch_size 4, widths (128, 256), 2 blocks, 12 x 768 in the middle,
-    down_to_middle.
+    4M's B, f16: patch_size 4, widths (128, 256), 2 blocks, 12 x 768 in the middle, down_to_middle.
     """
 
     patch_size: int = 4
+    """Rows and columns of a patch of the noised signal, pixels."""
     token_patch_size: int = 8
+    """Rows and columns of pixels that a token stands for."""
     widths: tuple[int, ...] = (64,)
+    """Channels of each level; each halves the one before."""
     num_blocks: int = 2
+    """Residual blocks of each level."""
     down_to_middle: bool = False
+    """Halve the last level once more before the transformer."""
     depth: int = 4
+    """Blocks of the transformer."""
     width: int = 192
+    """Values in its tokens."""
     num_heads: int = 3
+    """Its attention heads."""
     long_skips: bool = False
+    """Join its early blocks to its late ones (Bao et al. 2023); needs an odd depth."""
     conditioning: Literal["concat", "xattn"] = "concat"
+    """"concat" adds the codes to the transformer's tokens (4M's name for it); "xattn" lets these attend to them."""
     position_grid: int = 32
+    """Rows and columns of the stored position table; other sizes interpolate it."""
 
     def __post_init__(self):
         if self.long_skips and self.depth % 2 == 0:

@@ -17,7 +17,9 @@ class BottleneckMLP:
     """Blocks of width x 4 (Bachmann et al. 2023, "Scaling MLPs"), applied to each vector of a grid by itself."""
 
     width: int = 256
+    """Values between the blocks."""
     depth: int = 2
+    """Blocks."""
 
     patch_size = 1
 

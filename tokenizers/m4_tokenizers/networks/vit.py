@@ -48,18 +48,20 @@ class ConvNeXtBlock(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViT:
-    """What the transformers of encoder and decoder share. Sizes in 4M: S 512 x 8, B 768 x 12, L 1024 x 24.
-
-    Other resolutions interpolate the stored position table, of `table_size` x `table_size` (0: the recipe's grid).
-    patch_size 1 is for feature maps: one vector a token.
-    """
+    """What the transformers of encoder and decoder share. Sizes in 4M: S 512 x 8, B 768 x 12, L 1024 x 24."""
 
     patch_size: int = 8
+    """Rows and columns of a patch, pixels: one token. 1 is for feature maps: one vector a token."""
     table_size: int = 0
+    """Rows and columns of the stored position table, which other resolutions interpolate; 0 is the recipe's grid."""
     width: int = 256
+    """Values in the vector of a token."""
     depth: int = 4
+    """Blocks."""
     num_heads: int = 4
+    """Attention heads of each block."""
     post_mlp: bool = True
+    """A feed-forward layer behind the blocks."""
 
     @property
     def block(self) -> BlockConfig:
@@ -111,9 +113,10 @@ class ViTEncoderModule(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTDecoder(ViT):
-    """A transformer over codes, then patches; `num_convolutions` ConvNeXt blocks smooth their borders."""
+    """A transformer over codes, then patches."""
 
     num_convolutions: int = 0
+    """ConvNeXt blocks that smooth the borders of patches; 0 is none."""
 
     def make(self, *, num_channels: int, latent_size: int, grid: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return ViTDecoderModule(self, num_channels, latent_size, grid, rngs=rngs)

@@ -132,12 +132,16 @@ class Quantizer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codebooks:
-    """`num_codebooks` > 1 is product quantization: each codebook reads its own part of the latent."""
+    """More than one codebook is product quantization: each reads its own part of the latent."""
 
     num_codes: int = 1024
+    """Codes of each codebook."""
     latent_size: int = 32
+    """Values of a latent, a multiple of num_codebooks."""
     num_codebooks: int = 1
+    """Codebooks, and token ids of each latent."""
     commitment: float = 1.0
+    """Weight of the loss that pulls latents to their codes."""
 
     def __post_init__(self):
         if self.latent_size % self.num_codebooks:

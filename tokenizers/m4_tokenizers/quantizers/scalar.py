@@ -16,9 +16,10 @@ from m4_tokenizers.quantizers.codebooks import Quantized, Quantizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FiniteScalarQuantizer:
-    """Number i of a latent is rounded to one of `levels[i]` values in [-1, 1]; there is no codebook to learn."""
+    """Each value of a latent is rounded to one of a few in [-1, 1]; there is no codebook to learn."""
 
     levels: tuple[int, ...] = (8, 8, 8, 5, 5)
+    """How many values each dimension of a latent may have, at least 3. Their product is the number of codes."""
 
     num_codebooks = 1
 
@@ -69,16 +70,20 @@ class FiniteScalarQuantizerModule(Quantizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LookupFreeQuantizer:
-    """The signs of a latent's numbers are the bits of its id.
+    """The signs of a latent's values are the bits of its id.
 
-    The loss asks for sure choices and an evenly used codebook: entropy x (mean entropy of a latent's choice - entropy
-    of the mean choice), the choice being softer the higher `temperature`; and for latents near their signs.
+    The loss favours sure choices and an evenly used codebook: entropy x (mean entropy of a latent's choice - entropy of
+    the mean choice); and latents near their signs.
     """
 
     num_bits: int = 10
+    """Values of a latent, and bits of its id: 2^num_bits codes."""
     commitment: float = 0.02
+    """Weight of the squared distance between latents and their signs."""
     entropy: float = 0.01
+    """Weight of the entropy loss."""
     temperature: float = 1.0
+    """Softness of the choice in the entropy loss; higher is softer."""
 
     num_codebooks = 1
 

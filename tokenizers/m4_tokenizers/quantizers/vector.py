@@ -16,16 +16,19 @@ from m4_tokenizers.quantizers.codebooks import Codebooks, Quantized, Quantizer, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VectorQuantizer(Codebooks):
-    """Nearest code by angle (`cosine`) or distance; codes follow the latents that they stand for.
+    """Nearest code; codes follow the latents that they stand for.
 
-    The loss pulls latents to their codes: commitment x mean squared difference, of normalised latents if
-    `normalize_latents`. A code whose moving count of uses falls below `dead_below` is put onto a random latent.
+    The loss pulls latents to their codes: commitment x mean squared difference.
     """
 
     cosine: bool = True
+    """Nearest by angle; else by distance."""
     normalize_latents: bool = False
+    """The loss compares latents of unit length."""
     decay: float = 0.99
+    """Decay of the moving averages that codes are."""
     dead_below: float = 0.25
+    """A code whose moving count of uses falls below this is put onto a random latent; 0 never is."""
 
     def make(self, *, rngs: nnx.Rngs) -> "VectorQuantizerModule":
         return VectorQuantizerModule(self, rngs=rngs)
@@ -110,6 +113,7 @@ class LearnedVectorQuantizer(Codebooks):
     """Nearest code by distance; codes learn from the loss itself, encoders through a straight line."""
 
     commitment: float = 0.02
+    """Weight of the loss that pulls latents to their codes."""
 
     def make(self, *, rngs: nnx.Rngs) -> "LearnedVectorQuantizerModule":
         if self.num_codebooks != 1:
@@ -146,11 +150,12 @@ class LearnedVectorQuantizerModule(Quantizer):
 class Memcodes(Codebooks):
     """Each codebook answers its part of the latent with the value of the best-matching key.
 
-    Keys and values are learned maps of learned codes. In training (with a key) the choice is drawn, by Gumbel noise at
-    `temperature`, and gradients go through the soft choice (Jang et al. 2017).
+    Keys and values are learned maps of learned codes. In training (with a key) the choice is drawn, by Gumbel noise,
+    and gradients go through the soft choice (Jang et al. 2017).
     """
 
     temperature: float = 1.0
+    """Temperature of the drawn choice."""
 
     def make(self, *, rngs: nnx.Rngs) -> "MemcodesModule":
         return MemcodesModule(self, rngs=rngs)
