@@ -59,7 +59,9 @@ def test_every_block_has_a_language():
 def test_python_examples(document, folder, monkeypatch):
     """The examples of a page in order, in one session. A config that they make holds together."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])  # compiles in less time than for eight
+    # The same tokens, from programs that compile in less time.
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr("m4.inference.parallel.NUM_SHAPES", 1)
     session = {"__name__": "__main__"}
     for block in PYTHON:
         if block.document == document and not block.reason:
