@@ -15,6 +15,7 @@ import jax
 import pytest
 from conftest import ROOT, call_m4, code_blocks, documents, environment, executed_commands
 
+from m4.__main__ import verbs
 from m4.checkpoints.hub import packaged
 from m4.config import from_cli
 
@@ -150,3 +151,5 @@ def test_every_page_is_in_the_navigation_and_every_room_has_one():
     files = {p.stem for p in (ROOT / "m4").glob("[a-z]*.py")}
     for name in files:
         assert f"::: m4.{name}\n" in pages["docs/api/ground_floor.md"], name
+    for verb in verbs():
+        assert f"| `{verb}` |" in pages["docs/api/commands.md"], verb

@@ -1,4 +1,4 @@
-"""RUN [--suite NAME, --out DIR]: scores a trained model.
+"""RUN [--suite NAME] [--out DIR]: scores a trained model.
 
 directions: the config's conditional tasks on its test split; writes metrics.json and gallery.png.
 fewshot: tasks that labelled examples in the context define, against the number of examples and beside controls;
