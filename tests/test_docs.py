@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import ROOT, call_m4, code_blocks, documents, environment, executed_commands
+from test_house import FLOORS
 
 from m4.__main__ import verbs
 from m4.checkpoints.hub import packaged
@@ -153,3 +154,11 @@ def test_every_page_is_in_the_navigation_and_every_room_has_one():
         assert f"::: m4.{name}\n" in pages["docs/api/ground_floor.md"], name
     for verb in verbs():
         assert f"| `{verb}` |" in pages["docs/api/commands.md"], verb
+
+
+def test_the_floors_are_those_that_are_checked():
+    table = documents()["docs/development.md"].split("| floor | rooms |\n|---|---|\n")[1].split("\n\n")[0]
+    shown = [
+        {name.removesuffix(".py").rstrip("/") for name in re.findall(r"`(.+?)`", row)} for row in table.splitlines()
+    ]
+    assert shown == [{*floor.split()} for floor in FLOORS.split("<")]
