@@ -6,7 +6,7 @@
 
 On 2 CPU cores: 22 minutes with preparation. Neighbours and linear probes of its pooled embeddings tell shape, colour
 and size of unseen kinds of objects, and the category of cut-outs of unseen things (0.449, 0.467; pixels 0.376, 0.306),
-better than those of pixels and of an untrained encoder (README, "The encoder").
+better than those of pixels and of an untrained encoder (docs/results.md).
 """
 
 from m4.config import Config

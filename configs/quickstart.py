@@ -4,7 +4,7 @@
 
 Hardware: 2 CPU cores. Time: 12 minutes (3 of them preparation, 1 evaluation). Result, normalised on 512 test scenes:
 picture -> depth 0.76, caption 0.69, boxes 0.58; depth -> picture 0.29; caption -> picture 0.47, of which most is
-painting many colours whatever the caption (see "shuffled" in the README).
+painting many colours whatever the caption (see "shuffled" in docs/results.md).
 """
 
 from m4.config import Config

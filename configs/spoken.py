@@ -6,7 +6,7 @@
 
 Both ways, picture <-> spoken words in six languages, while the scenes of before are rehearsed. On 2 CPU cores: about 20
 minutes. Pairs of the training split find each other (mean rank 0.25, chance 0.5), those of unseen things hardly (0.42;
-see README, "The encoder"); of old tasks caption -> picture loses 0.001, the others nothing.
+see docs/results.md); of old tasks caption -> picture loses 0.001, the others nothing.
 """
 
 import dataclasses

@@ -1,11 +1,13 @@
 """Eight simulated devices, checked shapes and a compilation cache for every test."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # 8 devices on few cores can deadlock otherwise
@@ -138,6 +140,55 @@ def make_batch(modalities, masking, make_example):
 
 ROOT = Path(__file__).parent.parent
 PARITY = Path(os.environ.get("M4_PARITY", ROOT.parent / "shared" / "parity"))
+
+
+def documents() -> dict[str, str]:
+    """README.md and all pages of docs/: path from the root -> text."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in paths}
+
+
+class Block(NamedTuple):
+    """A fenced block of a document. `reason`: what the comment before it says about why it is not executed."""
+
+    document: str
+    line: int
+    language: str
+    text: str
+    reason: str
+
+    @property
+    def commands(self) -> list[str]:
+        """Lines of a shell block without comments, continuation lines joined."""
+        lines = (line.partition("  #")[0].strip() for line in self.text.replace("\\\n", " ").splitlines())
+        return [line for line in lines if line]
+
+
+def code_blocks(*languages: str) -> list[Block]:
+    """Fenced blocks of the README and of docs/, in order."""
+    fence = re.compile(r"^(?:<!-- not executed: (.+?) -->\n)?```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    return [
+        Block(document, text[: m.start(2)].count("\n") + 1, m[2], m[3], m[1] or "")
+        for document, text in documents().items()
+        for m in fence.finditer(text)
+        if m[2] in languages
+    ]
+
+
+def executed_commands() -> list[str]:
+    """Shell lines of the documents, each once, that tests execute."""
+    return list(dict.fromkeys(line for b in code_blocks("bash") if not b.reason for line in b.commands))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not any("test_docs.py" in report.nodeid for report in terminalreporter.stats.get("passed", [])):
+        return
+    shell, python = code_blocks("bash"), code_blocks("python")
+    terminalreporter.write_line(
+        f"README and docs: {len(executed_commands())} commands and {sum(not b.reason for b in python)} Python examples "
+        f"are executed by tests; {sum(len(b.commands) for b in shell if b.reason)} commands and "
+        f"{sum(bool(b.reason) for b in python)} examples are not, each with its reason"
+    )
 
 
 def command(*args: str) -> list[str]:

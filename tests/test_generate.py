@@ -1,4 +1,4 @@
-"""`python -m m4 generate`: the lines of the README on a tiny run; bad input is named."""
+"""`python -m m4 generate`: the lines of README and docs on a tiny run; bad input is named."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, call_m4, environment
+from conftest import ROOT, call_m4, environment, executed_commands
 from PIL import Image
 
 
@@ -23,22 +23,19 @@ def m4(*args: str) -> subprocess.CompletedProcess:
     )
 
 
-def readme_commands(verb: str) -> list[list[str]]:
-    """The README's lines of a verb, continuation lines joined, as argument lists."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    return [shlex.split(line)[3:] for line in text.splitlines() if line.strip().startswith(f"python -m m4 {verb} ")]
+# Each line once, but for those whose comment says why they are not executed.
+SHOWN = [shlex.split(line)[3:] for line in executed_commands() if line.startswith("python -m m4 generate ")]
 
 
-def test_the_readme_shows_both_directions():
-    commands = readme_commands("generate")
-    assert any("rgb=" in " ".join(c) and "depth" in c for c in commands)
-    assert any("caption=" in " ".join(c) and "rgb" in c for c in commands)
+def test_both_directions_are_shown():
+    assert any("rgb=" in " ".join(c) and "depth" in c for c in SHOWN)
+    assert any("caption=" in " ".join(c) and "rgb" in c for c in SHOWN)
 
 
-@pytest.mark.parametrize("index", range(2))
-def test_generate_as_the_readme_says(index, whole_run, tmp_path):
-    """Exactly the README's arguments, on a tiny run and into a temporary folder; every promised file is there."""
-    args = readme_commands("generate")[index]
+@pytest.mark.parametrize("shown", SHOWN, ids=lambda args: "_".join(args[args.index("--targets") + 1 :]))
+def test_generate_as_the_documents_say(shown, whole_run, tmp_path):
+    """Exactly the arguments that are shown, on a tiny run and into a temporary folder; every promised file is there."""
+    args = [*shown]
     args[1], args[args.index("--out") + 1] = str(whole_run), str(tmp_path / "out")
     done = m4(*args)
     assert done.returncode == 0, done.stderr[-3000:]
