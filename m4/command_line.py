@@ -69,13 +69,13 @@ def _plain_notices() -> Iterator[None]:
     counts: collections.Counter[tuple[str, int]] = collections.Counter()
     before = warnings.formatwarning
 
-    def line(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    def line(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
         if not issubclass(category, UserWarning):
             return before(message, category, filename, lineno, line)
         counts[filename, lineno] += 1
         return f"notice: {message}\n" if counts[filename, lineno] <= MAX_NOTICES else ""
 
-    warnings.formatwarning = line
+    warnings.formatwarning = line  # ty: ignore[invalid-assignment]  the documented way to change the format
     try:
         yield
     finally:

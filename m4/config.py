@@ -196,7 +196,9 @@ def load_config(path: str, attribute: str = "config") -> Any:
         raise ValueError(f"no config file {path!r}; {closest(path, sorted(str(p) for p in folder.glob('*.py')))}")
     # A loader of its own, for any extension to be read as Python.
     loader = importlib.machinery.SourceFileLoader(file.stem, str(file))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(file.stem, loader))
+    spec = importlib.util.spec_from_loader(file.stem, loader)
+    assert spec is not None, "a loader of source files always has a specification"
+    module = importlib.util.module_from_spec(spec)
     try:
         loader.exec_module(module)
     except KeyboardInterrupt:

@@ -110,7 +110,9 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 def remove_leftovers(folder: Path) -> list[Path]:
     """Deletes the temporaries of `replacing` in a folder whose writers are gone (killed); returns them."""
     removed = []
-    for path in folder.iterdir() if fcntl and folder.is_dir() else ():
+    if fcntl is None or not folder.is_dir():
+        return removed
+    for path in folder.iterdir():
         if not TEMPORARY.fullmatch(path.name):
             continue
         with contextlib.suppress(OSError):  # locked: its writer lives

@@ -36,7 +36,10 @@ from m4.files import DIGESTS, check_digests, read_json, shown, sync, write_diges
 DAMAGED = ".damaged"  # behind the step's number: put aside until the step is saved again
 
 
-class LiteralPath(type(epath.Path("/"))):
+_EPath: Any = type(epath.Path("/"))  # its class is private
+
+
+class LiteralPath(_EPath):
     """A local path in which [ ] ? * are letters: Orbax looks for files by patterns that begin with its folder."""
 
     def glob(self, pattern: str):
@@ -48,6 +51,7 @@ class StepWithDigests(atomicity.AtomicRenameTemporaryPath):
 
     async def finalize(self) -> None:
         final = self._final_path
+        assert self._tmp_path is not None, "create() comes first"
         if atomicity.TMP_DIR_SUFFIX in final.parent.name:  # an item of a step
             return await super().finalize()
         self._final_path = final.parent / f"{self._tmp_path.name}.written"

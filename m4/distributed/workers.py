@@ -14,8 +14,11 @@ from concurrent.futures.process import BrokenProcessPool
 def leave_with_parent(*_) -> None:
     """Called in a worker: ends it when its parent is killed, where it would wait for its next task for ever."""
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process is no worker"
+
     def wait():
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

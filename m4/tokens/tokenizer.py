@@ -94,10 +94,11 @@ def load_tokenizer(path: Path, *, is_checked: bool = False) -> Tokenizer:
         if not isinstance(about, dict) or not {"component", "config", "card"} <= {*about}:
             raise ValueError("its metadata names no component with config and card")
         cls = component_class(about["component"])
-        if not hasattr(cls, "from_state"):
+        make = getattr(cls, "from_state", None)
+        if make is None:
             raise ValueError(f"{about['component']} is no tokenizer")
         arrays = {name: file.tensor(name) for name in file.entries}
-        tokenizer = cls.from_state(about["config"], arrays, about["card"])
+        tokenizer = make(about["config"], arrays, about["card"])
         check_name(tokenizer.modality.name, "its modality")
         check_name(tokenizer.modality.signal, "its modality's signal")
         return tokenizer

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]  made at import
 from tensorboardX.record_writer import masked_crc32c
 
 from m4.files import naming, write_atomically
