@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 import traceback
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from m4.objectives.cross_entropy import Weighting
 from m4.registry import PACKAGES, classes, config_in, to_json
 from m4.tokens.modality import Modalities, Sequence
 from m4.training.optimizer import OptimizerConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,7 +288,7 @@ def save_or_check(config: Config) -> None:
                 )
         for field, says in CHANGES.items():
             if old[field] != new[field]:
-                print(f"{field} was {old[field]} and is {new[field]}: {says}", flush=True)
+                logger.info(f"{field} was {old[field]} and is {new[field]}: {says}")
     try:
         write_json(file, new)
     except OSError as error:

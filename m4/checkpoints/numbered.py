@@ -33,6 +33,8 @@ from orbax.checkpoint._src.path import atomicity
 from m4.command_line import system_error
 from m4.files import DIGESTS, check_digests, read_json, shown, sync, write_digests
 
+logger = logging.getLogger(__name__)
+
 DAMAGED = ".damaged"  # behind the step's number: put aside until the step is saved again
 
 
@@ -237,10 +239,9 @@ class Checkpoints:
         folder, aside = self.folder / str(step), self.folder / f"{step}{DAMAGED}"
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        print(
+        logger.info(
             f"the checkpoint of step {step} is damaged and skipped: {_what(why)}\n"
-            f"it is put aside as {shown(aside)} until step {step} is saved again",
-            flush=True,
+            f"it is put aside as {shown(aside)} until step {step} is saved again"
         )
 
     @property

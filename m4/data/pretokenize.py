@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -28,11 +29,13 @@ from m4.data.shard_writer import ShardWriter, limit, raw_examples
 from m4.data.token_shards import VERSION, TokenShards
 from m4.distributed import workers
 from m4.distributed.worker_group import Others, Team
-from m4.files import fingerprint, locked, remove_leftovers, say, shown, write_atomically
+from m4.files import fingerprint, locked, remove_leftovers, shown, write_atomically
 from m4.registry import to_json
 from m4.tokens.modality import Modalities
 from m4.tokens.records import is_tokenized, name_of, named_error
 from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenizer, tokenizer_hash
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES_PER_SHARD = 2048
 NUM_PROBES = 256  # places where a data set is searched for a signal
@@ -135,7 +138,7 @@ def _tokenizer_file(
         lock = file.with_name(f".{file.stem}.lock")
         with locked(lock, f"fitting tokenizer {name}", wait=True):
             if not file.exists():
-                say(f"fitting tokenizer {name}")
+                logger.info(shown(f"fitting tokenizer {name}"))
                 save_tokenizer(_fitted(recipe, datasets, data_dir, seed, recipes), file)
             lock.unlink(missing_ok=True)  # whoever gets it after this finds the file
     others.wait(file.exists, f"process 0 to fit tokenizer {name} ({file})")
@@ -211,7 +214,11 @@ def _fitted(recipe: Recipe, datasets: Seq[Dataset], data_dir: Path, seed: int, r
     for part in parts:
         if part.skipped:
             first = part.skipped[min(part.skipped)]
-            say(f"tokenizer {name}{part.label}: {len(part.skipped)} bad examples were skipped, the first: {first}")
+            logger.info(
+                shown(
+                    f"tokenizer {name}{part.label}: {len(part.skipped)} bad examples were skipped, the first: {first}"
+                )
+            )
     return tokenizer
 
 

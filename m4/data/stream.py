@@ -13,6 +13,7 @@ alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -22,9 +23,10 @@ from typing import Any
 import grain
 import numpy as np
 
+from m4.command_line import logs_to_output
 from m4.data.dataset import Dataset
 from m4.data.token_shards import TokenShards
-from m4.distributed.workers import leave_with_parent
+from m4.distributed.workers import start_worker
 from m4.files import fingerprint
 from m4.masking.dirichlet import Masking
 from m4.tokens.batch import MaskedBatch, interleave
@@ -189,7 +191,7 @@ class Stream:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain reads flags in its workers, and this program has none
             workers = grain.MultiprocessingOptions(num_workers=self.num_workers)
-            batches = batches.mp_prefetch(workers, worker_init_fn=leave_with_parent)
+            batches = batches.mp_prefetch(workers, worker_init_fn=functools.partial(start_worker, logs_to_output()))
         self._batches = iter(batches)
         self._thread = ThreadPoolExecutor(1)
         self._pending = deque(self._thread.submit(self._make) for _ in range(PREFETCH))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import queue
 import tempfile
 import threading
@@ -26,6 +27,8 @@ from m4.inference.sampler import Sampler, default_scheme
 from m4.inference.scheme import Stage
 from m4.tokens.modality import Grid, Sequence
 from m4.tokens.spans import trim
+
+logger = logging.getLogger(__name__)
 
 UNKNOWN = 128  # grey of what is not generated yet
 PICTURE = 256  # pixels on the page
@@ -228,5 +231,5 @@ def launch(
             footer_links=[], show_error=True, quiet=True, prevent_thread_lock=True, ssr_mode=False, share=False,
             app_kwargs={"middleware": [Middleware(Guard, hosts=hosts, room=room)]},
         )  # fmt: skip
-        print(f"http://{host}:{page.server_port}", flush=True)
+        logger.info(f"http://{host}:{page.server_port}")
         page.block_thread()

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from m4.command_line import log_to_output, logs_to_output
+
 
 def leave_with_parent(*_) -> None:
     """Called in a worker: ends it when its parent is killed, where it would wait for its next task for ever."""
@@ -24,6 +26,13 @@ def leave_with_parent(*_) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def start_worker(log: bool, *_) -> None:
+    """Called first in a worker, which logs as its parent does (`log`) and ends with it."""
+    if log:
+        log_to_output()
+    leave_with_parent()
+
+
 @contextlib.contextmanager
 def pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
     """Spawned, not forked: the caller may hold threads (jax, grain), which a fork would leave in an unknown state.
@@ -32,7 +41,9 @@ def pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
     """
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(num_workers, mp_context=context, initializer=leave_with_parent) as executor:
+        with ProcessPoolExecutor(
+            num_workers, mp_context=context, initializer=start_worker, initargs=(logs_to_output(),)
+        ) as executor:
             yield executor
     except BrokenProcessPool as error:
         raise ValueError(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 import time
 import warnings
@@ -43,6 +44,8 @@ from m4.masking.episodes import Episode, Shot, Task, pack_shots
 from m4.pictures import contact_sheet, labelled, write_png
 from m4.representations.embed import embed
 from m4.tokens.batch import NUM_SHOTS
+
+logger = logging.getLogger(__name__)
 
 DEALS = 3  # of shuffled labels
 
@@ -294,7 +297,7 @@ def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
     curves(results, c, out / "fewshot.png")
     draw_prompts(sampler, c, run.config.data_dir, out / "fewshot_prompts.png")
     files = f"{out}/fewshot.json, .md, .png, fewshot_prompts.png"
-    print(f"{table(results, c)}\n{files} in {time.monotonic() - started:.0f} s", flush=True)
+    logger.info(f"{table(results, c)}\n{files} in {time.monotonic() - started:.0f} s")
     return results
 
 

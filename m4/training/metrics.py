@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import statistics
@@ -21,6 +22,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing
 from tensorboardX.record_writer import masked_crc32c
 
 from m4.files import naming, write_atomically
+
+logger = logging.getLogger(__name__)
 
 NUM_RECENT = 50  # logged losses that a spike is told from
 SPIKE = 8.0  # times their median absolute deviation above their median
@@ -91,9 +94,9 @@ class Metrics:
         minutes, left = divmod(int(average * (self.num_steps - step)), 60)
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.2f}" for k, v in scalars.items() if k.startswith("loss"))
         speed = f"{scalars['tokens_per_s']:,.0f} tokens/s  mfu {scalars['mfu']:.0%}  {minutes}:{left:02d} left"
-        print(f"step {step}/{self.num_steps}  {losses}  {speed}", flush=True)
+        logger.info(f"step {step}/{self.num_steps}  {losses}  {speed}")
         for note in notes:
-            print(f"step {step}: {note}", flush=True)
+            logger.info(f"step {step}: {note}")
 
     def _notes(self, scalars: dict[str, float]) -> list[str]:
         notes, loss = [], scalars.get("loss", float("nan"))  # `write` leaves out what is NaN

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ from m4.training.metrics import EventFile
 from m4.training.trainer import random_key
 from m4_tokenizers.networks.autoencoder import VQ, check_finite
 from m4_tokenizers.quantizers.codebooks import use_of_counts
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES = 3 * 2**30  # of arrays that are kept in memory; larger sets are read step by step
 START_EXAMPLES = 2400  # that principal components and k-means are fitted to
@@ -231,7 +234,7 @@ def train(recipe: Trainable, examples: Examples, *, seed: int, folder: Path | No
     first = saved.latest if saved else 0
     if first:
         state = saved.restore({"state": state})[0]["state"]
-        print(f"{recipe.name}: resumed from step {first}", flush=True)
+        logger.info(f"{recipe.name}: resumed from step {first}")
     log = Log(folder, first) if folder else None
     shown = [examples.source[int(i)] for i in examples.chosen[:NUM_SHOWN]]
 
