@@ -33,6 +33,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from m4.checkpoints.runs import load_run
+from m4.errors import need
 from m4.files import replacing, write_atomically
 from m4.in_context.prompting import ShotsDropped, answer, score
 from m4.in_context.shots import encode
@@ -278,6 +279,7 @@ def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
 
     What is measured is the config's `fewshot`, else FewShot(). Into `out` (default: `workdir`).
     """
+    need("matplotlib", "plots", "the figure of few-shot scores")
     started, out = time.monotonic(), Path(out or workdir)
     run = load_run(workdir)
     c = run.config.fewshot or FewShot()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from m4.checkpoints.runs import load_run
 from m4.data.sources.files import read_for
-from m4.errors import check, check_seed
+from m4.errors import check, check_seed, need
 from m4.evaluation.probes import LABELS, labels_of, linear
 from m4.files import replacing, write_atomically
 from m4.inference.sampler import Sampler
@@ -122,6 +122,7 @@ def evaluate(
     """
     check("label", label, LABELS)
     check_seed(seed)
+    need("matplotlib", "plots", "the figure of modality subsets")
     started, out = time.monotonic(), Path(out or workdir)
     run = load_run(workdir)
     sampler, source = Sampler(run.model, run.tokenizers), run.config.datasets[0].source
