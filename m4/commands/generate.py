@@ -388,4 +388,4 @@ def main(argv: list[str]) -> None:
     parser = parser_of("generate", __doc__)
 
     add_arguments(parser)
-    main(parser.parse_args(argv))
+    run(parser.parse_args(argv))
