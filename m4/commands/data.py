@@ -198,7 +198,8 @@ def sheet(batch, masked: MaskedBatch, config: Config, tokenizers: dict[str, Toke
         tile = tile.resize((round(tile.width * side), round(tile.height * side)), Image.Resampling.NEAREST)
         canvas.paste(tile, (x, y))
         for part, offset in ((masked.inputs, 0), (masked.targets, TILE // 2 + gap // 2)):
-            picked = part.position[i][part.valid[i] & (part.modality[i] == j)]
+            position, modality = np.asarray(part.position[i]), np.asarray(part.modality[i])
+            picked = position[np.asarray(part.valid[i]) & (modality == j)]
             small = Image.fromarray(_picked(m, picked, part is masked.inputs)).resize(
                 (TILE // 2 - gap, TILE // 2 - gap), Image.Resampling.NEAREST
             )

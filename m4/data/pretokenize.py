@@ -166,7 +166,7 @@ class Having(Seq):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:  # ty: ignore[incompatible-method-override]  never a slice
         for i in range(index, index + len(self)):
             if (example := self._usable(i % len(self))) is not None:
                 return example
@@ -179,8 +179,9 @@ class Having(Seq):
         try:
             example = self.examples[index]
             signal = self._signal(example)
-            if signal is not None and not self._checked[index] and hasattr(self.recipe, "check"):
-                self.recipe.check(signal)
+            check = getattr(self.recipe, "check", None)
+            if signal is not None and not self._checked[index] and check is not None:
+                check(signal)
                 self._checked[index] = True
             return example if signal is not None else None
         except Exception as error:
@@ -193,8 +194,9 @@ class Having(Seq):
 
     def _signal(self, example: dict[str, Any]) -> Any | None:
         modality = self.recipe.modality
-        if hasattr(self.recipe, "signal_of"):  # which may be computed from other signals
-            return self.recipe.signal_of(example)
+        signal_of = getattr(self.recipe, "signal_of", None)
+        if signal_of is not None:  # which may be computed from other signals
+            return signal_of(example)
         return example[modality.signal] if modality.signal in example and not is_tokenized(example, modality) else None
 
     def reads_some(self) -> bool:
@@ -250,7 +252,8 @@ def _fitting_examples(
     if len(parts) == 1:
         return parts[0]
     endless = [grain.MapDataset.source(part).repeat() for part in parts]
-    return grain.MapDataset.mix(endless, np.array(weights) / sum(weights))[: sum(map(len, parts))]
+    mixed: Any = grain.MapDataset.mix(endless, np.array(weights) / sum(weights))  # its types let elements be missing
+    return mixed[: sum(map(len, parts))]
 
 
 def pretokenize(

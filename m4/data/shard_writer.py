@@ -54,7 +54,7 @@ class Chosen(Seq):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:  # ty: ignore[incompatible-method-override]  never a slice
         example = self.examples[index]
         if not {*self.signals} & {*example}:
             raise ValueError(f"none of signals={self.signals}; {closest(self.signals[0], [*example])}")

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 import numpy as np
@@ -27,6 +27,7 @@ from m4.inference.sampler import Sampler, default_scheme
 from m4.inference.scheme import Stage
 from m4.tokens.modality import Grid, Sequence
 from m4.tokens.spans import trim
+from m4.tokens.tokenizer import WritesOut
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def _read(sampler: Sampler, values: dict[str, Any], wanted: list[str], scratch: 
             raise ValueError(f"{name} must be written out, as JSON; got {value[:60]!r}")
         if name in wanted and MASK not in value:
             raise ValueError(f"{name} is given and asked for: write {MASK} where it is to be generated, or untick it")
-        inputs[name] = tokenizer.from_text(value) if kind_of(tokenizer) else value
+        inputs[name] = cast(WritesOut, tokenizer).from_text(value) if kind_of(tokenizer) else value
     return sampler.read_sample(inputs, words_name_files=False), keep
 
 

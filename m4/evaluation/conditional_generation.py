@@ -100,12 +100,14 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
     results, sheets = {}, []
     for directions, splits, train in examples_of(config):
         scores, predictions = score_all(sampler, directions, splits, train, seed)
-        known = [d for d in directions if before is not None and _knows(before, d)]
-        for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items():
-            scores[key]["before"] = result["normalised"]
         results |= scores
         first, *_ = splits
         sheets.append(gallery(splits[first], predictions, directions, sampler))
+        if before is None:
+            continue
+        known = [d for d in directions if _knows(before, d)]
+        for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items():
+            scores[key]["before"] = result["normalised"]
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)  # of killed processes
     stamp.unlink(missing_ok=True)  # first: a kill between two of these leaves nothing that is taken for whole

@@ -157,7 +157,7 @@ def nearest_mean(
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
-def summary(correct: Seq[float]) -> dict[str, Any]:
+def summary(correct: Seq[float] | np.ndarray) -> dict[str, Any]:
     """Mean, its standard error over queries, and how many there were."""
     correct = np.asarray(correct, float)
     sem = correct.std(ddof=1) / len(correct) ** 0.5 if len(correct) > 1 else 0.0
@@ -167,16 +167,17 @@ def summary(correct: Seq[float]) -> dict[str, Any]:
 def judge(sampler: Sampler, task: Task, episodes: Seq[Episode], shots: Seq[Seq[Shot]], c: FewShot, **options) -> list:
     """Whether (or how far) each query's answer is right: chosen among its candidates, or free where it has none."""
     question = [dataclasses.replace(e.query, outputs={}) for e in episodes]
-    options = {"num_tokens": c.tokens_of(task), "shots": shots, **options}
+    given: dict[str, Any] = {"num_tokens": c.tokens_of(task), "shots": shots, **options}
+    is_free = given.pop("free", False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ShotsDropped)
         try:
-            if episodes[0].candidates and not options.pop("free", False):
+            if episodes[0].candidates and not is_free:
                 candidates = [e.candidates for e in episodes]
-                scores = score(sampler, question, task.output, candidates, calibrate=c.calibrate, **options)
+                scores = score(sampler, question, task.output, candidates, calibrate=c.calibrate, **given)
                 said = [found[int(row.argmax())] for row, found in zip(scores, candidates, strict=True)]
             else:
-                said = answer(sampler, question, task.output, **options)[task.output]
+                said = answer(sampler, question, task.output, **given)[task.output]
         except ShotsDropped as dropped:
             raise ValueError(f"{task.name} cannot be measured with so many shots: {dropped}") from dropped
     return [float(task.correct(x, episode)) for x, episode in zip(said, episodes, strict=True)]

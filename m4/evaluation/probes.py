@@ -100,8 +100,8 @@ class Probe:
         labels = [labels_of(self.label, part, type(self.source).__name__) for part in of]
         if self.same and not all(self.same in e for e in of[1]):
             raise ValueError(f"{self.name}: same={self.same!r} is not in every example; it has {', '.join(of[1][0])}")
-        pictures = tuple(parts[s].rgb[r] for s, r in ranges)
-        return pictures, *labels, [e[self.same] if self.same else i for i, e in enumerate(of[1])]
+        train, test = (parts[s].rgb[r] for s, r in ranges)
+        return (train, test), labels[0], labels[1], [e[self.same] if self.same else i for i, e in enumerate(of[1])]
 
 
 def whitened(

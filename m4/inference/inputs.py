@@ -83,7 +83,7 @@ def beside(samples: Seq[Sample], table: Path, kinds: Mapping[str, str]) -> list[
     that differ from line to line, if every line has such a file.
     """
 
-    def find(name: str, value: str) -> str | Path:
+    def find(name: str, value: str | Path) -> str | Path:
         file = file_of(value, kinds[name], table.parent, notice=False)
         return file if file is not None and os.path.isfile(file) else value
 

@@ -145,6 +145,30 @@ class Tokenizer(Protocol):
     def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> Tokenizer: ...
 
 
+class WritesOut(Protocol):
+    """A tokenizer with a `kind`: its signals can be written out in a text."""
+
+    def from_text(self, text: str) -> Any: ...
+
+
+class ChecksParts(Protocol):
+    """A tokenizer of answers, which are lists of texts, points and boxes."""
+
+    def checked(self, item: Any) -> Any:
+        """One part of an answer; ValueError if it is none."""
+
+
+class CanAverage(Protocol):
+    """A tokenizer whose signals have a mean, for ensembles."""
+
+    def average(self, signals: Seq[Any]) -> Any: ...
+
+
+def image_size(tokenizer: Tokenizer) -> int:
+    """Pixels a side that a tokenizer of images or maps takes."""
+    return tokenizer.recipe.image_size  # ty: ignore[missing-attribute]  those of images have a recipe
+
+
 class Recipe(Protocol):
     """How to get a tokenizer: a frozen dataclass in a config. `modality` is known before anything is fitted."""
 

@@ -39,7 +39,7 @@ def convert(argv: list[str]) -> None:
     The way back gives the bytes that came in. --signal says what the tokenizer is of, where its config and its file's
     name leave it open; --image-size makes it one for images of another size.
     """
-    from m4_tokenizers import released
+    from m4_tokenizers.interchange import fourm_tokenizers as released
     from m4_tokenizers.interchange.architectures import read_presets
 
     parser = _parser("convert", convert.__doc__)
