@@ -14,7 +14,7 @@ def train(argv: list[str]) -> None:
     """
     from m4_tokenizers import train as module
 
-    module.main(argv, description=train.__doc__)
+    module.main(argv, description=train.__doc__ or "")
 
 
 def evaluate(argv: list[str]) -> None:
@@ -23,14 +23,14 @@ def evaluate(argv: list[str]) -> None:
     """
     from m4_tokenizers import train as module
 
-    module.evaluate(argv, description=evaluate.__doc__)
+    module.evaluate(argv, description=evaluate.__doc__ or "")
 
 
 def table(argv: list[str]) -> None:
     """Writes the table of tokenizers/README.md from the cards of tokenizers/cards/*.json."""
     from m4_tokenizers import train as module
 
-    module.table(argv, description=table.__doc__)
+    module.table(argv, description=table.__doc__ or "")
 
 
 def convert(argv: list[str]) -> None:
@@ -42,7 +42,7 @@ def convert(argv: list[str]) -> None:
     from m4_tokenizers.interchange import fourm_tokenizers as released
     from m4_tokenizers.interchange.architectures import read_presets
 
-    parser = _parser("convert", convert.__doc__)
+    parser = _parser("convert", convert.__doc__ or "")
     parser.add_argument("source", metavar="IN", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--signal", default="", help=f"one of {', '.join(released.RECIPES)}")
@@ -69,7 +69,7 @@ def main(argv: Seq[str]) -> None:
         from m4.errors import closest
 
         asked = bool(argv) and argv[0] in ("-h", "--help")
-        lines = [f"  {name:9} {f.__doc__.splitlines()[0]}" for name, f in VERBS.items()]
+        lines = [f"  {name:9} {(f.__doc__ or '').splitlines()[0]}" for name, f in VERBS.items()]
         wrong = f"error: no verb {argv[0]!r}; {closest(argv[0], list(VERBS))}\n\n" if argv and not asked else ""
         usage = f"{wrong}usage: python -m m4_tokenizers VERB ...\n\n" + "\n".join(lines)
         print(usage, file=sys.stdout if asked else sys.stderr)

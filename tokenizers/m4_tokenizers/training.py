@@ -197,7 +197,7 @@ def start(recipe: Trainable, examples: Examples, *, seed: int) -> VQ:
     """The model before its first step."""
     model = VQ(recipe, rngs=nnx.Rngs(random_key(seed)))
     if recipe.start_from:
-        given = load_tokenizer(Path(recipe.start_from))
+        given: Any = load_tokenizer(Path(recipe.start_from))
         for part in ("encoder", "quantizer"):
             if getattr(given.recipe, part) != getattr(recipe, part):
                 raise ValueError(
@@ -232,7 +232,7 @@ def train(recipe: Trainable, examples: Examples, *, seed: int, folder: Path | No
 
     saved = Checkpoints(folder / "checkpoints") if folder else None
     first = saved.latest if saved else 0
-    if first:
+    if saved and first:
         state = saved.restore({"state": state})[0]["state"]
         logger.info(f"{recipe.name}: resumed from step {first}")
     log = Log(folder, first) if folder else None
@@ -242,7 +242,7 @@ def train(recipe: Trainable, examples: Examples, *, seed: int, folder: Path | No
     networks = tuple(loss.network() for loss in recipe.losses)
     cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
     counts = jnp.zeros(recipe.quantizer.num_codes, jnp.int32)
-    closers = (saved.close, log.close) if saved else ()
+    closers = (saved.close, log.close) if saved and log else ()
     with (
         finishing(*closers, kept=lambda: _kept(recipe, saved)),
         ThreadPoolExecutor(1) as reader,
@@ -263,7 +263,7 @@ def train(recipe: Trainable, examples: Examples, *, seed: int, folder: Path | No
                 counts = jnp.zeros_like(counts)
                 if log:
                     log.write(i + 1, scalars)
-            if saved and ((i + 1) % recipe.save_every == 0 or i + 1 == recipe.num_steps):
+            if saved and log and ((i + 1) % recipe.save_every == 0 or i + 1 == recipe.num_steps):
                 check_loss(recipe, scalars, i + 1)  # what is not finite is not saved
                 saved.save(i + 1, {"state": state}, {}, {})
                 model = nnx.merge(graph, state["learned"], state["others"])
