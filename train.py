@@ -78,11 +78,13 @@ def main(c, end: contextlib.ExitStack) -> None:
     flops_per_step = c.batch_size * flops.model_flops(
         c.model, c.modalities, c.masking.num_inputs, c.masking.num_targets, stream.mean_targets()
     )
-    peak, source = flops.peak_flops(jax.local_devices()[0], c.model.dtype)
+    device_peak, source = flops.peak_flops(jax.local_devices()[0], c.model.dtype)
+    peak = None if device_peak is None else device_peak * mesh.size
+    remark = source if peak is None else f"peak {peak:.3g} FLOP/s ({source})"
     print(
         f"{trainer.num_parameters:,} parameters, {num_trained:,} of them trained; "
         f"mesh {dict(mesh.shape)} of {jax.process_count()} process(es)\n"
-        f"model FLOPs per step {flops_per_step:.3g}; peak {peak * mesh.size:.3g} FLOP/s ({source})",
+        f"model FLOPs per step {flops_per_step:.3g}; {remark}",
         flush=True,
     )
 
@@ -90,7 +92,7 @@ def main(c, end: contextlib.ExitStack) -> None:
     metrics = Metrics(
         c.folder, first_step=first_step, num_steps=c.num_steps, wandb=c.wandb,
         tokens_per_step=c.batch_size * (c.masking.num_inputs + c.masking.num_targets),
-        flops_per_step=flops_per_step, peak_flops=peak * mesh.size,
+        flops_per_step=flops_per_step, peak_flops=peak,
     )  # fmt: skip
     health = Health(c.folder, saved, max_skipped=c.max_skipped)
     before, stop, due = None, "", False

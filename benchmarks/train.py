@@ -1,8 +1,9 @@
 """Speed and memory of the training step: python benchmarks/train.py --setting 4m_tiny_mod7
 
 Prints one JSON line: medians over the steps of a run's own step (m4.training.trainer), memory of the whole process on
-CPU and of the device elsewhere; "mfu" counts model FLOPs only. Batches are masked beforehand and taken in turn, so that
-masking and data loading are not measured (benchmarks of their own measure those).
+CPU and of the device elsewhere; "mfu" counts model FLOPs only, and is null where the peak is not known. Batches are
+masked beforehand and taken in turn, so that masking and data loading are not measured (benchmarks of their own measure
+those).
 
     python benchmarks/train.py --setting 4m_large_mod7_bf16 --num-inputs 256 --num-targets 256
 
@@ -97,7 +98,8 @@ def main() -> None:
     config = setting(args)
     mesh = config.mesh.make()
     trainer = Trainer(config, mesh)
-    peak, source = flops.peak_flops(jax.devices()[0], config.model.dtype)
+    device_peak, source = flops.peak_flops(jax.devices()[0], config.model.dtype)
+    peak = None if device_peak is None else device_peak * mesh.size
     masked = list(batches(config, mesh, 3))
     counts = [np.bincount(np.asarray(b.targets.modality)[np.asarray(b.targets.valid)], minlength=8) for b in masked]
     targets = dict(zip(config.modalities.names, np.mean(counts, axis=0) / config.batch_size, strict=True))
@@ -118,6 +120,7 @@ def main() -> None:
         loss = float(scalars["loss"])
         seconds.append(time.perf_counter() - start)
     step_s = float(np.median(seconds[2:]))
+    share = flops.mfu(flops_per_step, step_s, peak)
     line = {
         "setting": args.setting,
         "remat": args.remat,
@@ -132,9 +135,9 @@ def main() -> None:
         "step_s": round(step_s, 4),
         "step_s_range": [round(min(seconds[2:]), 4), round(max(seconds[2:]), 4)],
         "compile_s": round(compile_s, 2),
-        "mfu": round(flops_per_step / step_s / (peak * mesh.size), 3),
+        "mfu": None if share is None else round(share, 3),
         "model_flops_per_step": flops_per_step,
-        "peak_flops": f"{peak * mesh.size:.4g} ({source})",
+        "peak_flops": source if peak is None else f"{peak:.4g} ({source})",
         "num_parameters": trainer.num_parameters,
         "final_loss": round(loss, 4),
         **measure.machine(),

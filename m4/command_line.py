@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import errno
+import logging
 import os
 import re
 import select
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+LOGGERS = ("m4", "m4_tokenizers")
 MAX_NOTICES = 5  # of one kind
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -25,11 +27,42 @@ def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+class Output(logging.Handler):
+    """Writes what the library logs as bare lines: information to stdout, warnings and errors to stderr, each at once.
+
+    Characters that the stream cannot show are escaped. A closed pipe raises BrokenPipeError, as `print` does.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        encoding = stream.encoding or "utf-8"
+        print(self.format(record).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def log_to_output() -> None:
+    """What m4 and m4_tokenizers log appears as lines of this process's output. Programs that import m4 do not call
+    this: they configure `logging` themselves."""
+    if logs_to_output():
+        return
+    output = Output()
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.addHandler(output)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def logs_to_output() -> bool:
+    """Whether `log_to_output` was called in this process: its workers should do the same."""
+    return any(isinstance(handler, Output) for handler in logging.getLogger(LOGGERS[0]).handlers)
+
+
 @contextlib.contextmanager
 def ends_with_a_sentence() -> Iterator[None]:
     """Around a command. ValueError and OSError: `error: ...`, exit code 1. Ctrl-C: a line, 130. A reader of the output
     that has gone (`| head`): nothing, 1."""
     _single_precision()
+    log_to_output()
     try:
         with _plain_notices():
             yield
@@ -69,13 +102,13 @@ def _plain_notices() -> Iterator[None]:
     counts: collections.Counter[tuple[str, int]] = collections.Counter()
     before = warnings.formatwarning
 
-    def line(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    def line(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
         if not issubclass(category, UserWarning):
             return before(message, category, filename, lineno, line)
         counts[filename, lineno] += 1
         return f"notice: {message}\n" if counts[filename, lineno] <= MAX_NOTICES else ""
 
-    warnings.formatwarning = line
+    warnings.formatwarning = line  # ty: ignore[invalid-assignment]  the documented way to change the format
     try:
         yield
     finally:

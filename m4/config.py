@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 import traceback
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from m4.objectives.cross_entropy import Weighting
 from m4.registry import PACKAGES, classes, config_in, to_json
 from m4.tokens.modality import Modalities, Sequence
 from m4.training.optimizer import OptimizerConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,7 +227,9 @@ def load_config(path: str, attribute: str = "config") -> Any:
         raise ValueError(f"no config file {path!r}; {closest(path, sorted(str(p) for p in folder.glob('*.py')))}")
     # A loader of its own, for any extension to be read as Python.
     loader = importlib.machinery.SourceFileLoader(file.stem, str(file))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(file.stem, loader))
+    spec = importlib.util.spec_from_loader(file.stem, loader)
+    assert spec is not None, "a loader of source files always has a specification"
+    module = importlib.util.module_from_spec(spec)
     try:
         loader.exec_module(module)
     except KeyboardInterrupt:
@@ -312,7 +317,7 @@ def save_or_check(config: Config) -> None:
                 )
         for field, says in CHANGES.items():
             if old[field] != new[field]:
-                print(f"{field} was {old[field]} and is {new[field]}: {says}", flush=True)
+                logger.info(f"{field} was {old[field]} and is {new[field]}: {says}")
     try:
         write_json(file, new)
     except OSError as error:

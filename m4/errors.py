@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
@@ -16,6 +17,12 @@ def closest(name: str, allowed: Seq[str]) -> str:
     """The tail of an error: what is allowed, and what was probably meant."""
     match = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
     return f"allowed: {', '.join(allowed) or '(none)'}" + (f". Did you mean {match[0]!r}?" if match else "")
+
+
+def need(package: str, extra: str, what: str) -> None:
+    """ValueError that names the extra to install unless a package is there; asked before any work is done."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f'{what} needs {package}: pip install "m4-jax[{extra}]"')
 
 
 MAX_SEED = 2**63 - 1

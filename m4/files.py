@@ -15,18 +15,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import secrets
 import shutil
 import socket
-import sys
 import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -51,12 +53,6 @@ def shown(name: str | os.PathLike) -> str:
     escaped."""
     text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text)
-
-
-def say(text: str) -> None:
-    """Prints a line at once, whatever its characters: those that the output cannot show are escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(shown(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def check_name(name: Any, what: str) -> None:
@@ -110,7 +106,9 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 def remove_leftovers(folder: Path) -> list[Path]:
     """Deletes the temporaries of `replacing` in a folder whose writers are gone (killed); returns them."""
     removed = []
-    for path in folder.iterdir() if fcntl and folder.is_dir() else ():
+    if fcntl is None or not folder.is_dir():
+        return removed
+    for path in folder.iterdir():
         if not TEMPORARY.fullmatch(path.name):
             continue
         with contextlib.suppress(OSError):  # locked: its writer lives
@@ -378,7 +376,7 @@ def locked(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterato
             if not wait:
                 raise ValueError(f"{what} is in use by {holder}; wait for it, stop it, or choose another folder")
             if time.monotonic() - start >= 60 * said:
-                say(f"waiting for {holder}, which is at {what}")
+                logger.info(shown(f"waiting for {holder}, which is at {what}"))
                 said += 1
             time.sleep(0.2)
         os.ftruncate(file, 0)

@@ -30,8 +30,8 @@ from m4.files import parse_json, replacing, shown
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-OTHERS = {"F64": "f8", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2"}
-OTHERS = {name: np.dtype(code) for name, code in {**OTHERS, "U8": "u1", "BOOL": "?"}.items()}  # of tokenizers
+_CODES = {"F64": "f8", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2"}
+OTHERS = {name: np.dtype(code) for name, code in {**_CODES, "U8": "u1", "BOOL": "?"}.items()}  # of tokenizers
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # bytes, as safetensors' own limit
 
@@ -53,6 +53,7 @@ def _place(header: bytes) -> slice | None:
 def sealed(data: bytes) -> bytes:
     """The bytes of a whole safetensors file with `SEAL` in its metadata -> the same with its digest."""
     place = _place(data[: 8 + int.from_bytes(data[:8], "little")])
+    assert place is not None, "the metadata must hold SEAL"
     return data[: place.start] + hashlib.sha256(data).hexdigest().encode() + data[place.stop :]
 
 

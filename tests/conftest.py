@@ -47,13 +47,15 @@ import pytest  # noqa: E402
 
 import m4.__main__  # noqa: E402
 import train  # noqa: E402
-from m4.command_line import ends_with_a_sentence  # noqa: E402
+from m4.command_line import ends_with_a_sentence, log_to_output  # noqa: E402
 from m4.config import from_cli  # noqa: E402
 from m4.files import locked  # noqa: E402
 from m4.masking.dirichlet import Masking, Strategy  # noqa: E402
 from m4.model.config import ModelConfig  # noqa: E402
 from m4.tokens.batch import normalized  # noqa: E402
 from m4.tokens.modality import Features, Grid, Modalities, Sequence  # noqa: E402
+
+log_to_output()  # as commands do, for tests to see what is said
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -218,10 +218,12 @@ def test_names_of_any_bytes_and_any_output_finish_a_job(tmp_path, encoding):
     files |= {f"rgb/{NOT_UTF8}.png": b"bad", "rgb/小さな\n犬.png": picture(sixteen(9, shape=(16, 16, 3)))}
     write(tmp_path / "raw", files)
     script = f"""
+from m4.command_line import log_to_output
 from m4.data.dataset import Dataset
 from m4.data.sources.folders import Folders
 from m4.data.pretokenize import prepare
 from m4_tokenizers.modalities.image import PixelPatchesRecipe
+log_to_output()
 source = Folders(root={str(tmp_path / "raw")!r}, validation_share=0, test_share=0)
 dataset = Dataset(source=source, skip_bad=0.2, name="犬")
 prepare([dataset], [PixelPatchesRecipe(image_size=16)], {str(tmp_path / "data")!r}, seed=0)

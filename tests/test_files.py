@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, with digests; strict JSON; names; locks."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -170,5 +171,5 @@ def test_a_lock_is_waited_for_until_its_holder_ends_however_it_does(tmp_path):
 
 
 def test_anything_can_be_said(capsys):
-    files.say("fine: käse \udce9 \n end")
+    logging.getLogger("m4.files").info(files.shown("fine: käse \udce9 \n end"))
     assert capsys.readouterr().out == "fine: käse \\xe9 \\n end\n"

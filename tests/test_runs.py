@@ -36,6 +36,7 @@ from m4.inference.parallel import MaskGIT
 from m4.inference.sampler import Sampler
 from m4.model.encoder_decoder import Model
 from m4.tokens.modality import Modalities
+from m4.training import flops
 from m4.training.health import Health
 from m4.training.metrics import Metrics
 from m4.training.optimizer import OptimizerConfig
@@ -394,6 +395,22 @@ def test_a_run_that_does_not_learn_says_what_there_is_from_before(tmp_path):
     with pytest.raises(ValueError, match="parameters are not finite after step 5 .*and were not saved"):
         one.check_end(5, scalars(norm=math.inf))
     one.check_end(5, scalars(2, 1))
+
+
+@pytest.mark.parametrize(("peak", "expected"), [(1e6, True), (1e-6, False), (None, False)])
+def test_no_utilization_beyond_the_machine(tmp_path, capsys, peak, expected):
+    """The MFU is left out where the peak is not known, and where a step beats what is taken for the peak."""
+    options = {"num_steps": 9, "tokens_per_step": 1, "flops_per_step": 1.0, "peak_flops": peak}
+    metrics = Metrics(tmp_path, first_step=0, **options)
+    metrics.write(1, {"loss": 2.5})
+    metrics.close()
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert ("mfu" in line) == ("mfu" in capsys.readouterr().out) == expected
+    assert 0 <= line.get("mfu", 0) <= 1
+
+
+def test_the_peak_of_a_cpu_is_not_guessed():
+    assert flops.peak_flops(jax.devices("cpu")[0], "float32")[0] is None
 
 
 def test_events_are_what_tensorboard_reads(tmp_path):

@@ -33,10 +33,15 @@ from orbax.checkpoint._src.path import atomicity
 from m4.command_line import system_error
 from m4.files import DIGESTS, check_digests, read_json, shown, sync, write_digests
 
+logger = logging.getLogger(__name__)
+
 DAMAGED = ".damaged"  # behind the step's number: put aside until the step is saved again
 
 
-class LiteralPath(type(epath.Path("/"))):
+_EPath: Any = type(epath.Path("/"))  # its class is private
+
+
+class LiteralPath(_EPath):
     """A local path in which [ ] ? * are letters: Orbax looks for files by patterns that begin with its folder."""
 
     def glob(self, pattern: str):
@@ -48,6 +53,7 @@ class StepWithDigests(atomicity.AtomicRenameTemporaryPath):
 
     async def finalize(self) -> None:
         final = self._final_path
+        assert self._tmp_path is not None, "create() comes first"
         if atomicity.TMP_DIR_SUFFIX in final.parent.name:  # an item of a step
             return await super().finalize()
         self._final_path = final.parent / f"{self._tmp_path.name}.written"
@@ -233,10 +239,9 @@ class Checkpoints:
         folder, aside = self.folder / str(step), self.folder / f"{step}{DAMAGED}"
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        print(
+        logger.info(
             f"the checkpoint of step {step} is damaged and skipped: {_what(why)}\n"
-            f"it is put aside as {shown(aside)} until step {step} is saved again",
-            flush=True,
+            f"it is put aside as {shown(aside)} until step {step} is saved again"
         )
 
     @property

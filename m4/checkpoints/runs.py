@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ from m4.files import (
     read_json,
     remove_leftovers,
     replacing_together,
-    say,
     shown,
     write_atomically,
     write_json,
@@ -44,6 +44,8 @@ from m4.registry import config_in, to_json
 from m4.tensor_file import TensorFile, is_finite
 from m4.tokens.modality import Features, Modalities, Modality
 from m4.tokens.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, tokenizer_hash
+
+logger = logging.getLogger(__name__)
 
 
 def tokenizer_file(folder: Path, modality: Modality) -> Path:
@@ -64,7 +66,7 @@ def keep_tokenizers(folder: Path, modalities: Modalities, files: Mapping[str, Pa
             except ValueError as error:
                 why = str(error)
             if why:
-                say(f"{why}; it is replaced by {shown(files[m.name])}")
+                logger.info(shown(f"{why}; it is replaced by {shown(files[m.name])}"))
         write_atomically(own, data)
 
 

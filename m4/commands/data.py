@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -23,11 +24,13 @@ from m4.command_line import parser_of
 from m4.config import Config, from_cli
 from m4.data.pretokenize import prepare
 from m4.data.stream import Mask, Stream, by_example, examples
-from m4.files import say, write_atomically
+from m4.files import shown, write_atomically
 from m4.pictures import write_png
 from m4.tokens.batch import MaskedBatch
 from m4.tokens.modality import Features, Grid, Modality, Sequence
 from m4.tokens.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 BATCH = 256
 NUM_SAMPLES, TILE = 8, 128
@@ -72,7 +75,7 @@ def show(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     write_png(out / "samples.png", picture)
     write_atomically(out / "data.json", json.dumps(result, indent=1).encode())
-    say(f"{out}/samples.png, {out}/data.json")
+    logger.info(shown(f"{out}/samples.png, {out}/data.json"))
     return result
 
 
@@ -196,7 +199,8 @@ def sheet(batch, masked: MaskedBatch, config: Config, tokenizers: dict[str, Toke
         tile = tile.resize((round(tile.width * side), round(tile.height * side)), Image.Resampling.NEAREST)
         canvas.paste(tile, (x, y))
         for part, offset in ((masked.inputs, 0), (masked.targets, TILE // 2 + gap // 2)):
-            picked = part.position[i][part.valid[i] & (part.modality[i] == j)]
+            position, modality = np.asarray(part.position[i]), np.asarray(part.modality[i])
+            picked = position[np.asarray(part.valid[i]) & (modality == j)]
             small = Image.fromarray(_picked(m, picked, part is masked.inputs)).resize(
                 (TILE // 2 - gap, TILE // 2 - gap), Image.Resampling.NEAREST
             )

@@ -78,8 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if hasattr(sys.stdout, "reconfigure"):  # a text that the terminal cannot show does not end the job
-        sys.stdout.reconfigure(errors="backslashreplace")
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:  # a text that the terminal cannot show does not end the job
+        reconfigure(errors="backslashreplace")
     for flag in ("num_samples", "batch_size", "ensemble"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
@@ -154,7 +155,7 @@ class Job:
 
     def run(self, signals: Seq[Mapping[str, Any]], masks: Seq[Mapping[str, Any]], first: int) -> Results:
         """One batch; `first`: how many were done before, so that a bad sample changes no other's random numbers."""
-        common = {"seed": self.args.seed, "indices": range(first, first + len(signals))}
+        common: dict[str, Any] = {"seed": self.args.seed, "indices": range(first, first + len(signals))}
         if self.shots:
             queries = [Shot(inputs=inputs) for inputs in signals]
             return answer(
@@ -375,8 +376,9 @@ def _printer(sampler: Sampler) -> Any:
     shown = collections.defaultdict(str)
 
     def show(target: str, ids: np.ndarray, known: np.ndarray) -> None:
-        if isinstance(sampler.modalities.as_target(target), Sequence):
-            text = sampler.tokenizer(target).decode([trim(ids[0][known[0]], sampler.modalities.as_target(target))])[0]
+        m = sampler.modalities.as_target(target)
+        if isinstance(m, Sequence):
+            text = sampler.tokenizer(target).decode([trim(ids[0][known[0]], m)])[0]
             if isinstance(text, str):
                 whole = text.rstrip("\ufffd")  # a letter of several tokens comes with its last
                 print(whole[len(shown[target]) :], end="", flush=True)

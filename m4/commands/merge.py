@@ -22,6 +22,7 @@ import numpy as np
 from m4.adaptation.interpolation import interpolate
 from m4.checkpoints.runs import check_tokenizers, load_run, replacing_run
 from m4.command_line import parser_of
+from m4.errors import need
 from m4.evaluation.conditional_generation import examples_of, score_all
 from m4.inference.sampler import Sampler
 
@@ -30,6 +31,7 @@ def sweep(
     run_a: str | Path, run_b: str | Path, alphas: Seq[float], out: str | Path
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Normalised scores {"validation", "test": {alpha: {direction: score}}}; see `python -m m4 merge`."""
+    need("matplotlib", "plots", "the figure of scores against alpha")
     started, out = time.monotonic(), Path(out)
     a, b = load_run(run_a), load_run(run_b)
     if not alphas or not all(math.isfinite(x) for x in alphas):

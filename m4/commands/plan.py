@@ -182,9 +182,10 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = held + memory.temp_size_in_bytes
-    result["bytes_per_device"] |= {"activations": memory.temp_size_in_bytes, "peak": peak, "limit": limit}
+    more = {"activations": memory.temp_size_in_bytes, "peak": peak, "limit": limit}
+    result["bytes_per_device"] = {**result["bytes_per_device"], **more}
     result["fits"] = limit is None or peak <= limit
-    if not result["fits"]:
+    if limit is not None and not result["fits"]:
         result["why"] = f"{peak / 2**30:.1f} GiB are needed, {limit / 2**30:.1f} GiB are there"
         result["advice"] = _advice(config, mesh)
     moved = collections.Counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +11,14 @@ from m4.files import shown
 from m4.masking.dirichlet import Masking, Strategy, check_strategies
 from m4.masking.episodes import ShotMasking
 from m4.tokens.modality import Modalities
+
+
+class Examples(Protocol):
+    """What is read by index, from 0 on: raw examples, stored records, or lists of them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class Source(Protocol):
@@ -24,7 +31,7 @@ class Source(Protocol):
     def prepare(self, data_dir: str | os.PathLike) -> None:
         """Renders, downloads or checks what is needed; returns at once when it is there."""
 
-    def split(self, name: str, data_dir: str | os.PathLike) -> Seq[dict[str, Any]]:
+    def split(self, name: str, data_dir: str | os.PathLike) -> Examples:
         """Raw examples of "train", "validation", "test" or another split that the source has.
 
         A ValueError that names the file is raised where a bad example is read, not before.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -27,11 +28,13 @@ from m4.data.shard_writer import ShardWriter, limit, raw_examples
 from m4.data.token_shards import VERSION, TokenShards
 from m4.distributed import workers
 from m4.distributed.worker_group import Others, Team
-from m4.files import fingerprint, locked, remove_leftovers, say, shown, write_atomically
+from m4.files import fingerprint, locked, remove_leftovers, shown, write_atomically
 from m4.registry import to_json
 from m4.tokens.modality import Modalities
 from m4.tokens.records import is_tokenized, name_of, named_error
 from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenizer, tokenizer_hash
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES_PER_SHARD = 2048
 NUM_PROBES = 256  # places where a data set is searched for a signal
@@ -134,7 +137,7 @@ def _tokenizer_file(
         lock = file.with_name(f".{file.stem}.lock")
         with locked(lock, f"fitting tokenizer {name}", wait=True):
             if not file.exists():
-                say(f"fitting tokenizer {name}")
+                logger.info(shown(f"fitting tokenizer {name}"))
                 save_tokenizer(_fitted(recipe, datasets, data_dir, seed, recipes), file)
             lock.unlink(missing_ok=True)  # whoever gets it after this finds the file
     others.wait(file.exists, f"process 0 to fit tokenizer {name} ({file})")
@@ -162,7 +165,7 @@ class Having(Seq):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:  # ty: ignore[incompatible-method-override]  never a slice
         for i in range(index, index + len(self)):
             if (example := self._usable(i % len(self))) is not None:
                 return example
@@ -175,8 +178,9 @@ class Having(Seq):
         try:
             example = self.examples[index]
             signal = self._signal(example)
-            if signal is not None and not self._checked[index] and hasattr(self.recipe, "check"):
-                self.recipe.check(signal)
+            check = getattr(self.recipe, "check", None)
+            if signal is not None and not self._checked[index] and check is not None:
+                check(signal)
                 self._checked[index] = True
             return example if signal is not None else None
         except Exception as error:
@@ -189,8 +193,9 @@ class Having(Seq):
 
     def _signal(self, example: dict[str, Any]) -> Any | None:
         modality = self.recipe.modality
-        if hasattr(self.recipe, "signal_of"):  # which may be computed from other signals
-            return self.recipe.signal_of(example)
+        signal_of = getattr(self.recipe, "signal_of", None)
+        if signal_of is not None:  # which may be computed from other signals
+            return signal_of(example)
         return example[modality.signal] if modality.signal in example and not is_tokenized(example, modality) else None
 
     def reads_some(self) -> bool:
@@ -210,7 +215,11 @@ def _fitted(recipe: Recipe, datasets: Seq[Dataset], data_dir: Path, seed: int, r
     for part in parts:
         if part.skipped:
             first = part.skipped[min(part.skipped)]
-            say(f"tokenizer {name}{part.label}: {len(part.skipped)} bad examples were skipped, the first: {first}")
+            logger.info(
+                shown(
+                    f"tokenizer {name}{part.label}: {len(part.skipped)} bad examples were skipped, the first: {first}"
+                )
+            )
     return tokenizer
 
 
@@ -244,7 +253,8 @@ def _fitting_examples(
     import grain  # here, for --help to come fast
 
     endless = [grain.MapDataset.source(part).repeat() for part in parts]
-    return grain.MapDataset.mix(endless, np.array(weights) / sum(weights))[: sum(map(len, parts))]
+    mixed: Any = grain.MapDataset.mix(endless, np.array(weights) / sum(weights))  # its types let elements be missing
+    return mixed[: sum(map(len, parts))]
 
 
 def pretokenize(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Bool, Shaped
@@ -34,7 +34,7 @@ from m4.data.sources.files import (
     is_tokens,
 )
 from m4.files import check_strings, shown
-from m4.tokens.tokenizer import Tokenizer
+from m4.tokens.tokenizer import ChecksParts, Tokenizer, WritesOut, image_size
 
 GREY = 128  # of bars beside an image
 BARS = {"depth": 0, "relative_depth": 0, "normals": 0, "instances": 0, "mask": False, "edges": 0}  # in other signals
@@ -89,7 +89,7 @@ def _read(name: str, value: Any, tokenizer: Tokenizer, folder: Path | None, word
         return _Value(tokenizer.read(str(value)), kind, name, None, False)
     file = file_of(value, kind, folder, words_name_files=words_name_files)
     if file is None:
-        return _Value(tokenizer.from_text(str(value)), kind, name)
+        return _Value(cast(WritesOut, tokenizer).from_text(str(value)), kind, name)
     path = shown(file)
     decoded = decode(signal, path, content(file), kind)
     if kind in LITERAL and is_tokens(signal, path, decoded, kind):
@@ -103,7 +103,7 @@ def _read(name: str, value: Any, tokenizer: Tokenizer, folder: Path | None, word
 
 
 def _is_map(kind: str, tokenizer: Tokenizer) -> bool:
-    return kind in ALIGNED or (kind == "features" and tokenizer.recipe.image_size > 1)
+    return kind in ALIGNED or (kind == "features" and image_size(tokenizer) > 1)
 
 
 def written_out(kind: str, text: str) -> Any:
@@ -178,7 +178,7 @@ class Geometry:
         lowest, highest = (self.points(p) for p in np.split(np.asarray(bbox, np.float64).reshape(-1, 4), 2, axis=1))
         thin = highest == lowest
         inside = np.where(thin, (lowest >= 0) & (lowest <= 1), (highest > 0) & (lowest < 1)).all(axis=1)
-        return np.concatenate([lowest, highest], axis=1).clip(0, 1).astype(np.float32), inside
+        return np.concatenate([lowest, highest], axis=1).clip(0, 1).astype(np.float32), np.asarray(inside)
 
     def mask(self, cells: np.ndarray) -> np.ndarray:
         """A mask of h x h cells over the whole picture -> over the square."""
@@ -284,17 +284,19 @@ def _finished(value: _Value, tokenizer: Tokenizer, geometry: Geometry | None) ->
     """The signal in the sample's geometry, checked by its tokenizer."""
     signal = value.signal
     if value.is_read and value.size is not None and value.kind != "features" and np.ndim(signal) >= 2:
-        signal = _fitted(signal, value, geometry, tokenizer.recipe.image_size)
+        assert geometry is not None, "what has a size has a geometry"
+        signal = _fitted(signal, value, geometry, image_size(tokenizer))
     elif geometry is not None and geometry.height != geometry.width:
         if value.kind == "boxes":
             signal = _moved_boxes(signal, geometry, value.file)
         elif value.kind == "answer":
-            signal = _moved_answer([tokenizer.checked(item) for item in signal], geometry, value.file)
+            checked = cast(ChecksParts, tokenizer).checked
+            signal = _moved_answer([checked(item) for item in signal], geometry, value.file)
     if value.is_read:
         if value.kind != "ids":
             signal = tokenizer.signal_of({tokenizer.modality.signal: signal})
-        if hasattr(tokenizer, "check"):
-            tokenizer.check(signal)
+        if (check := getattr(tokenizer, "check", None)) is not None:
+            check(signal)
     return signal
 
 
@@ -333,4 +335,4 @@ def load_mask(file: str | Path) -> Bool[np.ndarray, "H W"]:
 
 def fit_mask(mask: Bool[np.ndarray, "H W"], tokenizer: Tokenizer, *, pad: bool = False) -> Bool[np.ndarray, "h h"]:
     """A mask in the geometry of the picture that it lies on; with bars, these do not stay."""
-    return Geometry(*mask.shape, pad).picture(mask, "mask", tokenizer.recipe.image_size)
+    return Geometry(*mask.shape, pad).picture(mask, "mask", image_size(tokenizer))

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -22,10 +23,12 @@ from m4.data.dataset import Dataset
 from m4.data.sources.files import read_for
 from m4.data.token_shards import VERSION, num_records
 from m4.errors import closest
-from m4.files import digest, read_json, replacing, say, shown, write_json
+from m4.files import digest, read_json, replacing, shown, write_json
 from m4.tokens.modality import Features
 from m4.tokens.records import encode, is_tokenized, named_error
 from m4.tokens.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES_PER_CALL = 256  # what a tokenizer gets at once
 NUM_NAMED = 100  # skipped examples that the manifest names
@@ -51,7 +54,7 @@ class Chosen(Seq):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:  # ty: ignore[incompatible-method-override]  never a slice
         example = self.examples[index]
         if not {*self.signals} & {*example}:
             raise ValueError(f"none of signals={self.signals}; {closest(self.signals[0], [*example])}")
@@ -196,10 +199,10 @@ class ShardWriter:
         label = f"{self.dataset.label} {self.split}"
         if total.skipped:
             count = f"{len(total.skipped)} bad examples of {self.num_examples}"
-            say(f"{label}: {count} were skipped, the first: {total.skipped[0]}")
+            logger.info(shown(f"{label}: {count} were skipped, the first: {total.skipped[0]}"))
         for name, count in total.given.items():
             if count:
-                say(f"{label}: {count} examples have ids of {name}, which were taken as they are")
+                logger.info(shown(f"{label}: {count} examples have ids of {name}, which were taken as they are"))
         manifest = {
             "version": VERSION,
             "num_examples": total.num_examples,

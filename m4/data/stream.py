@@ -13,6 +13,7 @@ alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -21,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from m4.data.dataset import Dataset
+from m4.command_line import logs_to_output
+from m4.data.dataset import Dataset, Examples
 from m4.data.token_shards import TokenShards
-from m4.distributed.workers import leave_with_parent
+from m4.distributed.workers import start_worker
 from m4.files import fingerprint
 from m4.masking.dirichlet import Masking
 from m4.tokens.batch import MaskedBatch, interleave
@@ -68,16 +70,20 @@ class Episodes:
         return [self.records[i] for i in range(index * self.size, (index + 1) * self.size)]
 
 
-def by_example(shards: Seq[TokenShards | Checked], datasets: Seq[Dataset]) -> list[Seq[Any]]:
+def by_example(shards: Seq[TokenShards | Checked], datasets: Seq[Dataset]) -> list[Examples]:
     """What is masked at once: a record, or an episode."""
-    return [Episodes(s, d.shots.num_records) if d.shots else s for s, d in zip(shards, datasets, strict=True)]
+    found: list[Examples] = []
+    for part, dataset in zip(shards, datasets, strict=True):
+        records: Any = part
+        found.append(Episodes(records, dataset.shots.num_records) if dataset.shots else records)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
 class _Numbered:
     """Records that know which data set they are of."""
 
-    records: Seq[dict[str, np.ndarray]]
+    records: Examples
     dataset: int
 
     def __len__(self) -> int:
@@ -87,9 +93,9 @@ class _Numbered:
         return self.dataset, self.records[index]
 
 
-def examples(shards: Seq[Seq[dict[str, np.ndarray]]], weights: Seq[float], *, seed: int) -> Any:
-    """The whole stream before it is masked, a grain.MapDataset: (index in the stream, (data set, stored arrays)),
-    endless."""
+def examples(shards: Seq[Examples], weights: Seq[float], *, seed: int) -> Any:
+    """The whole stream before it is masked: (number in the stream, (data set, stored arrays)), endless; a
+    grain.MapDataset, whose types let every element be missing."""
     import grain  # here, for --help to come fast
 
     parts = [
@@ -177,9 +183,11 @@ class Stream:
         self.mask = Mask(masking, tuple(datasets), modalities, seed)
         self.examples = examples(read, [d.weight for d in datasets], seed=seed)
         self.next_example = 0
-        self._batches, self._thread, self._pending = None, None, deque()
+        self._batches: Any = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: deque[Future] = deque()
 
-    def _start(self) -> None:
+    def _start(self) -> ThreadPoolExecutor:
         import grain
 
         index, count = self.share
@@ -193,10 +201,11 @@ class Stream:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain reads flags in its workers, and this program has none
             workers = grain.MultiprocessingOptions(num_workers=self.num_workers)
-            batches = batches.mp_prefetch(workers, worker_init_fn=leave_with_parent)
+            batches = batches.mp_prefetch(workers, worker_init_fn=functools.partial(start_worker, logs_to_output()))
         self._batches = iter(batches)
-        self._thread = ThreadPoolExecutor(1)
-        self._pending = deque(self._thread.submit(self._make) for _ in range(PREFETCH))
+        self._thread = thread = ThreadPoolExecutor(1)
+        self._pending = deque(thread.submit(self._make) for _ in range(PREFETCH))
+        return thread
 
     def _make(self) -> Any:
         return self.place(next(self._batches))
@@ -205,15 +214,14 @@ class Stream:
         return self
 
     def __next__(self) -> Any:
-        if self._thread is None:
-            self._start()
+        thread = self._thread or self._start()
         first: Future = self._pending.popleft()
         try:
             batch = first.result()
         except BaseException:
             self.close()  # what was read ahead is lost; the next call begins at this batch again
             raise
-        self._pending.append(self._thread.submit(self._make))
+        self._pending.append(thread.submit(self._make))
         self.next_example += self.batch_size
         return batch
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import queue
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 import numpy as np
@@ -26,6 +27,9 @@ from m4.inference.sampler import Sampler, default_scheme
 from m4.inference.scheme import Stage
 from m4.tokens.modality import Grid, Sequence
 from m4.tokens.spans import trim
+from m4.tokens.tokenizer import WritesOut
+
+logger = logging.getLogger(__name__)
 
 UNKNOWN = 128  # grey of what is not generated yet
 PICTURE = 256  # pixels on the page
@@ -157,7 +161,7 @@ def _read(sampler: Sampler, values: dict[str, Any], wanted: list[str], scratch: 
             raise ValueError(f"{name} must be written out, as JSON; got {value[:60]!r}")
         if name in wanted and MASK not in value:
             raise ValueError(f"{name} is given and asked for: write {MASK} where it is to be generated, or untick it")
-        inputs[name] = tokenizer.from_text(value) if kind_of(tokenizer) else value
+        inputs[name] = cast(WritesOut, tokenizer).from_text(value) if kind_of(tokenizer) else value
     return sampler.read_sample(inputs, words_name_files=False), keep
 
 
@@ -228,5 +232,5 @@ def launch(
             footer_links=[], show_error=True, quiet=True, prevent_thread_lock=True, ssr_mode=False, share=False,
             app_kwargs={"middleware": [Middleware(Guard, hosts=hosts, room=room)]},
         )  # fmt: skip
-        print(f"http://{host}:{page.server_port}", flush=True)
+        logger.info(f"http://{host}:{page.server_port}")
         page.block_thread()

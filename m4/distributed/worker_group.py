@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import socket
 import threading
@@ -11,7 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from m4.files import fingerprint, say, shown
+from m4.files import fingerprint, shown
+
+logger = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -133,7 +136,7 @@ class Others:
                         f"{i} (its last run failed with {self._old(i)})" if i in self.old else str(i) for i in missed
                     )
                     text += f"; not started, or not on these files: process {named}"
-                say(text)
+                logger.info(shown(text))
                 times = [*times[1:], passed + 60]
             time.sleep(0.5)
 
@@ -172,7 +175,7 @@ def saying(text: str) -> Iterator[None]:
     def say_so():
         pause = GRACE
         while not done.wait(pause):
-            say(text)
+            logger.info(shown(text))
             pause = 60
 
     thread = threading.Thread(target=say_so, daemon=True)
@@ -196,7 +199,7 @@ def _known(host: str, patience: float) -> None:
             if time.monotonic() - start > patience:
                 raise ValueError(text) from error
             if not is_said:
-                say(f"{text}; waiting for {patience:.0f} seconds")
+                logger.info(shown(f"{text}; waiting for {patience:.0f} seconds"))
             is_said = True
             time.sleep(1)
 
@@ -213,7 +216,7 @@ class _Waiting:
         if passed > self.patience:
             raise ValueError(f"{self.who} waited {self.patience:.0f} seconds for {missed}; start all processes again")
         if passed >= self.next:
-            say(f"{self.who} waits for {missed}")
+            logger.info(shown(f"{self.who} waits for {missed}"))
             self.next = passed + 60
 
 

@@ -10,15 +10,27 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from m4.command_line import log_to_output, logs_to_output
+
 
 def leave_with_parent(*_) -> None:
     """Called in a worker: ends it when its parent is killed, where it would wait for its next task for ever."""
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process is no worker"
+
     def wait():
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def start_worker(log: bool, *_) -> None:
+    """Called first in a worker, which logs as its parent does (`log`) and ends with it."""
+    if log:
+        log_to_output()
+    leave_with_parent()
 
 
 @contextlib.contextmanager
@@ -29,7 +41,9 @@ def pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
     """
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(num_workers, mp_context=context, initializer=leave_with_parent) as executor:
+        with ProcessPoolExecutor(
+            num_workers, mp_context=context, initializer=start_worker, initargs=(logs_to_output(),)
+        ) as executor:
             yield executor
     except BrokenProcessPool as error:
         raise ValueError(

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from m4.model.parameters import parameters
 from m4.pictures import contact_sheet, write_png
 from m4.registry import to_json
 from m4.tokens.tokenizer import tokenizer_hash
+
+logger = logging.getLogger(__name__)
 
 NUM_BASELINE = 2000  # training examples that the trivial baselines see
 FILES = ("metrics.json", "gallery.png")
@@ -93,26 +96,28 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
     made_from = _made_from(run, before, seed)
     stamp = out / ".evaluated.json"
     if (results := _made_before(out, stamp, made_from)) is not None:
-        print(table(results), flush=True)
+        logger.info(table(results))
         return results
     started = time.monotonic()
     check_evaluations(config)
     results, sheets = {}, []
     for directions, splits, train in examples_of(config):
         scores, predictions = score_all(sampler, directions, splits, train, seed)
-        known = [d for d in directions if before is not None and _knows(before, d)]
-        for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items():
-            scores[key]["before"] = result["normalised"]
         results |= scores
         first, *_ = splits
         sheets.append(gallery(splits[first], predictions, directions, sampler))
+        if before is None:
+            continue
+        known = [d for d in directions if _knows(before, d)]
+        for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items():
+            scores[key]["before"] = result["normalised"]
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)  # of killed processes
     stamp.unlink(missing_ok=True)  # first: a kill between two of these leaves nothing that is taken for whole
     write_png(out / "gallery.png", stacked(sheets))
     write_atomically(out / "metrics.json", json.dumps(results, indent=1).encode())
     write_json(stamp, {"made_from": made_from, "files": {name: digest(out / name) for name in FILES}})
-    print(f"{table(results)}\n{out}/metrics.json, {out}/gallery.png in {time.monotonic() - started:.0f} s", flush=True)
+    logger.info(f"{table(results)}\n{out}/metrics.json, {out}/gallery.png in {time.monotonic() - started:.0f} s")
     return results
 
 
@@ -263,7 +268,7 @@ def _began_from(config: Any) -> Sampler | None:
     try:
         return Sampler.load(config.init_from)
     except ValueError as error:
-        print(f"no scores from before: {error}", flush=True)
+        logger.info(f"no scores from before: {error}")
         return None
 
 

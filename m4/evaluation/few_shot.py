@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 import time
 import warnings
@@ -32,6 +33,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from m4.checkpoints.runs import load_run
+from m4.errors import need
 from m4.files import replacing, write_atomically
 from m4.in_context.prompting import ShotsDropped, answer, score
 from m4.in_context.shots import encode
@@ -43,6 +45,8 @@ from m4.masking.episodes import Episode, Shot, Task, pack_shots
 from m4.pictures import contact_sheet, labelled, write_png
 from m4.representations.embed import embed
 from m4.tokens.batch import NUM_SHOTS
+
+logger = logging.getLogger(__name__)
 
 DEALS = 3  # of shuffled labels
 
@@ -155,7 +159,7 @@ def nearest_mean(
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
-def summary(correct: Seq[float]) -> dict[str, Any]:
+def summary(correct: Seq[float] | np.ndarray) -> dict[str, Any]:
     """Mean, its standard error over queries, and how many there were."""
     correct = np.asarray(correct, float)
     sem = correct.std(ddof=1) / len(correct) ** 0.5 if len(correct) > 1 else 0.0
@@ -165,16 +169,17 @@ def summary(correct: Seq[float]) -> dict[str, Any]:
 def judge(sampler: Sampler, task: Task, episodes: Seq[Episode], shots: Seq[Seq[Shot]], c: FewShot, **options) -> list:
     """Whether (or how far) each query's answer is right: chosen among its candidates, or free where it has none."""
     question = [dataclasses.replace(e.query, outputs={}) for e in episodes]
-    options = {"num_tokens": c.tokens_of(task), "shots": shots, **options}
+    given: dict[str, Any] = {"num_tokens": c.tokens_of(task), "shots": shots, **options}
+    is_free = given.pop("free", False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ShotsDropped)
         try:
-            if episodes[0].candidates and not options.pop("free", False):
+            if episodes[0].candidates and not is_free:
                 candidates = [e.candidates for e in episodes]
-                scores = score(sampler, question, task.output, candidates, calibrate=c.calibrate, **options)
+                scores = score(sampler, question, task.output, candidates, calibrate=c.calibrate, **given)
                 said = [found[int(row.argmax())] for row, found in zip(scores, candidates, strict=True)]
             else:
-                said = answer(sampler, question, task.output, **options)[task.output]
+                said = answer(sampler, question, task.output, **given)[task.output]
         except ShotsDropped as dropped:
             raise ValueError(f"{task.name} cannot be measured with so many shots: {dropped}") from dropped
     return [float(task.correct(x, episode)) for x, episode in zip(said, episodes, strict=True)]
@@ -277,6 +282,7 @@ def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
 
     What is measured is the config's `fewshot`, else FewShot(). Into `out` (default: `workdir`).
     """
+    need("matplotlib", "plots", "the figure of few-shot scores")
     started, out = time.monotonic(), Path(out or workdir)
     run = load_run(workdir)
     c = run.config.fewshot or FewShot()
@@ -296,7 +302,7 @@ def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
     curves(results, c, out / "fewshot.png")
     draw_prompts(sampler, c, run.config.data_dir, out / "fewshot_prompts.png")
     files = f"{out}/fewshot.json, .md, .png, fewshot_prompts.png"
-    print(f"{table(results, c)}\n{files} in {time.monotonic() - started:.0f} s", flush=True)
+    logger.info(f"{table(results, c)}\n{files} in {time.monotonic() - started:.0f} s")
     return results
 
 

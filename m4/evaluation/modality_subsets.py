@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,12 +27,14 @@ from tqdm import tqdm
 
 from m4.checkpoints.runs import load_run
 from m4.data.sources.files import read_for
-from m4.errors import check, check_seed
+from m4.errors import check, check_seed, need
 from m4.evaluation.probes import LABELS, labels_of, linear
 from m4.files import replacing, write_atomically
 from m4.inference.sampler import Sampler
 from m4.representations.embed import embed
 from m4.tokens.packing import pack
+
+logger = logging.getLogger(__name__)
 
 Subset = tuple[str, ...]
 DECAY = 1e-2  # of the probes
@@ -119,6 +122,7 @@ def evaluate(
     """
     check("label", label, LABELS)
     check_seed(seed)
+    need("matplotlib", "plots", "the figure of modality subsets")
     started, out = time.monotonic(), Path(out or workdir)
     run = load_run(workdir)
     sampler, source = Sampler(run.model, run.tokenizers), run.config.datasets[0].source
@@ -136,7 +140,9 @@ def evaluate(
     if not signals:
         raise ValueError(f"no input signal of the model is in every example; they have {', '.join(sorted(has))}")
     if len(signals) > MOST_SIGNALS:
-        print(f"left out, for {MOST_SIGNALS} signals have {2**MOST_SIGNALS - 1} subsets: {signals[MOST_SIGNALS:]}")
+        logger.info(
+            f"left out, for {MOST_SIGNALS} signals have {2**MOST_SIGNALS - 1} subsets: {signals[MOST_SIGNALS:]}"
+        )
         signals = signals[:MOST_SIGNALS]
     said = [labels_of(label, part, type(source).__name__) for part in parts]
     classes = sorted(set(said[0]))
@@ -159,7 +165,7 @@ def evaluate(
     write_atomically(out / "subsets.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "subsets.md", table(results).encode())
     picture(results, out / "subsets.png")
-    print(f"{table(results)}\n{out}/subsets.json, .md, .png in {time.monotonic() - started:.0f} s", flush=True)
+    logger.info(f"{table(results)}\n{out}/subsets.json, .md, .png in {time.monotonic() - started:.0f} s")
     return results
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +37,8 @@ from m4.inference.sampler import Sampler
 from m4.model.encoder_decoder import Model
 from m4.representations.embed import features
 from m4.training.trainer import random_key
+
+logger = logging.getLogger(__name__)
 
 LABELS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "shape": lambda e: e["objects"][0]["shape"],
@@ -101,8 +104,8 @@ class Probe:
         labels = [labels_of(self.label, part, type(self.source).__name__) for part in of]
         if self.same and not all(self.same in e for e in of[1]):
             raise ValueError(f"{self.name}: same={self.same!r} is not in every example; it has {', '.join(of[1][0])}")
-        pictures = tuple(parts[s].rgb[r] for s, r in ranges)
-        return pictures, *labels, [e[self.same] if self.same else i for i, e in enumerate(of[1])]
+        train, test = (parts[s].rgb[r] for s, r in ranges)
+        return (train, test), labels[0], labels[1], [e[self.same] if self.same else i for i, e in enumerate(of[1])]
 
 
 def whitened(
@@ -192,7 +195,7 @@ def evaluate(workdir: str | Path, out: str | Path = "", probes: Seq[Probe] | Non
         except ValueError as error:
             if probes:
                 raise
-            print(f"{probe.name} is left out: {error}", flush=True)
+            logger.info(f"{probe.name} is left out: {error}")
             continue
         if where not in known:
             # Of raw pixels the means of 4 x 4: a linear probe of all is slow.
@@ -217,7 +220,7 @@ def evaluate(workdir: str | Path, out: str | Path = "", probes: Seq[Probe] | Non
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "probes.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "probes.md", table(results).encode())
-    print(f"{table(results)}\n{out}/probes.json, .md in {time.monotonic() - started:.0f} s", flush=True)
+    logger.info(f"{table(results)}\n{out}/probes.json, .md in {time.monotonic() - started:.0f} s")
     return results
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ from m4.inference.sampler import Sampler
 from m4.pictures import contact_sheet, labelled, write_png
 from m4.representations.embed import features
 from m4.representations.nearest import retrieve
+
+logger = logging.getLogger(__name__)
 
 COUNTS = (1, 5, 10)  # k of recall@k
 NUM_DRAWN, NUM_HITS = 4, 5  # queries of each direction in the picture, and what each finds first
@@ -172,7 +175,7 @@ def evaluate(workdir: str | Path, out: str | Path = "", retrievals: Seq[Retrieva
     write_atomically(out / "retrieval.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "retrieval.md", table(results).encode())
     write_png(out / "retrieval.png", contact_sheet(rows))
-    print(f"{table(results)}\n{out}/retrieval.json, .md, .png in {time.monotonic() - started:.0f} s", flush=True)
+    logger.info(f"{table(results)}\n{out}/retrieval.json, .md, .png in {time.monotonic() - started:.0f} s")
     return results
 
 

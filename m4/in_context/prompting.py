@@ -106,7 +106,9 @@ def answer(
 
 def without_questions(made: Results, target: str, m: Modality) -> Results:
     """Of texts that go on from a question, the answer alone."""
-    for row, ids in enumerate(made.tokens[m.name]) if isinstance(m, Sequence) and m.num_declarations else ():
+    if not isinstance(m, Sequence) or not m.num_declarations:
+        return made
+    for row, ids in enumerate(made.tokens[m.name]):
         (begins,) = np.nonzero(ids == m.first_declaration + ANSWER)
         if len(begins):
             made.tokens[m.name][row] = ids[begins[0] + 1 :]
@@ -159,7 +161,7 @@ def score(
     if calibrate:
         is_question = lambda name: sampler.modalities.as_input(name).name == m.name  # noqa: E731
         empty = [Shot(inputs={n: "" for n in q.inputs if is_question(n)}) for q in queries]
-        options = {"shots": shots, "num_tokens": num_tokens, "budget": budget, "progress": progress}
+        options: dict[str, Any] = {"shots": shots, "num_tokens": num_tokens, "budget": budget, "progress": progress}
         scores -= np.where(np.isfinite(scores), score(sampler, empty, target, candidates, **options), 0)
     return scores
 
@@ -219,8 +221,9 @@ def _encode_query(sampler: Sampler, query: Shot, m: Modality) -> tuple[Record, l
     partial = np.array([-1]) if isinstance(m, Sequence) else None
     for name in [n for n in query.inputs if sampler.modalities.as_input(n).name == m.name]:
         (ids,) = sampler.tokenizers[m.name].encode([joined(query.inputs[name], None, name)])
+        assert isinstance(m, Sequence), "other targets are no inputs, too"
         if ids[-1] != m.end_id:
             raise ValueError(f"the question {query.inputs[name]!r} is longer than {m.name}, which has {m.max_length}")
         partial = np.append(ids[:-1], -1)
-        del record[m.name]
+        record = {n: x for n, x in record.items() if n != m.name}
     return record, others, partial

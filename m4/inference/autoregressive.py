@@ -39,6 +39,7 @@ class Autoregressive(Sampling):
             raise ValueError(f"{self}: max_length must be within 0 and {modality.max_length}, that of {modality.name}")
 
     def prepare(self, modality: Modality, prompt: Prompt, seeds):
+        assert isinstance(modality, Sequence), "check() comes first"
         length = (self.max_length or modality.max_length) + 1
         if self.constrained and prompt.grammar is not None and prompt.grammar.distance[0] > length - 1:
             least = prompt.grammar.distance[0]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import logging
 import os
 import re
-import sys
 import unicodedata
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
@@ -16,6 +16,8 @@ from pathlib import Path
 from m4.data.samples import file_of
 from m4.data.sources.contents import content
 from m4.files import check_name, parse_json, shown
+
+logger = logging.getLogger(__name__)
 
 MAX_TABLE = 2**28  # bytes of a table of prompts
 TAKEN = ("failed.tsv", "sheet.png")  # what stands beside the samples' folders
@@ -81,7 +83,7 @@ def beside(samples: Seq[Sample], table: Path, kinds: Mapping[str, str]) -> list[
     that differ from line to line, if every line has such a file.
     """
 
-    def find(name: str, value: str) -> str | Path:
+    def find(name: str, value: str | Path) -> str | Path:
         file = file_of(value, kinds[name], table.parent, notice=False)
         return file if file is not None and os.path.isfile(file) else value
 
@@ -112,7 +114,7 @@ def _by_stem(name: str, folder: str) -> dict[str, list[Path]]:
     inner = [shown(e.name) for e in visible if os.path.isdir(e.path)]
     if inner:
         say = f"input {name}={shown(folder)}: {len(inner)} folder(s) in it are not read: {', '.join(inner[:5])}"
-        print(say, file=sys.stderr)
+        logger.warning(say)
     files = collections.defaultdict(list)
     for entry in visible:
         if not os.path.isdir(entry.path):

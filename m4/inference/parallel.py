@@ -47,7 +47,7 @@ def token_schedule(kind: Schedule, num_steps: int, num_tokens: int) -> Int[np.nd
 
 
 def temperature_schedule(
-    kind: Literal["constant", "linear", "power"], counts: Seq[int], first: float, last: float, power: float
+    kind: Literal["constant", "linear", "power"], counts: Seq[int] | np.ndarray, first: float, last: float, power: float
 ) -> Float[np.ndarray, " S"]:
     """Temperature of each step. "linear" falls with the share of tokens that are known; "power" (4M's onex) much
     faster, as one over a power of the step."""

@@ -17,7 +17,7 @@ from m4.errors import closest
 from m4.inference.guidance import Guidance
 from m4.inference.scheme import Prompt, Stage
 from m4.tokens.batch import Tokens
-from m4.tokens.modality import Grid, Modalities, Modality, Sequence
+from m4.tokens.modality import Features, Grid, Modalities, Modality, Sequence
 from m4.tokens.packing import Packed, Record, pack, stack
 from m4.tokens.spans import show_spans
 from m4.tokens.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kep
         raise ValueError(f"{', '.join(sorted(partial))} is given in part, to be completed, but is no target")
 
 
-def token_mask(mask: Any, m: Grid, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
+def token_mask(mask: Any, m: Grid | Features, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
     """Tokens that stay: all of their pixels do; or a random share of them."""
     if isinstance(mask, numbers.Real) and not isinstance(mask, bool | np.bool_):
         if not 0 <= mask <= 1:
@@ -122,7 +122,8 @@ def in_buckets(rows: Seq[Packed], modalities: Modalities) -> tuple[Tokens, dict[
     length = up(max(row.columns.shape[1] for row in rows))
     num_vectors = up(max([0, *(len(x) for row in rows for x in row.features.values())]))
     inputs, features = stack(rows, modalities, length, num_vectors)
-    return inputs, {name: modalities.named(name).normalize(x) for name, x in features.items()}
+    kinds = {m.name: m for m in modalities if isinstance(m, Features)}
+    return inputs, {name: kinds[name].normalize(x) for name, x in features.items()}
 
 
 def make_prompt(

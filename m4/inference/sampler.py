@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -43,18 +43,23 @@ from m4.inference.scheme import GeneratedTokens, Prompt, Replay, Scheme, Stage
 from m4.model.encoder_decoder import Model
 from m4.tokens.modality import Features, Modality, Sequence
 from m4.tokens.spans import fill_spans, show_spans, trim
-from m4.tokens.tokenizer import Tokenizer
+from m4.tokens.tokenizer import CanAverage, Tokenizer
 
 
 def keep_compiled() -> None:
     """Compiled programs stay on disk (JAX_COMPILATION_CACHE_DIR, else ~/.cache/m4): another process need not wait."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]  made at import
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "m4"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def default_scheme(modality: Modality, of_grids: Literal["maskgit", "roar"] = "maskgit") -> Scheme:
-    grids = {"maskgit": MaskGIT(temperature=0.7, top_p=0.9), "roar": ROAR(steps=16, temperature=0.7, top_p=0.9)}
+def default_scheme(
+    modality: Modality, of_grids: Literal["maskgit", "roar"] = "maskgit"
+) -> Autoregressive | MaskGIT | ROAR:
+    grids: dict[str, MaskGIT | ROAR] = {
+        "maskgit": MaskGIT(temperature=0.7, top_p=0.9),
+        "roar": ROAR(steps=16, temperature=0.7, top_p=0.9),
+    }
     return Autoregressive() if isinstance(modality, Sequence) else grids[of_grids]
 
 
@@ -93,7 +98,7 @@ class Sampler:
     devices: Seq[Any] | None = None  # default: all of this process
 
     def __post_init__(self):
-        if jax.config.jax_enable_x64:
+        if jax.config.jax_enable_x64:  # ty: ignore[missing-attribute]  made at import
             raise ValueError("generation is written for 32-bit numbers; leave JAX_ENABLE_X64 unset")
         self.num_rows = 0  # of the last batch that was compiled
         self.modalities = self.model.modalities
@@ -224,7 +229,7 @@ class Sampler:
             return value
         return [value] * count
 
-    def _partial(self, read, kept, seed: int, numbers: Seq[int]) -> dict[str, list[np.ndarray]]:
+    def _partial(self, read, kept, seed: int, numbers: Seq[int] | np.ndarray) -> dict[str, list[np.ndarray]]:
         """By modality: ids of what is given in part, -1 where they are to be generated."""
         partial, errors = {}, {}
         for name, masks in kept.items():
@@ -239,7 +244,9 @@ class Sampler:
                 except Exception as error:
                     errors[i] = name, reason(error)
                     continue
-                stays = is_text or token_mask(mask, m, np.random.default_rng([seed, numbers[i]]))
+                stays = (
+                    True if isinstance(m, Sequence) else token_mask(mask, m, np.random.default_rng([seed, numbers[i]]))
+                )
                 partial[m.name][i] = np.where(stays, ids, -1)
         if errors:
             raise BadSamples(errors, len(numbers))
@@ -259,7 +266,7 @@ class Sampler:
         records: Seq[dict[str, np.ndarray]],
         stages: Seq[Stage],
         seed: int,
-        indices: Seq[int],
+        indices: Seq[int] | np.ndarray,
         *,
         partial: Mapping[str, Seq[np.ndarray | None]] | None = None,
         contexts: Seq[Context] | None = None,
@@ -291,7 +298,7 @@ class Sampler:
             ids, log_probability, history = samples[0]
             if stage.ensemble > 1:
                 decoded = [tokenizer.decode(ids) for ids, _, _ in samples]
-                signals = [tokenizer.average(list(group)) for group in zip(*decoded, strict=True)]
+                signals = [cast(CanAverage, tokenizer).average(list(group)) for group in zip(*decoded, strict=True)]
                 ids = tokenizer.encode(signals)
                 for i, part in enumerate(known):  # what is kept stays, whatever the average
                     if part is not None:
@@ -365,6 +372,7 @@ class Sampler:
         return ids, generated.log_probability, [np.arange(len(i)) for i in ids]
 
     def _decode(self, tokenizer: Tokenizer, ids: list[np.ndarray], log_probability: Float[np.ndarray, "B n"]) -> list:
-        if hasattr(tokenizer, "decode_with_scores") and all(len(i) <= log_probability.shape[1] for i in ids):
-            return [tokenizer.decode_with_scores(i, lp[: len(i)]) for i, lp in zip(ids, log_probability, strict=True)]
+        decode = getattr(tokenizer, "decode_with_scores", None)
+        if decode is not None and all(len(i) <= log_probability.shape[1] for i in ids):
+            return [decode(i, lp[: len(i)]) for i, lp in zip(ids, log_probability, strict=True)]
         return tokenizer.decode(ids)

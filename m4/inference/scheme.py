@@ -14,7 +14,7 @@ stage, step, position), so that a row's result depends neither on its batch nor 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m4.inference.guidance import Guidance
 from m4.model.encoder_decoder import Model
+from m4.tokens.batch import Array as TokenArray
 from m4.tokens.batch import Tokens
 from m4.tokens.grammar import Grammar
 from m4.tokens.modality import Modality
@@ -35,11 +36,11 @@ class Prompt(NamedTuple):
     """
 
     inputs: Tokens  # [B P N]
-    features: dict[str, Float[Array, "B P K F"]]
-    given: Int[Array, "B n"]
-    num_spans: Int[Array, " B"]
-    keeps: Bool[Array, " B"]
-    open_end: Bool[Array, " B"]
+    features: Mapping[str, Float[TokenArray, "B P K F"]]
+    given: Int[TokenArray, "B n"]
+    num_spans: Int[TokenArray, " B"]
+    keeps: Bool[TokenArray, " B"]
+    open_end: Bool[TokenArray, " B"]
     grammar: Grammar | None = None
 
     @property

@@ -37,7 +37,7 @@ def _vector(name: str, signal: str) -> Grid:
 
 def _words(name: str, signal: str, max_length: int, **fields) -> Sequence:
     """Ids of the original's WordPiece file: [EOS] = 3, sentinels from [S_1] = 5 to [S_199] = 203."""
-    ids = {"vocab_size": 30_000, "first_sentinel": 5, "num_sentinels": 199, "end_id": 3}
+    ids: dict[str, Any] = {"vocab_size": 30_000, "first_sentinel": 5, "num_sentinels": 199, "end_id": 3}
     return Sequence(name=name, signal=signal, max_length=max_length, **ids, **fields)
 
 
@@ -125,7 +125,8 @@ def released(
     biases = {f"{part}_bias": mlp == "gelu" for part in ("qkv", "proj", "mlp", "norm")}
     hidden = 4 * width if mlp == "gelu" else 8 * width // 3
     sizes = {"width": width, "num_heads": num_heads, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth}
-    return ModelConfig(**{**sizes, "hidden": hidden, "mlp": mlp, "embeddings": "encoder_decoder", **biases, **changes})
+    fields: dict[str, Any] = {**sizes, "hidden": hidden, "mlp": mlp, "embeddings": "encoder_decoder", **biases}
+    return ModelConfig(**{**fields, **changes})
 
 
 def num_parameters(config: ModelConfig, modalities: Modalities) -> int:

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -98,7 +98,7 @@ def _declaration(name: str, file: TensorFile) -> str:
 
 def model_config(config: dict[str, Any], *, tied: bool, path: Path) -> ModelConfig:
     """Ours for the original's config; `tied`: the decoder's input and output embeddings are one table."""
-    kinds = {("SiLU", True): "swiglu", ("GELU", False): "gelu"}
+    kinds: dict[tuple[str, bool], Literal["swiglu", "gelu"]] = {("SiLU", True): "swiglu", ("GELU", False): "gelu"}
     mlp = (config["act_layer"], config["gated_mlp"])
     if mlp not in kinds:
         raise ValueError(f"{path}: act_layer={mlp[0]!r} with gated_mlp={mlp[1]}; allowed: SiLU gated, GELU not gated")
@@ -110,7 +110,7 @@ def model_config(config: dict[str, Any], *, tied: bool, path: Path) -> ModelConf
         raise ValueError(f"{path}: its config cannot be used: {error}") from error
 
 
-def _model_config(config: dict[str, Any], mlp: str, tied: bool) -> ModelConfig:
+def _model_config(config: dict[str, Any], mlp: Literal["swiglu", "gelu"], tied: bool) -> ModelConfig:
     hidden = int(config["dim"] * config["mlp_ratio"])
     return ModelConfig(
         width=config["dim"],
@@ -240,16 +240,16 @@ def unread(c: ModelConfig, modalities: Modalities, pieces: dict[str, list[Piece]
 def check_unread(file: TensorFile, name: str, m: Modality | None, c: ModelConfig) -> None:
     """ValueError if a tensor that is not read would have mattered."""
     shape = file.entries[name].shape
-    if name.endswith(".pos_emb"):
+    if m is None:
+        if file.tensor(name).any():
+            raise ValueError(f"{file.path}: {name} is not zero, but the config says norm_bias=False")
+    elif name.endswith(".pos_emb"):
         value = file.tensor(name)[0].astype(np.float32)
         fixed = positions_of(m, c.width, c.position_base)
         if isinstance(m, Sequence) or len(m.shape) == 1:
             fixed = sine_cosine(np.arange(len(value)), c.width, c.position_base)
         if value.shape != fixed.shape or np.abs(value - fixed).max() > 1e-2:  # bfloat16 files round them
             raise ValueError(f"{file.path}: {name} {list(shape)} is not the table of sines and cosines for {m}")
-    elif name.endswith(".bias"):
-        if file.tensor(name).any():
-            raise ValueError(f"{file.path}: {name} is not zero, but the config says norm_bias=False")
     elif shape != (m.vocab_size, c.width):
         raise ValueError(f"{file.path}: {name} {list(shape)} instead of {[m.vocab_size, c.width]}")
 

@@ -70,9 +70,9 @@ class Strategy:
         return (not self.inputs or bool(has & {*self.inputs})) and bool(has & {*self.targets})
 
     def keep_of(self, name: str) -> Keep:
-        if isinstance(self.keep, str):
-            return self.keep
-        return self.keep[name] if name in self.keep else "random"
+        if isinstance(self.keep, Mapping):
+            return self.keep[name] if name in self.keep else "random"
+        return self.keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,12 +165,12 @@ def check_strategies(strategies: tuple[Strategy, ...], modalities: Modalities) -
     readable = [m.name for m in modalities if m.is_input]
     predictable = [m.name for m in modalities if m.is_target]
     for strategy in strategies:
-        kept = {} if isinstance(strategy.keep, str) else strategy.keep
+        kept = strategy.keep if isinstance(strategy.keep, Mapping) else {}
         for names, allowed in ((strategy.inputs, readable), (strategy.targets, predictable), (kept, readable)):
             for name, value in names.items():
                 if name not in allowed:
                     raise ValueError(f"masking names modality {name!r}; {closest(name, allowed)}")
-                if names is not kept and not value > 0:
+                if not isinstance(value, str) and not value > 0:
                     raise ValueError(f"masking gives {name!r} concentration {value}; it must be positive")
         for keep in (strategy.keep,) if isinstance(strategy.keep, str) else kept.values():
             if keep not in Keep.__args__:

@@ -19,8 +19,8 @@ before, and `decoder_causal=True` shows earlier slots only, in grids too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,10 @@ from m4.model.similarity_prior import Matches, Matching, at_address
 from m4.model.stack import STACKS, in_order, stack, survival
 from m4.model.visibility import Visible
 from m4.tokens.batch import NUM_SHOTS, MaskedBatch, Targets, Tokens
+from m4.tokens.batch import Array as TokenArray
 from m4.tokens.modality import Features, Modalities, Sequence
+
+FeatureVectors = Mapping[str, Float[TokenArray, "B K F"]]  # by modality
 
 
 class Encoded(NamedTuple):
@@ -65,8 +68,11 @@ class Model(nnx.Module):
         c = config
         self.config, self.modalities = config, modalities
 
+        def filled(rows: int) -> nnx.Param:
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, c.width)))
+
         def table(rows: int) -> nnx.Param | None:
-            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, c.width))) if rows else None
+            return filled(rows) if rows else None
 
         # First row of each modality in each table; the last number is the table's length.
         shared, tied = c.embeddings == "shared", c.embeddings == "encoder_decoder"
@@ -89,17 +95,17 @@ class Model(nnx.Module):
         self.position_embedding = table(self.position_rows[-1])
         self.decoder_position_embedding = table(self.decoder_position_rows[-1])
 
-        self.shot_embedding = table(NUM_SHOTS)
-        self.mask_token = table(1)
+        self.shot_embedding = filled(NUM_SHOTS)
+        self.mask_token = filled(1)
         self.registers = table(c.num_registers)
         self.feature_projections = nnx.Dict(
             {m.name: Linear(m.size, c.width, bias=m.bias, rngs=rngs) for m in modalities if isinstance(m, Features)}
         )
         routes = len(modalities)
-        self.encoder = stack(EncoderBlock, c, routes, c.encoder_depth, rngs)
+        self.encoder: EncoderBlock | nnx.List = stack(EncoderBlock, c, routes, c.encoder_depth, rngs)
         self.encoder_norm = LayerNorm(c)
         self.context_projection = Linear(c.width, c.width, bias=True, rngs=rngs)
-        self.decoder = stack(DecoderBlock, c, routes, c.decoder_depth, rngs)
+        self.decoder: DecoderBlock | nnx.List = stack(DecoderBlock, c, routes, c.decoder_depth, rngs)
         self.decoder_norm = LayerNorm(c)
         self.shot_encoder = stack(EncoderBlock, c, routes, c.shot_depth, rngs) if c.shot_depth else None
         self.shot_encoder_embedding = table(NUM_SHOTS) if c.shot_depth else None
@@ -139,21 +145,24 @@ class Model(nnx.Module):
             targets, table, self.decoder_modality_rows, self.decoder_position_embedding, self.decoder_position_rows
         )
 
-    def input_content(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B N D"]:
+    def input_content(self, inputs: Tokens, features: FeatureVectors) -> Float[Array, "B N D"]:
         """What the inputs are: rows of the table of embeddings, or projected features (those that there are)."""
         content = self._tokens(self.token_embedding, self.input_rows, inputs.ids, inputs.modality)
         for name in [n for n in self.feature_projections if n in features]:
             projection = self.feature_projections[name]
-            rows = projection(features[name].astype(self.config.dtype), "float32")
+            rows = projection(jnp.asarray(features[name]).astype(self.config.dtype), "float32")
             rows = jnp.take_along_axis(rows, inputs.ids[..., None], axis=1, mode="clip")
             content = jnp.where((inputs.modality == self.modalities.index(name))[..., None], rows, content)
         return content
 
-    def _tokens(self, table: nnx.Param, rows: tuple[int, ...], ids: Array, modality: Array) -> Float[Array, "B L D"]:
+    def _tokens(
+        self, table: nnx.Param | None, rows: tuple[int, ...], ids: TokenArray, modality: TokenArray
+    ) -> Float[Array, "B L D"]:
+        assert table is not None, "there are no such tokens"
         index = jnp.clip(jnp.asarray(rows, jnp.int32)[modality] + ids, 0, rows[-1] - 1)
         return lookup(table[...], index) * self.config.embedding_scale
 
-    def encoder_input(self, inputs: Tokens, features: dict[str, Float[Array, "B K F"]]) -> Float[Array, "B C D"]:
+    def encoder_input(self, inputs: Tokens, features: FeatureVectors) -> Float[Array, "B C D"]:
         """Registers, then content + address; slots that are not valid hold meaningless numbers."""
         return self._after_registers(self.input_content(inputs, features) + self.input_address(inputs))
 
@@ -164,7 +173,7 @@ class Model(nnx.Module):
         registers = jnp.broadcast_to(self.registers[...], (len(x), c.num_registers, c.width))
         return jnp.concatenate([registers, x], axis=1)
 
-    def encode(self, inputs: Tokens, features: dict, key: PRNGKeyArray | None = None) -> Encoded:
+    def encode(self, inputs: Tokens, features: FeatureVectors, key: PRNGKeyArray | None = None) -> Encoded:
         """What the decoder reads of the inputs."""
         address = self.input_address(inputs)
         x = self.read_shots(self.input_content(inputs, features) + address, inputs)
@@ -212,17 +221,15 @@ class Model(nnx.Module):
 
     def read_shots(self, x: Float[Array, "B N D"], inputs: Tokens) -> Float[Array, "B N D"]:
         """Tokens of in-context examples as the shot encoder hands them on; the others as they are."""
-        if self.shot_encoder is None:
+        if self.shot_encoder is None or self.shot_encoder_embedding is None:
             return x
         is_shot = inputs.valid & (inputs.shot > 0)
         y = x + self.shot_encoder_embedding[...][inputs.shot]
         y = self._run(self.shot_encoder, y, None, Visible.keys(is_shot), self._route(inputs))
         return jnp.where(is_shot[..., None], y, x)
 
-    def _run(
-        self, blocks: nnx.Module, x: Float[Array, "B T D"], keep: Array | None, *args, part: slice = slice(0, None)
-    ):
-        """x through a stack of blocks, or a part of it."""
+    def _run(self, blocks: Any, x: Float[Array, "B T D"], keep: Array | None, *args, part: slice = slice(0, None)):
+        """x through a stack of blocks (or an nnx.List of them, unstacked), or a part of it."""
         if isinstance(blocks, nnx.List):
             for block in list(blocks)[part]:
                 x = block(cut(x, BATCH), *args)
@@ -239,9 +246,8 @@ class Model(nnx.Module):
             block = nnx.merge(graph, params)
             return block(cut(x, BATCH), *args, keep=(None,) * block.num_branches if keep is None else keep), None
 
-        if self.config.remat == "blocks":
-            run_one = jax.checkpoint(run_one)
-        return jax.lax.scan(run_one, x, (params, keep), unroll=self.config.unroll)[0]
+        step = jax.checkpoint(run_one) if self.config.remat == "blocks" else run_one
+        return jax.lax.scan(step, x, (params, keep), unroll=self.config.unroll)[0]
 
     def unstack(self) -> None:
         """Takes the stacks of blocks apart, once for many passes: a scan would copy each block's parameters in each."""
@@ -256,12 +262,12 @@ class Model(nnx.Module):
         address = jnp.pad(address, ((0, 0), (self.config.num_registers, 0), (0, 0)))
         return self.context_projection(encoded, "float32") + address
 
-    def context_valid(self, valid: Bool[Array, "B N"]) -> Bool[Array, "B C"]:
+    def context_valid(self, valid: Bool[TokenArray, "B N"]) -> Bool[Array, "B C"]:
         """Registers are always there."""
         return jnp.pad(valid, ((0, 0), (self.config.num_registers, 0)), constant_values=True)
 
     def decode(
-        self, targets: Targets, context: Encoded, inputs_valid: Bool[Array, "B N"], key: PRNGKeyArray | None = None
+        self, targets: Targets, context: Encoded, inputs_valid: Bool[TokenArray, "B N"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "B M D"]:
         """Hidden vectors from which `logits` are read, one for each target slot."""
         c = self.config
@@ -292,7 +298,8 @@ class Model(nnx.Module):
         c = self.config
         slot = jnp.broadcast_to(jnp.arange(targets.ids.shape[1]), targets.ids.shape)
         ordered = jnp.asarray([isinstance(m, Sequence) for m in self.modalities])[targets.modality]
-        segment, rank = targets.modality * NUM_SHOTS + targets.shot, jnp.where(ordered, targets.position, 0)
+        segment = jnp.asarray(targets.modality) * NUM_SHOTS + targets.shot
+        rank = jnp.where(ordered, targets.position, 0)
         if c.decoder_causal:
             rank = slot
         elif not c.decoder_within_modality:  # slots of a segment stand together, in order of position
@@ -322,7 +329,9 @@ class Model(nnx.Module):
         tables = {
             "shared": self.token_embedding, "encoder_decoder": self.decoder_embedding, "separate": self.output_embedding
         }  # fmt: skip
-        return tables[self.config.embeddings][...]
+        table = tables[self.config.embeddings]
+        assert table is not None, "the model has no targets"
+        return table[...]
 
     def logits(self, hidden: Float[Array, "*B D"], name: str) -> Float[Array, "*B V"]:
         """float32."""
@@ -334,8 +343,9 @@ class Model(nnx.Module):
         vocabulary = self.output_table[self.output_rows[i] : self.output_rows[i + 1]].astype(self.config.dtype)
         return lambda hidden: jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
 
-    def start_decoding(self, context: Encoded, inputs_valid: Bool[Array, "B N"], length: int) -> Decoding:
+    def start_decoding(self, context: Encoded, inputs_valid: Bool[TokenArray, "B N"], length: int) -> Decoding:
         """What `decode_step` of an unstacked model needs to decode `length` positions, one after the other."""
+        assert isinstance(self.decoder, nnx.List), "unstack() comes first"
         c, blocks = self.config, list(self.decoder)
         read = context.tokens, context.route
         context_keys_values = [b.cross_attention.keys_values(read[0], b.context_norm, read[1]) for b in blocks]

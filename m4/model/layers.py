@@ -112,7 +112,8 @@ def project(
     ys = (jax.checkpoint(products) if norm else products)(x, [m.weight for m in maps])
     if route is not None and maps[0].routed is not None:
         flat, rows = (norm(x) if norm else x).reshape(-1, x.shape[-1]), route.reshape(-1, route.shape[-1])
-        ys = [y + m.routed(flat, rows).astype(y.dtype) for m, y in zip(maps, ys, strict=True)]
+        routed = [m.routed for m in maps]
+        ys = [y if r is None else y + r(flat, rows).astype(y.dtype) for r, y in zip(routed, ys, strict=True)]
     ys = [y if m.bias is None else y + m.bias[...].astype(y.dtype)[None] for m, y in zip(maps, ys, strict=True)]
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
 from m4.model.encoder_decoder import Model
 from m4.model.stack import STACKS
@@ -23,7 +23,7 @@ def parameters(state: Any) -> dict[str, Any]:
     for (top, *rest), variable in nnx.to_flat_state(state):
         (x,), rest = jax.tree.leaves(variable), "".join(f".{key}" for key in rest)
         if top not in STACKS:
-            found[top + rest] = x
+            found[f"{top}{rest}"] = x
             continue
         for i in range(x.shape[0]):
             one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x[i]
@@ -31,13 +31,13 @@ def parameters(state: Any) -> dict[str, Any]:
     return found
 
 
-def from_parameters(state: Any, array_of: Callable[[str], np.ndarray]) -> Any:
+def from_parameters(state: Any, array_of: Callable[[str], ArrayLike]) -> Any:
     """A state like `state` with the arrays of these names; blocks are stacked."""
     flat = []
     for path, variable in nnx.to_flat_state(state):
         (top, *rest), shape = path, variable.shape
         rest = "".join(f".{key}" for key in rest)
-        names = [f"{top}.{i}{rest}" for i in range(shape[0])] if top in STACKS else [top + rest]
+        names = [f"{top}.{i}{rest}" for i in range(shape[0])] if top in STACKS else [f"{top}{rest}"]
         arrays = [jnp.asarray(array_of(name)) for name in names]
         flat.append((path, variable.replace(jnp.stack(arrays) if top in STACKS else arrays[0])))
     return nnx.from_flat_state(flat)

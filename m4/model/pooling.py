@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
-from m4.model.encoder_decoder import Model
+from m4.model.encoder_decoder import FeatureVectors, Model
 from m4.tokens.batch import Tokens
 
 
-def encoder_outputs(model: Model, inputs: Tokens, features: dict[str, Array]):
+def encoder_outputs(model: Model, inputs: Tokens, features: FeatureVectors):
     """float32 [B N D] of all input slots, zeros where there is no token, and their mean over tokens [B D]."""
     x = model.run_encoder(model.encoder_input(inputs, features), inputs)[:, model.config.num_registers :]
     x = jnp.where(inputs.valid[..., None], x, 0).astype(jnp.float32)

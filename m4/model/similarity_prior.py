@@ -30,6 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from m4.tokens.batch import NUM_SHOTS, Tokens
+from m4.tokens.batch import Array as TokenArray
 from m4.tokens.modality import Modalities, Sequence
 from m4.tokens.spans import is_sentinel
 
@@ -129,5 +130,5 @@ def same_text(inputs: Tokens, is_text: Bool[Array, "B C"]) -> Bool[Array, "B S S
     return (texts[:, :, None] == texts[:, None]).all(-1)
 
 
-def at_address(vectors: Float[Array, "B S R"], shot: Int[Array, "B L"]) -> Float[Array, "B L R"]:
+def at_address(vectors: Float[Array, "B S R"], shot: Int[TokenArray, "B L"]) -> Float[Array, "B L R"]:
     return jnp.take_along_axis(vectors, shot[..., None], axis=1)

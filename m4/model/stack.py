@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +13,8 @@ from jaxtyping import Array, PRNGKeyArray
 from m4.model.config import ModelConfig
 
 STACKS = ("encoder", "decoder", "shot_encoder")  # parameters whose first axis is the number of the block
+
+Block = TypeVar("Block", bound=nnx.Module)
 
 
 def survival(key: PRNGKeyArray | None, num_branches: int, depth: int, rate: float, batch: int):
@@ -20,7 +25,7 @@ def survival(key: PRNGKeyArray | None, num_branches: int, depth: int, rate: floa
     return jax.random.bernoulli(key, stays, (depth, num_branches, batch)) / stays
 
 
-def stack(block: type[nnx.Module], c: ModelConfig, num_routes: int, depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(block: Callable[..., Block], c: ModelConfig, num_routes: int, depth: int, rngs: nnx.Rngs) -> Block:
     """Blocks as one module whose parameters have a first axis of `depth`: compiled once, run by `jax.lax.scan`.
 
     Their random numbers are those of blocks made one after another, whatever is added for fine-tuning.

@@ -80,7 +80,7 @@ def group_embeddings(
     needed = sum(m.max_tokens for m in model.modalities if m.name in names)
     first = jnp.argsort(~inputs.valid, axis=1, stable=True)[:, :needed]
     inputs = Tokens(*(jnp.take_along_axis(x, first, axis=1) for x in inputs))
-    return encoder_outputs(model, inputs, batch.features)[1], inputs.valid.any(1)
+    return encoder_outputs(model, inputs, batch.features)[1], jnp.asarray(inputs.valid).any(1)
 
 
 def info_nce(

@@ -216,7 +216,7 @@ def _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, taught
     tokens, columns = P(BATCH, "tensor"), P(None, TABLE)
     arrays, specs = [hidden, table, ids, modality, weight], [tokens, columns, tokens, tokens, P()]
     if taught is not None:
-        arrays, specs = [*arrays, taught], [*specs, Taught(tokens, columns, P())]
+        arrays, specs = [*arrays, taught], [*specs, Taught(tokens, columns, P())]  # ty: ignore[invalid-argument-type]  specs in place of arrays
     if mesh.empty or mesh.size == 1:
         return sweep(*arrays)
     return jax.shard_map(

@@ -14,6 +14,7 @@ from m4.tokens.spans import is_sentinel
 def captioned(batch: MaskedBatch, modalities: Modalities, name: str) -> Bool[Array, "B S"]:
     """Addresses of which all of a text is asked, by images alone and without examples: it is a caption."""
     m, index = modalities.named(name), modalities.index(name)
+    assert isinstance(m, Sequence), "ModelConfig.match_words names a text"
     of = lambda t, where: (where[..., None] * jax.nn.one_hot(t.shot, NUM_SHOTS)).any(1)  # noqa: E731
     t, x = batch.targets, batch.inputs
     asked = t.valid & (t.modality == index)

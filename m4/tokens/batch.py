@@ -11,13 +11,14 @@ B batch, L tokens, K feature vectors, F numbers in one feature vector
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Int, Num
 
-from m4.tokens.modality import Modalities
+from m4.tokens.modality import Features, Modalities
 
 Array = jax.Array | np.ndarray
 NUM_SHOTS = 17  # addresses: the query, and up to 16 images of in-context examples
@@ -52,12 +53,13 @@ class MaskedBatch(NamedTuple):
 
     inputs: Tokens
     targets: Targets
-    features: dict[str, Num[Array, "*B K F"]]
+    features: Mapping[str, Num[Array, "*B K F"]]
 
 
 def normalized(batch: MaskedBatch, modalities: Modalities) -> MaskedBatch:
     """Stored features -> float32; under jit, so that a quarter of the bytes travels to the device."""
-    return batch._replace(features={name: modalities.named(name).normalize(x) for name, x in batch.features.items()})
+    kinds = {m.name: m for m in modalities if isinstance(m, Features)}
+    return batch._replace(features={name: kinds[name].normalize(x) for name, x in batch.features.items()})
 
 
 def pad(rows: list[np.ndarray], length: int) -> np.ndarray:

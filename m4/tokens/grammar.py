@@ -18,9 +18,9 @@ class Grammar(NamedTuple):
     are needed at least from there to the end.
     """
 
-    token_class: Int[Array, " V"]
-    next_state: Int[Array, "states classes"]
-    distance: Int[Array, " states"]
+    token_class: Int[Array | np.ndarray, " V"]
+    next_state: Int[Array | np.ndarray, "states classes"]
+    distance: Int[Array | np.ndarray, " states"]
 
     @classmethod
     def make(cls, token_class: Int[np.ndarray, " V"], rules: Seq[Mapping[int, int]], end_id: int) -> Grammar:

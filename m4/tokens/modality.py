@@ -167,7 +167,7 @@ class Modalities(Seq[Modality]):
         """Where each modality's rows begin in a table with `count(modality)` rows for each, and its end."""
         return tuple(int(o) for o in np.cumsum([0, *(count(m) for m in self.items)]))
 
-    def index(self, name: str) -> int:
+    def index(self, name: str) -> int:  # ty: ignore[incompatible-method-override]  found by name, not by item
         if name not in self.names:
             raise ValueError(f"unknown modality {name!r}; {closest(name, self.names)}")
         return self.names.index(name)

@@ -103,7 +103,7 @@ def stack(
     columns = [np.stack([pad([row.columns[i]], length) for row in rows]) for i in range(4)]
     features = {}
     for m in modalities:
-        if any(m.name in row.features for row in rows):
+        if isinstance(m, Features) and any(m.name in row.features for row in rows):
             features[m.name] = np.zeros((len(rows), num_vectors, m.size), m.dtype)
             for out, row in zip(features[m.name], rows, strict=True):
                 if m.name in row.features:

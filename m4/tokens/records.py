@@ -58,8 +58,8 @@ def name_of(example: Mapping[str, Any], *keys: str) -> str:
 def named_error(error: Exception, *names: str) -> ValueError:
     """The error with what it is about, as far as it does not say so itself; in characters that can be printed."""
     text = shown(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
-    names = [shown(name) for name in names]
-    return ValueError(": ".join([*(name for name in names if name and name not in text), text]))
+    about = [shown(name) for name in names]
+    return ValueError(": ".join([*(name for name in about if name and name not in text), text]))
 
 
 def is_tokenized(example: Mapping[str, Any], modality: Modality) -> bool:
@@ -105,7 +105,7 @@ def _check_ids(stored: np.ndarray, modality: Modality) -> None:
         raise ValueError(f"{modality.name}: ids {stored.min()}..{stored.max()} outside [0, {modality.vocab_size})")
     if isinstance(modality, Grid) and len(stored) != modality.max_tokens:
         raise ValueError(f"{modality.name}: {len(stored)} ids, the grid has {modality.max_tokens}")
-    if not isinstance(modality, Grid) and not 0 < len(stored) <= modality.max_length:
+    if isinstance(modality, Sequence) and not 0 < len(stored) <= modality.max_length:
         raise ValueError(f"{modality.name}: {len(stored)} ids, the sequence holds 1 to {modality.max_length}")
 
 

@@ -15,7 +15,8 @@ def is_sentinel(inputs: Tokens, modalities: Modalities) -> Bool[Array, "B C"]:
         jnp.asarray([getattr(m, name) if isinstance(m, Sequence) else 0 for m in modalities])[inputs.modality]
         for name in ("first_sentinel", "num_sentinels")
     )
-    return (inputs.ids >= first) & (inputs.ids < first + number)
+    ids = jnp.asarray(inputs.ids)
+    return (ids >= first) & (ids < first + number)
 
 
 def show_spans(ids: Int[np.ndarray, " n"], modality: Sequence) -> tuple[Int[np.ndarray, " m"], int, bool]:

@@ -94,10 +94,11 @@ def load_tokenizer(path: Path, *, is_checked: bool = False) -> Tokenizer:
         if not isinstance(about, dict) or not {"component", "config", "card"} <= {*about}:
             raise ValueError("its metadata names no component with config and card")
         cls = component_class(about["component"])
-        if not hasattr(cls, "from_state"):
+        make = getattr(cls, "from_state", None)
+        if make is None:
             raise ValueError(f"{about['component']} is no tokenizer")
         arrays = {name: file.tensor(name) for name in file.entries}
-        tokenizer = cls.from_state(about["config"], arrays, about["card"])
+        tokenizer = make(about["config"], arrays, about["card"])
         check_name(tokenizer.modality.name, "its modality")
         check_name(tokenizer.modality.signal, "its modality's signal")
         return tokenizer
@@ -142,6 +143,30 @@ class Tokenizer(Protocol):
 
     @classmethod
     def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> Tokenizer: ...
+
+
+class WritesOut(Protocol):
+    """A tokenizer with a `kind`: its signals can be written out in a text."""
+
+    def from_text(self, text: str) -> Any: ...
+
+
+class ChecksParts(Protocol):
+    """A tokenizer of answers, which are lists of texts, points and boxes."""
+
+    def checked(self, item: Any) -> Any:
+        """One part of an answer; ValueError if it is none."""
+
+
+class CanAverage(Protocol):
+    """A tokenizer whose signals have a mean, for ensembles."""
+
+    def average(self, signals: Seq[Any]) -> Any: ...
+
+
+def image_size(tokenizer: Tokenizer) -> int:
+    """Pixels a side that a tokenizer of images or maps takes."""
+    return tokenizer.recipe.image_size  # ty: ignore[missing-attribute]  those of images have a recipe
 
 
 class Recipe(Protocol):

@@ -6,11 +6,9 @@ rematerialisation, no optimizer; 2 for a multiplication with its addition.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
 from m4.model.config import ModelConfig
 from m4.tokens.modality import Features, Modalities
@@ -36,26 +34,26 @@ def device_data(kind: str) -> tuple[float, float, float, float] | None:
     return DEVICES[max(found, key=len)] if found else None
 
 
-def peak_flops(device: jax.Device, dtype: str) -> tuple[float, str]:
-    """FLOP/s of one device and where the number is from: a data sheet, else a measured matrix product.
+def peak_flops(device: jax.Device, dtype: str) -> tuple[float | None, str]:
+    """FLOP/s of one device after its data sheet, None without one; and a remark that says so.
 
-    The devices of one CPU share its cores, and so its peak.
+    The peak of a CPU is not measured: a product that runs beside other work is slower than a step can be, and the MFU
+    would exceed 100%.
     """
-    if (data := device_data(device.device_kind)) is not None:
-        # Float32 products take several passes: 1/2 of bfloat16 on GPUs as TF32, about 1/6 on TPUs.
-        factor = 1.0 if dtype == "bfloat16" else 1 / 6 if device.platform == "tpu" else 1 / 2
-        return data[0] * factor, f"data sheet of {device.device_kind}, {dtype}"
-    size = 2048
-    x = jax.device_put(jnp.ones((size, size), dtype), device)
-    multiply = jax.jit(lambda x: x @ x)
-    multiply(x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        multiply(x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    share = len(jax.local_devices()) if device.platform == "cpu" else 1
-    return 2 * size**3 / min(seconds) / share, f"measured, {size} x {size} {dtype} product on {device.device_kind}"
+    if (data := device_data(device.device_kind)) is None:
+        return None, f"the peak of {device.device_kind} is not known: no MFU"
+    # Float32 products take several passes: 1/2 of bfloat16 on GPUs as TF32, about 1/6 on TPUs.
+    factor = 1.0 if dtype == "bfloat16" else 1 / 6 if device.platform == "tpu" else 1 / 2
+    return data[0] * factor, f"data sheet of {device.device_kind}, {dtype}"
+
+
+def mfu(flops_per_step: float, step_s: float, peak: float | None) -> float | None:
+    """Model FLOPs utilization, the share of `peak` FLOP/s (of all devices) that a step of `step_s` seconds uses.
+
+    None where the peak is not known, or evidently is not the devices' peak, because the step beats it.
+    """
+    share = None if peak is None else flops_per_step / step_s / peak
+    return share if share is not None and share <= 1 else None
 
 
 def model_flops(

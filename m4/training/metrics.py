@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import statistics
@@ -17,10 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]  made at import
 from tensorboardX.record_writer import masked_crc32c
 
 from m4.files import naming, write_atomically
+from m4.training.flops import mfu
+
+logger = logging.getLogger(__name__)
 
 NUM_RECENT = 50  # logged losses that a spike is told from
 SPIKE = 8.0  # times their median absolute deviation above their median
@@ -29,8 +33,8 @@ SPIKE = 8.0  # times their median absolute deviation above their median
 class Metrics:
     """Writes under `workdir`; lines of steps after `first_step` (of a run that was killed) are dropped first.
 
-    `flops_per_step` of the model, and `peak_flops` of all devices together, give the MFU. In a job of several processes
-    the first one writes. wandb: the name of a Weights & Biases project, "" = none.
+    `flops_per_step` of the model, and `peak_flops` of all devices together, give the MFU (None: there is none, as on
+    CPUs). In a job of several processes the first one writes. wandb: the name of a Weights & Biases project, "" = none.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class Metrics:
         num_steps: int,
         tokens_per_step: int,
         flops_per_step: float,
-        peak_flops: float,
+        peak_flops: float | None,
         wandb: str = "",
     ):
         self.writes = jax.process_index() == 0
@@ -74,7 +78,8 @@ class Metrics:
         step_s = seconds / max(step - self.last[0], 1)
         self.last = (step, now)
         scalars["tokens_per_s"] = self.tokens_per_step / step_s
-        scalars["mfu"] = self.flops_per_step / step_s / self.peak_flops
+        if (share := mfu(self.flops_per_step, step_s, self.peak_flops)) is not None:
+            scalars["mfu"] = share
         scalars["input_wait"] = min(self.waited / seconds, 1.0)
         scalars["memory_gib"] = memory_bytes() / 2**30
         self.waited = 0.0
@@ -90,10 +95,11 @@ class Metrics:
         average = (now - self.first[1]) / max(step - self.first[0], 1)
         minutes, left = divmod(int(average * (self.num_steps - step)), 60)
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.2f}" for k, v in scalars.items() if k.startswith("loss"))
-        speed = f"{scalars['tokens_per_s']:,.0f} tokens/s  mfu {scalars['mfu']:.0%}  {minutes}:{left:02d} left"
-        print(f"step {step}/{self.num_steps}  {losses}  {speed}", flush=True)
+        use = f"mfu {scalars['mfu']:.0%}  " if "mfu" in scalars else ""
+        speed = f"{scalars['tokens_per_s']:,.0f} tokens/s  {use}{minutes}:{left:02d} left"
+        logger.info(f"step {step}/{self.num_steps}  {losses}  {speed}")
         for note in notes:
-            print(f"step {step}: {note}", flush=True)
+            logger.info(f"step {step}: {note}")
 
     def _notes(self, scalars: dict[str, float]) -> list[str]:
         notes, loss = [], scalars.get("loss", float("nan"))  # `write` leaves out what is NaN

@@ -49,7 +49,9 @@ class TrainState(NamedTuple):
 
     @classmethod
     def of(cls, parts: Mapping[str, Any]) -> TrainState:
-        return cls(**{"average": None, **{k: v for k, v in parts.items() if k != "counters"}, **parts["counters"]})
+        own = {name: part for name, part in parts.items() if name != "counters"}
+        fields: dict[str, Any] = {"average": None, **own, **parts["counters"]}
+        return cls(**fields)
 
 
 def random_key(seed: int) -> jax.Array:
@@ -185,7 +187,7 @@ class Trainer:
                 model, hidden, part.targets, weighting=c.loss, counts=counts, z_loss=c.z_loss, taught=taught
             )
             detail["contrast"], detail["words"] = {}, {}
-            if words:
+            if num_captioned is not None:
                 there = captioned(part, c.modalities, words)
                 error = words_loss(context.matches.words, part.targets, c.modalities.index(words), there)
                 loss += error / num_captioned

@@ -17,7 +17,7 @@ def train(argv: list[str]) -> None:
     """
     from m4_tokenizers import train as module
 
-    module.main(argv, description=inspect.getdoc(train))
+    module.main(argv, description=inspect.getdoc(train) or "")
 
 
 def evaluate(argv: list[str]) -> None:
@@ -28,14 +28,14 @@ def evaluate(argv: list[str]) -> None:
     """
     from m4_tokenizers import train as module
 
-    module.evaluate(argv, description=inspect.getdoc(evaluate))
+    module.evaluate(argv, description=inspect.getdoc(evaluate) or "")
 
 
 def table(argv: list[str]) -> None:
     """Writes the table of tokenizers/README.md from the cards of tokenizers/cards/*.json."""
     from m4_tokenizers import train as module
 
-    module.table(argv, description=inspect.getdoc(table))
+    module.table(argv, description=inspect.getdoc(table) or "")
 
 
 def convert(argv: list[str]) -> None:
@@ -47,7 +47,7 @@ def convert(argv: list[str]) -> None:
     from m4_tokenizers.interchange import fourm_tokenizers
     from m4_tokenizers.interchange.architectures import read_presets
 
-    parser = _parser("convert", inspect.getdoc(convert))
+    parser = _parser("convert", inspect.getdoc(convert) or "")
     parser.add_argument("source", metavar="IN", type=Path, help="file to convert")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write")
     parser.add_argument("--signal", default="", metavar="NAME", help=f"one of {', '.join(fourm_tokenizers.RECIPES)}")
@@ -77,7 +77,7 @@ def main(argv: Seq[str]) -> None:
         from m4.errors import closest
 
         asked = bool(argv) and argv[0] in ("-h", "--help")
-        lines = [f"  {name:9} {f.__doc__.splitlines()[0]}" for name, f in VERBS.items()]
+        lines = [f"  {name:9} {(f.__doc__ or '').splitlines()[0]}" for name, f in VERBS.items()]
         wrong = f"error: no verb {argv[0]!r}; {closest(argv[0], list(VERBS))}\n\n" if argv and not asked else ""
         usage = f"{wrong}usage: python -m m4_tokenizers VERB ...\n\n" + "\n".join(lines)
         print(usage, file=sys.stdout if asked else sys.stderr)

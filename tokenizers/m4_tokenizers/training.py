@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ from m4.training.metrics import EventFile
 from m4.training.trainer import random_key
 from m4_tokenizers.networks.autoencoder import VQ, check_finite
 from m4_tokenizers.quantizers.codebooks import use_of_counts
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES = 3 * 2**30  # of arrays that are kept in memory; larger sets are read step by step
 START_EXAMPLES = 2400  # that principal components and k-means are fitted to
@@ -194,7 +197,7 @@ def start(recipe: Trainable, examples: Examples, *, seed: int) -> VQ:
     """The model before its first step."""
     model = VQ(recipe, rngs=nnx.Rngs(random_key(seed)))
     if recipe.start_from:
-        given = load_tokenizer(Path(recipe.start_from))
+        given: Any = load_tokenizer(Path(recipe.start_from))
         for part in ("encoder", "quantizer"):
             if getattr(given.recipe, part) != getattr(recipe, part):
                 raise ValueError(
@@ -229,9 +232,9 @@ def train(recipe: Trainable, examples: Examples, *, seed: int, folder: Path | No
 
     saved = Checkpoints(folder / "checkpoints") if folder else None
     first = saved.latest if saved else 0
-    if first:
+    if saved and first:
         state = saved.restore({"state": state})[0]["state"]
-        print(f"{recipe.name}: resumed from step {first}", flush=True)
+        logger.info(f"{recipe.name}: resumed from step {first}")
     log = Log(folder, first) if folder else None
     shown = [examples.source[int(i)] for i in examples.chosen[:NUM_SHOWN]]
 
@@ -239,7 +242,7 @@ def train(recipe: Trainable, examples: Examples, *, seed: int, folder: Path | No
     networks = tuple(loss.network() for loss in recipe.losses)
     cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
     counts = jnp.zeros(recipe.quantizer.num_codes, jnp.int32)
-    closers = (saved.close, log.close) if saved else ()
+    closers = (saved.close, log.close) if saved and log else ()
     with (
         finishing(*closers, kept=lambda: _kept(recipe, saved)),
         ThreadPoolExecutor(1) as reader,
@@ -260,7 +263,7 @@ def train(recipe: Trainable, examples: Examples, *, seed: int, folder: Path | No
                 counts = jnp.zeros_like(counts)
                 if log:
                     log.write(i + 1, scalars)
-            if saved and ((i + 1) % recipe.save_every == 0 or i + 1 == recipe.num_steps):
+            if saved and log and ((i + 1) % recipe.save_every == 0 or i + 1 == recipe.num_steps):
                 check_loss(recipe, scalars, i + 1)  # what is not finite is not saved
                 saved.save(i + 1, {"state": state}, {}, {})
                 model = nnx.merge(graph, state["learned"], state["others"])

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +91,14 @@ class VQRecipe:
     kind = ""  # of signals (m4.data.sources.files.KINDS); a recipe without has a tokenizer with its own `read`
     num_classes = 0
     embedding_size = 0
-    values: ClassVar[str]  # of signals, in words, for the card
-    tokenizer_class: ClassVar[type]
+    tokenizer_class: ClassVar[Any]  # a subclass of VQTokenizer
+
+    if TYPE_CHECKING:  # a property or constant of each subclass
+
+        @property
+        def values(self) -> str:
+            """Of signals, in words, for the card."""
+            ...
 
     def __post_init__(self):
         for size in (self.image_size, *self.sizes):
@@ -150,8 +156,9 @@ class VQRecipe:
         order = np.random.default_rng(seed).permutation(len(source))
         num_held_out = min(self.num_held_out, len(source) // 5)
         chosen = np.sort(order[num_held_out:][: self.num_examples])
-        examples = training.Examples(self, source, chosen)
-        model = training.train(self, examples, seed=seed, folder=folder)
+        recipe: Any = self  # Trainable, but for fields that are frozen
+        examples = training.Examples(recipe, source, chosen)
+        model = training.train(recipe, examples, seed=seed, folder=folder)
         tokenizer = self.tokenizer_class(recipe=self, model=model, card={})
         mean = self.mean_signal(examples.arrays[:4096])
         held_out = order[:num_held_out] if num_held_out else chosen  # of fewer than five examples all are trained on
@@ -174,7 +181,8 @@ class VQTokenizer(Reader):
     component: ClassVar[str]
 
     def __init__(self, *, recipe: VQRecipe, model: VQ, card: dict[str, Any], kept: dict[str, Any] | None = None):
-        self.recipe, self.card, self.modality, self.kept = recipe, card, recipe.modality, kept or {}
+        self.recipe: Any = recipe  # of a class of its own, with further fields
+        self.card, self.modality, self.kept = card, recipe.modality, kept or {}
         self._graph, self._state = nnx.split(model)
         # One shape in which batches are run, so that nothing is compiled twice.
         self.batch_size = int(np.clip(2**19 // recipe.image_size**2, 1, 64))

@@ -34,7 +34,7 @@ def png(pixels: np.ndarray) -> bytes:
 def encode_all(encode: Callable[[range], list[dict]], count: int) -> Iterator[dict]:
     """What `encode` gives for the first `count` indices, in order, by all cores; a few chunks wait in memory."""
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    num_workers = min(len(chunks), os.cpu_count())
+    num_workers = min(len(chunks), os.cpu_count() or 1)
     if num_workers <= 1 or count <= 4 * CHUNK:  # starting processes would take longer than the work
         for chunk in chunks:
             yield from encode(chunk)
@@ -65,7 +65,8 @@ def build(folder: Path, make_builder: Callable[[], Any]) -> None:
         for left in folder.parent.glob(f"incomplete.*_{folder.name}") if is_mine else ():
             shutil.rmtree(left)
         try:
-            make_builder().download_and_prepare(download_config=tfds.download.DownloadConfig(compute_stats="skip"))
+            skip = tfds.download.ComputeStatsMode.SKIP
+            make_builder().download_and_prepare(download_config=tfds.download.DownloadConfig(compute_stats=skip))
         except OSError:
             if not folder.exists():  # else another process has built the same data meanwhile
                 raise
@@ -106,7 +107,7 @@ class BuiltSplit:
                 f"{shown(self.folder)} cannot be read ({type(error).__name__}: {error}); {again}"
             ) from error
         skip = {name: tfds.decode.SkipDecoding() for name in self.images}  # PIL decodes them, without TensorFlow
-        return builder.as_data_source(self.name, decoders=skip)
+        return builder.as_data_source(self.name, decoders=skip)  # ty: ignore[invalid-argument-type]  no self, a dict: as tfds documents
 
     def _check(self) -> None:
         """ValueError names a file that is not as it was built: records by their size, all else by its SHA-256.

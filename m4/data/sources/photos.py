@@ -39,7 +39,7 @@ def bundled(file: str, folder: str) -> Path:
     """Path of a file within an installed package, which is not imported; ValueError naming the command if it lacks."""
     package, _, rest = folder.partition("/")
     spec = find_spec(package)
-    path = Path(spec.origin).parent / rest / file if spec else None
+    path = Path(spec.origin).parent / rest / file if spec and spec.origin else None
     if path is None or not path.exists():
         raise ValueError(f"{file} of the package {package} is not installed; {INSTALL}")
     return path

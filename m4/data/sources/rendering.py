@@ -196,7 +196,7 @@ def scene(variant: str, seed: int, split: str, index: int, size: int = 64) -> di
             )
             solids = _place(wanted, camera, distance, rng)
             traced = _trace(camera, solids) if solids else None
-            if traced is None:
+            if solids is None or traced is None:
                 continue
             depth, instance = traced
             boxes = np.stack([_tight_box(instance == i + 1) for i in range(len(solids))])

@@ -92,7 +92,7 @@ def _count_neighbours(mask: np.ndarray) -> np.ndarray:
     """How many of the 3 x 3 pixels around each pixel, itself included, are set."""
     height, width = mask.shape
     padded = np.pad(mask.astype(np.int32), 1)
-    return sum(padded[i : i + height, j : j + width] for i in range(3) for j in range(3))
+    return np.stack([padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]).sum(0, np.int32)
 
 
 def _vivid(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

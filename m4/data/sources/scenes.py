@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def _encode(variant: str, seed: int, split: str, indices: range, size: int) -> l
 
 
 @functools.cache
-def _builder_class() -> type:
+def _builder_class() -> Any:
     """Defines the tfds builder on first use, since importing tfds takes half a second that workers need not spend."""
     import tensorflow_datasets as tfds
 

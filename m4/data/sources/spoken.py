@@ -17,6 +17,7 @@ import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -126,7 +127,7 @@ def _encode(spoken: "Spoken", split: str, indices: range) -> list[dict]:
 
 
 @functools.cache
-def _builder_class() -> type:
+def _builder_class() -> Any:
     """Defines the tfds builder on first use, since importing tfds takes half a second that workers need not spend."""
     import tensorflow_datasets as tfds
 

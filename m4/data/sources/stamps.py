@@ -22,6 +22,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -236,7 +237,7 @@ def _encode(stamps: "Stamps", split: str, indices: range) -> list[dict]:
 
 
 @functools.cache
-def _builder_class() -> type:
+def _builder_class() -> Any:
     """Defines the tfds builder on first use, since importing tfds takes half a second that workers need not spend."""
     import tensorflow_datasets as tfds
 

@@ -200,7 +200,7 @@ def _features(feature: Any, keys: tuple[str, ...] = (), depth: int = 0) -> dict[
 
 def _parts(signal: str, path: str | tuple[str, str], features: dict[str, _Feature], name: str) -> tuple[_Feature, ...]:
     """The features that a signal is read from; ValueError for unknown paths, and for kinds that it does not take."""
-    paths = (path,) if isinstance(path, str) else tuple(path)
+    paths: tuple[str, ...] = (path,) if isinstance(path, str) else tuple(path)
     for each in paths:
         check(f"feature of {name} for {signal}", each, features)
     if signal == "boxes" and len(paths) == 1:
@@ -222,7 +222,9 @@ def _parts(signal: str, path: str | tuple[str, str], features: dict[str, _Featur
     if signal == "boxes":
         box, label = parts
         if label.keys[: len(box.keys) - 1] != box.keys[:-1] or box.depth > 1 or label.depth - box.depth not in (0, 1):
-            raise ValueError(f"boxes: {paths[1]} of {name} does not have one label, or several, for each of {paths[0]}")
+            raise ValueError(
+                f"boxes: {paths[-1]} of {name} does not have one label, or several, for each of {paths[0]}"
+            )
     return parts
 
 

@@ -51,10 +51,12 @@ def mean_average_precision(predictions: Sequence[Boxes], truths: Sequence[Boxes]
             return 0.0
         evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
         evaluation.params.iouThrs = np.array([iou])
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        areas: list[list[int] | list[float]] = [[0, 1e10]]
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = areas, ["all"]
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval["precision"][0, :, :, 0, -1]  # [recall, class]
+    accumulated: Any = evaluation.eval  # a dict, which its stubs do not say
+    precision = accumulated["precision"][0, :, :, 0, -1]  # [recall, class]
     return float(precision[:, (precision > -1).all(0)].mean())
 
 

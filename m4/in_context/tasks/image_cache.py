@@ -63,7 +63,7 @@ def group(entries: Any) -> dict[Any, np.ndarray]:
 
 def bank(source: Source, split: str, data_dir: str | os.PathLike) -> Bank:
     """A split of a prepared source, read once per process (1.2 ms an image)."""
-    return _read(source, split, os.fspath(data_dir))
+    return _read(source, split, os.fspath(data_dir))  # ty: ignore[invalid-argument-type]  frozen dataclasses are hashable
 
 
 @functools.cache

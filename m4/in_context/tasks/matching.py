@@ -57,7 +57,8 @@ class PairMatching:
 @functools.cache
 def _pairs(kinds: tuple[Kind, ...]) -> dict[tuple[bool, bool], list[tuple[Kind, Kind]]]:
     """Pairs of kinds by whether they agree in colour and in shape."""
-    pairs = {alike: [] for alike in product((False, True), repeat=2)}
+    pairs: dict[tuple[bool, bool], list[tuple[Kind, Kind]]]
+    pairs = {(colour, shape): [] for colour in (False, True) for shape in (False, True)}
     for first, second in product(kinds, repeat=2):
         pairs[first[0] == second[0], first[1] == second[1]].append((first, second))
     return pairs

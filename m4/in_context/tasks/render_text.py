@@ -22,7 +22,9 @@ def _letter(letter: str, height: int) -> np.ndarray:
 
 @functools.cache
 def _font(height: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(height)
+    font = ImageFont.load_default(height)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font
 
 
 def written(text: str, height: int) -> np.ndarray:
@@ -36,7 +38,7 @@ def two_colours(rng: np.random.Generator) -> np.ndarray:
     """Paper and ink, float32 [2 C], far enough apart in brightness to be read."""
     while True:
         pairs = rng.uniform(0, 255, (16, 2, 3)).astype(np.float32)
-        apart = np.flatnonzero(np.abs(pairs.sum(2) @ np.float32([1, -1])) > 270)
+        apart = np.flatnonzero(np.abs(pairs.sum(2) @ np.array([1, -1], np.float32)) > 270)
         if len(apart):
             return pairs[apart[0]]
 

@@ -94,7 +94,9 @@ def _first(rules: list, text: str) -> str:
 
 def _uvit_levels(c: UViT, module: str) -> str:
     """levels.down.I.J.rest and levels.up.I.J.rest in the original's blocks of residual blocks and samplers."""
-    side, entry, layer, rest = re.fullmatch(r"levels\.(down|up)\.(\d+)\.(\d+)\.(.*)", module).groups()
+    match = re.fullmatch(r"levels\.(down|up)\.(\d+)\.(\d+)\.(.*)", module)
+    assert match is not None, f"{module} is in no level"
+    side, entry, layer, rest = match.groups()
     per_level = c.num_blocks + 1  # a sampler behind the blocks on the way down, one block more on the way up
     level, i = divmod(int(entry), per_level)
     is_sampler = i == c.num_blocks if side == "down" else layer == "1"

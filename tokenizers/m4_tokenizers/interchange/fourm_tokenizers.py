@@ -307,7 +307,7 @@ def _original_shape(recipe: VQRecipe, dotted: str, ours: tuple[int, ...], given:
 
 
 def _back(file: TensorFile, out: Path) -> str:
-    tokenizer = load_tokenizer(file.path)
+    tokenizer: Any = load_tokenizer(file.path)  # a VQTokenizer, or `kept` is missed
     if "original_header" not in tokenizer.kept:
         raise ValueError(f"{file.path} was not made from an original checkpoint, so there is no header to restore")
     header_text = tokenizer.kept["original_header"]

@@ -150,7 +150,8 @@ class AnswerRecipe:
 
     def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "AnswerTokenizer":
         start = time.perf_counter()
-        answers = [self.signal_of(source[i]) for i in range(min(len(source), self.num_examples))]
+        signals = [self.signal_of(source[i]) for i in range(min(len(source), self.num_examples))]
+        answers = [answer for answer in signals if answer is not None]
         concepts = [item["concept"] for answer in answers for item in answer]
         num_pieces = self.vocab_size - self.layout.first_text
         pieces, merges = fit_pieces(concepts, num_pieces=num_pieces, split_words=True)
@@ -196,7 +197,7 @@ class AnswerTokenizer(Reader):
             position = target[AS_TOKENS[: len(target)]].astype(np.float64)
         return (position.clip(0, 1) * self.recipe.num_bins).astype(np.int64).clip(max=self.recipe.num_bins - 1)
 
-    def _target(self, kind: str, bins: Seq[int]) -> Any:
+    def _target(self, kind: str, bins: Seq[int] | np.ndarray) -> Any:
         """Bins -> target."""
         bins = np.asarray(bins)
         if kind == "mask":
@@ -328,7 +329,7 @@ class AnswerTokenizer(Reader):
             raise ValueError(f"an answer is a list of concepts, not {str(answer)[:60]!r}")
         return None if answer is None else [self.checked(item) for item in answer]
 
-    def from_text(self, text: str) -> Answer:
+    def from_text(self, text: str) -> Answer | None:
         """JSON: [{"concept": "cube", "kind": "point", "target": [y, x]}, ...]."""
         try:
             return self.signal_of({self.recipe.signal: super().from_text(text)})

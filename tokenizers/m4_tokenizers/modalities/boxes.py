@@ -54,7 +54,8 @@ def canvas(image: np.ndarray | None) -> Image.Image:
 
 def hue(index: int) -> Colour:
     """The golden angle keeps the hues of neighbouring labels apart, in whatever order they came to be known."""
-    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(int(index) * 0.618 % 1, 0.85, 0.75))
+    red, green, blue = colorsys.hsv_to_rgb(int(index) * 0.618 % 1, 0.85, 0.75)
+    return int(255 * red), int(255 * green), int(255 * blue)
 
 
 def draw_label(pen: ImageDraw.ImageDraw, place: tuple[float, float], label: str, colour: Colour) -> None:
@@ -133,7 +134,7 @@ class BoxRecipe:
         count = min(len(source), self.num_examples)
         signals = [source[i][self.signal] for i in range(count)]
         labels = sorted({label for signal in signals for label in signal["label"]})
-        if self.wordpiece:
+        if isinstance(self.text, WordPieceRecipe):
             text = self.text.fit(source, seed=seed)
         else:
             text = self.text.fit_texts(labels, split_words=False, seed=seed)
@@ -317,6 +318,6 @@ class BoxTokenizer(Reader):
     @classmethod
     def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> "BoxTokenizer":
         recipe = BoxRecipe(**config["recipe"])
-        kind = WordPieceTokenizer if recipe.wordpiece else TextTokenizer
+        kind: Any = WordPieceTokenizer if recipe.wordpiece else TextTokenizer  # each with its own recipe
         text = kind(recipe=recipe.text, **config["text"], card={})
         return cls(recipe=recipe, text=text, card=card)

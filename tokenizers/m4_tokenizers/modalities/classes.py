@@ -82,4 +82,5 @@ class ClassTokenizer(Reader):
     def from_state(
         cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]
     ) -> "ClassTokenizer":
-        return cls(recipe=ClassRecipe(**config | {"classes": tuple(config["classes"])}), card=card)
+        fields: dict[str, Any] = config | {"classes": tuple(config["classes"])}
+        return cls(recipe=ClassRecipe(**fields), card=card)

@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -51,6 +51,14 @@ class CoordinateRecipe:
     own."""
 
     tokenizer_class: ClassVar[type]
+
+    if TYPE_CHECKING:  # a field, property or constant of each subclass
+
+        @property
+        def num_bins(self) -> int: ...
+
+        @property
+        def max_length(self) -> int: ...
 
     def __post_init__(self):
         if self.num_bins > self.layout.num_bins:
@@ -105,7 +113,8 @@ class CoordinateTokenizer(Reader):
     """Pairs as ids and back; a subclass turns a signal into pairs and back, and adds files and pictures."""
 
     def __init__(self, *, recipe: CoordinateRecipe, card: dict[str, Any]):
-        self.recipe, self.card = recipe, card
+        self.recipe: Any = recipe  # of a class of its own, with further fields
+        self.card = card
         self.layout, self.modality = recipe.layout, recipe.modality
 
     def to_pairs(self, signal: Any) -> list[Pair]:

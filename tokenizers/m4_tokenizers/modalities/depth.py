@@ -110,11 +110,11 @@ class DepthRecipe(VQRecipe):
 
     def measure(self, given: Seq[Any], decoded: Seq[Any], examples: Seq[dict[str, Any]]) -> dict[str, float]:
         """delta1 and AbsRel on known pixels (and on those of objects, where all examples have instances)."""
-        given, decoded = np.stack(given), np.stack(decoded)
-        out = {**depth_quality(given, decoded, given > 0), "known_agreement": np.mean((decoded > 0) == (given > 0))}
+        true, found = np.stack(given), np.stack(decoded)
+        out = {**depth_quality(true, found, true > 0), "known_agreement": np.mean((found > 0) == (true > 0))}
         if all("instance" in example for example in examples):
-            on_object = (np.stack([example["instance"] for example in examples]) > 0) & (given > 0)
-            out.update({f"{k}_on_objects": v for k, v in depth_quality(given, decoded, on_object).items()})
+            on_object = (np.stack([example["instance"] for example in examples]) > 0) & (true > 0)
+            out.update({f"{k}_on_objects": v for k, v in depth_quality(true, found, on_object).items()})
         return {k: float(v) for k, v in out.items()}
 
 

@@ -106,6 +106,8 @@ class ImageRecipe(VQRecipe):
 class ImageFiles:
     """Writing and drawing of images."""
 
+    modality: Any
+
     def write(self, signal: Pixels, folder: Path, *, image: np.ndarray | None) -> None:
         write_image(signal, folder, f"{self.modality.signal}.png")
 

@@ -41,8 +41,11 @@ FIELD, VALUE = 1, 0  # axes
 class Field(Protocol):
     """A number's name and bins. `bin` takes any finite number, and bin(value(index)) == index for all num_bins."""
 
-    name: str
-    num_bins: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_bins(self) -> int: ...
 
     def bin(self, value: float) -> int: ...
 

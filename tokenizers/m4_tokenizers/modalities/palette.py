@@ -81,7 +81,7 @@ class PaletteRecipe(CoordinateRecipe):
         own = super().signal_of(example)
         if own is None and "rgb" in example:
             own = example["rgb"]
-        return extract_palette(own, self.num_colors) if np.ndim(own) == 3 else own
+        return own if own is None or np.ndim(own) != 3 else extract_palette(own, self.num_colors)
 
     def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "PaletteTokenizer":
         card = {"component": "palette", "values": f"1 to {self.max_colors} RGB colours, uint8"}

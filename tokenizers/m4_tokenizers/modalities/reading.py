@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m4.data.samples import read_sample, written_out
 
@@ -11,7 +11,12 @@ from m4.data.samples import read_sample, written_out
 class Reader:
     """`kind` says what signals are (m4.data.sources.files.KINDS); what can be written out has `from_text`."""
 
-    kind: str
+    modality: Any  # Modality
+
+    if TYPE_CHECKING:  # an attribute or property of each tokenizer
+
+        @property
+        def kind(self) -> str: ...
 
     def from_text(self, text: str) -> Any:
         """A signal that is written out."""
@@ -23,4 +28,5 @@ class Reader:
         if not self.kind:
             raise NotImplementedError(f"{type(self).__name__} needs a kind of its recipe, or a `read` of its own")
         name = self.modality.signal
-        return read_sample({name: value}, {name: self})[name]
+        tokenizer: Any = self
+        return read_sample({name: value}, {name: tokenizer})[name]

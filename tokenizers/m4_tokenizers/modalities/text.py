@@ -216,7 +216,7 @@ class TextTokenizer(Reader):
         self._first_id = self.layout.first_text  # of what Hugging Face's model knows
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         # ignore_merges: a word that is a piece needs no merges to become one.
-        model = models.BPE(vocab=vocabulary, merges=[tuple(pair) for pair in merges], ignore_merges=True)
+        model = models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in merges], ignore_merges=True)
         self._model = FastTokenizer(model)
         self._model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
         self._model.decoder = decoders.ByteLevel()

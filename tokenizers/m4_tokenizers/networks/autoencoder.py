@@ -25,8 +25,8 @@ class VQ(nnx.Module):
         self.quantizer = c.quantizer.make(rngs=rngs)
         self.decoder = c.decoder.make(num_channels=c.num_classes or c.num_channels, rngs=rngs, **sizes)
 
-    def embed(self, x: Array) -> Float[Array, "B H W C"]:
-        return x if self.class_embedding is None else self.class_embedding[...][x]
+    def embed(self, x: Array | np.ndarray) -> Float[Array, "B H W C"]:
+        return jnp.asarray(x) if self.class_embedding is None else self.class_embedding[...][x]
 
     def start_from(self, x: np.ndarray, *, seed: int) -> None:
         """A first fit before training, of the parts that have one: principal components, then k-means of latents."""

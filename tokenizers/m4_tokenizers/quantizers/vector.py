@@ -47,7 +47,7 @@ class VectorQuantizerModule(Quantizer):
         c = self.config
         codes = []
         for part in np.split(latents, c.num_codebooks, axis=1):
-            part = np.asarray(unit(part)) if c.cosine else part
+            part = np.asarray(unit(jnp.asarray(part))) if c.cosine else part
             codes.append(fit_codebook(part, num_codes=c.num_codes, seed=seed))
         self.codes[...] = unit(jnp.asarray(np.stack(codes))) if c.cosine else jnp.asarray(np.stack(codes))
         if self.sums is not None:
@@ -97,6 +97,7 @@ class VectorQuantizerModule(Quantizer):
         else:
             total = new_counts.sum(-1, keepdims=True)
             smooth = (new_counts + 1e-5) / (total + c.num_codes * 1e-5) * total
+            assert self.sums is not None, "cosine codebooks alone have none"
             new_sums = average(self.sums[...], sums)
             codes = new_sums / smooth[..., None]
         dead = new_counts < c.dead_below
@@ -104,7 +105,7 @@ class VectorQuantizerModule(Quantizer):
         fresh = jnp.take_along_axis(parts, picks[..., None], axis=1)
         self.codes[...] = jnp.where(dead[..., None], fresh, codes)
         self.counts[...] = jnp.where(dead, 1.0, new_counts)
-        if not c.cosine:
+        if self.sums is not None:
             self.sums[...] = jnp.where(dead[..., None], fresh, new_sums)
 
 
