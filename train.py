@@ -14,7 +14,7 @@ from m4.data.pretokenize import prepare
 from m4.data.stream import Stream
 from m4.distributed.hosts import join_processes, stop_signal
 from m4.distributed.mesh import check_sizes, part_of_batch, shard_batch
-from m4.distributed.worker_group import Team
+from m4.distributed.worker_group import WorkerGroup
 from m4.evaluation.conditional_generation import check_evaluations, evaluate, sample_gallery
 from m4.registry import to_json
 from m4.tokens.tokenizer import tokenizer_hash
@@ -39,7 +39,7 @@ def main(c, end: contextlib.ExitStack) -> None:
     save_or_check(c)
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
-    team = Team(index=jax.process_index(), count=jax.process_count())
+    team = WorkerGroup(index=jax.process_index(), count=jax.process_count())
     saved = Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every, c.skip_damaged)
     sources = [source for source in (c.init_from, c.teacher) if source and not saved.latest]
     if sources:

@@ -65,7 +65,7 @@ config = dataclasses.replace(
     ),
     tokenizers=(*tokenizers_of(pretrained), text),
     masking=dataclasses.replace(quickstart.masking, num_inputs=352, num_targets=18),
-    model=dataclasses.replace(quickstart.model, separate_depth=2, match_size=32, match_words="caption"),
+    model=dataclasses.replace(quickstart.model, num_independent_blocks=2, match_size=32, match_words="caption"),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
     loss="token",
     batch_size=32,

@@ -15,7 +15,7 @@ import dataclasses
 from m4.config import load_config
 from m4.data.dataset import Dataset
 from m4.data.sources.stamps import CATEGORIES, Stamps
-from m4.evaluation.conditional_generation import Direction
+from m4.evaluation.conditional_generation import ConditionalTask
 from m4.evaluation.measures.classes import ClassAccuracy, ClassMapAccuracy
 from m4.inference.parallel import MaskGIT
 from m4.masking.dirichlet import Strategy
@@ -52,7 +52,7 @@ config = dataclasses.replace(
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
     num_steps=300,
     evaluations=(
-        Direction(
+        ConditionalTask(
             name="rgb_to_category",
             inputs=("rgb",),
             target="category",
@@ -60,7 +60,7 @@ config = dataclasses.replace(
             measure=ClassAccuracy(),
             dataset="stamps",
         ),
-        Direction(
+        ConditionalTask(
             name="rgb_to_semseg",
             inputs=("rgb",),
             target="semseg",

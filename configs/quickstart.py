@@ -10,7 +10,7 @@ painting many colours whatever the caption (see "shuffled" in docs/results.md).
 from m4.config import Config
 from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
-from m4.evaluation.conditional_generation import Direction
+from m4.evaluation.conditional_generation import ConditionalTask
 from m4.evaluation.measures.attributes import CaptionAttributes, ForegroundOverlap, ObjectColours
 from m4.evaluation.measures.boxes import BoxAccuracy
 from m4.evaluation.measures.depth import DepthAccuracy
@@ -67,29 +67,31 @@ config = Config(
     batch_size=64,
     num_steps=680,
     evaluations=(
-        Direction(
+        ConditionalTask(
             name="rgb_to_depth",
             inputs=("rgb",),
             target="depth",
             scheme=MaskGIT(steps=1, temperature=0),
             measure=DepthAccuracy(),
         ),
-        Direction(
+        ConditionalTask(
             name="rgb_to_caption",
             inputs=("rgb",),
             target="caption",
             scheme=Autoregressive(),
             measure=CaptionAttributes(),
         ),
-        Direction(name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), measure=BoxAccuracy()),
-        Direction(
+        ConditionalTask(
+            name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), measure=BoxAccuracy()
+        ),
+        ConditionalTask(
             name="caption_to_rgb",
             inputs=("caption",),
             target="rgb",
             scheme=MaskGIT(steps=8, temperature=1.0, choice_temperature=1000.0),
             measure=ObjectColours(),
         ),
-        Direction(
+        ConditionalTask(
             name="depth_to_rgb",
             inputs=("depth",),
             target="rgb",

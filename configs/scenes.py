@@ -12,7 +12,7 @@ depth -> picture 0.82 (0.82); caption -> picture, by way of boxes, 0.84 (0.81).
 from m4.config import Config
 from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
-from m4.evaluation.conditional_generation import Direction
+from m4.evaluation.conditional_generation import ConditionalTask
 from m4.evaluation.measures.attributes import CaptionAttributes, ForegroundOverlap, ObjectColours
 from m4.evaluation.measures.boxes import BoxAccuracy
 from m4.evaluation.measures.depth import DepthAccuracy
@@ -79,22 +79,24 @@ config = Config(
     keep_every=1000,
     eval_splits=("test", "heldout"),
     evaluations=(
-        Direction(
+        ConditionalTask(
             name="rgb_to_depth",
             inputs=("rgb",),
             target="depth",
             scheme=MaskGIT(steps=1, temperature=0),
             measure=DepthAccuracy(),
         ),
-        Direction(
+        ConditionalTask(
             name="rgb_to_caption",
             inputs=("rgb",),
             target="caption",
             scheme=Autoregressive(),
             measure=CaptionAttributes(),
         ),
-        Direction(name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), measure=BoxAccuracy()),
-        Direction(
+        ConditionalTask(
+            name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), measure=BoxAccuracy()
+        ),
+        ConditionalTask(
             name="caption_to_rgb",
             inputs=("caption",),
             through=(Stage(target="boxes", scheme=Autoregressive(temperature=1.0, top_p=0.9)),),
@@ -102,7 +104,7 @@ config = Config(
             scheme=MaskGIT(steps=8, temperature=0.3, choice_temperature=1000.0),
             measure=ObjectColours(),
         ),
-        Direction(
+        ConditionalTask(
             name="depth_to_rgb",
             inputs=("depth",),
             target="rgb",

@@ -13,7 +13,7 @@ import dataclasses
 from m4.config import load_config
 from m4.data.dataset import Dataset
 from m4.data.sources.thermal import ThermalScenes
-from m4.evaluation.conditional_generation import Direction
+from m4.evaluation.conditional_generation import ConditionalTask
 from m4.evaluation.measures.attributes import ForegroundOverlap
 from m4.evaluation.measures.maps import MapAccuracy
 from m4.inference.parallel import MaskGIT
@@ -44,14 +44,14 @@ config = dataclasses.replace(
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
     num_steps=300,
     evaluations=(
-        Direction(
+        ConditionalTask(
             name="rgb_to_thermal",
             inputs=("rgb",),
             target="thermal",
             scheme=MaskGIT(steps=1, temperature=0),
             measure=MapAccuracy(signal="thermal", tolerance=2.0),
         ),
-        Direction(
+        ConditionalTask(
             name="thermal_to_rgb",
             inputs=("thermal",),
             target="rgb",

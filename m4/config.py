@@ -27,7 +27,7 @@ from m4.masking.dirichlet import Masking
 from m4.model.config import ModelConfig
 from m4.objectives.contrastive import Contrast
 from m4.objectives.cross_entropy import Weighting
-from m4.registry import PACKAGES, classes, config_in, to_json
+from m4.registry import PACKAGES, RENAMED, RENAMED_FIELDS, classes, config_in, to_json
 from m4.tokens.modality import Modalities, Sequence
 from m4.training.optimizer import OptimizerConfig
 
@@ -78,7 +78,7 @@ class Config:
     tokenizers: tuple[Any, ...]
     """Recipes of tokenizers, in the order of the model's modalities (m4.tokens.tokenizer.Recipe)."""
     evaluations: tuple[Any, ...] = ()
-    """What is scored after training (m4.evaluation.conditional_generation.Direction); () is nothing."""
+    """What is scored after training (m4.evaluation.conditional_generation.ConditionalTask); () is nothing."""
     eval_splits: tuple[str, ...] = ("test",)
     """Splits that are scored. Pictures are made of the first."""
     num_eval_samples: int = 512
@@ -240,6 +240,10 @@ def load_config(path: str, attribute: str = "config") -> Any:
         what = words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}".rstrip(": ")
         if isinstance(error, ImportError) and (lines := _moved(file)):
             what = "; ".join([what, "files have moved since m4 0.1, write", *lines])
+        for fields in RENAMED_FIELDS.values():
+            for old, new in fields.items():
+                if isinstance(error, TypeError) and f"'{old}'" in what:
+                    what += f"; since m4 0.2 it is {new}"
         raise ValueError(f"{path}{_line_in(file, error)}: {what}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"{path} defines no `{attribute}`; it has {', '.join(n for n in vars(module) if n[0] != '_')}")
@@ -250,8 +254,12 @@ def _moved(file: Path) -> list[str]:
     """Import lines for the classes of m4 that a file imports from where they no longer are."""
     nodes = [n for n in ast.walk(ast.parse(file.read_bytes())) if isinstance(n, ast.ImportFrom)]
     names = {(n.module, alias.name) for n in nodes for alias in n.names if (n.module or "").split(".")[0] in PACKAGES}
-    new = {name: classes()[name] for module, name in sorted(names) if name in classes() and classes()[name] != module}
-    return [f"from {module} import {name}" for name, module in new.items()]
+    now = {(module, name): RENAMED.get(name, name) for module, name in sorted(names)}
+    return [
+        f"from {classes()[new]} import {new}"
+        for (module, _), new in now.items()
+        if new in classes() and classes()[new] != module
+    ]
 
 
 def _line_in(file: Path, error: BaseException) -> str:

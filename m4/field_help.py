@@ -26,7 +26,8 @@ def field_docstrings(cls: type) -> dict[str, str]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(parent)))
         except (OSError, TypeError):  # built in, or without a file
             continue
-        for field, below in itertools.pairwise(tree.body[0].body):
+        body = [node for top in tree.body if isinstance(top, ast.ClassDef) for node in top.body]
+        for field, below in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
                 found[ast.unparse(field.target)] = " ".join(str(ast.literal_eval(below.value)).split())
     return found
@@ -69,7 +70,8 @@ def _described(info: StructTypeInfo) -> StructConstructorSpec | None:
     cls, value = info.type, info.default
     if not (dataclasses.is_dataclass(cls) and isinstance(value, cls)):
         return None
-    hints, specs = typing.get_type_hints(cls, include_extras=True), []
+    hints: dict[str, Any] = typing.get_type_hints(cls, include_extras=True)
+    specs = []
     for name in [field.name for field in dataclasses.fields(cls) if field.init]:
         item, hint = getattr(value, name), hints[name]
         if _is_parts(item):

@@ -43,6 +43,11 @@ def classes() -> dict[str, str]:
     return modules
 
 
+# Names of 0.1 for classes and fields that have others now.
+RENAMED = {"Direction": "ConditionalTask"}
+RENAMED_FIELDS = {"ModelConfig": {"separate_depth": "num_independent_blocks"}}
+
+
 def component_class(name: Any) -> type:
     """The class behind a name written by `to_json` or `save_tokenizer`; m4 0.1 wrote module:class."""
     if isinstance(name, str) and name in components():
@@ -51,6 +56,7 @@ def component_class(name: Any) -> type:
         except (ImportError, AttributeError) as error:
             raise ValueError(f"component {name!r} cannot be loaded: {error}") from error
     module, _, attribute = str(name).rpartition(":")
+    attribute = RENAMED.get(attribute, attribute)
     if module.split(".")[0] in ("", *PACKAGES) and attribute in classes():
         cls = getattr(importlib.import_module(classes()[attribute]), attribute)
         if dataclasses.is_dataclass(cls):
@@ -88,7 +94,8 @@ def from_json(value: Any) -> Any:
         return {k: from_json(v) for k, v in value.items()}
     name, cls = value["component"], component_class(value["component"])
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
-    given = {k: from_json(v) for k, v in value.items() if k != "component"}
+    renamed = RENAMED_FIELDS.get(cls.__name__, {})
+    given = {renamed.get(k, k): from_json(v) for k, v in value.items() if k != "component"}
     hints = _hints(cls)
     for key, item in given.items():
         if key not in fields:

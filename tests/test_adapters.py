@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from m4.adaptation.adapter_files import load_small, save_small
-from m4.adaptation.lora import merged
+from m4.adaptation.adapter_files import load_adapter, save_adapter
+from m4.adaptation.lora import merge_lora
 from m4.config import Config
 from m4.distributed.mesh import MeshConfig
 from m4.model.encoder_decoder import Model
@@ -69,13 +69,13 @@ def test_blocks_have_pairs_of_their_own(small_model, modalities):
 
 def test_merging_is_exact(small_model, modalities, batch):
     model = trained(model_with(small_model, modalities, **KINDS["lora"]))
-    without = merged(model)
+    without = merge_lora(model)
     assert without.config.lora is None
     np.testing.assert_allclose(without(batch), model(batch), atol=1e-5)
     with pytest.raises(ValueError, match="only LoRA that is the same for all modalities"):
-        merged(model_with(small_model, modalities, **KINDS["routed"]))
+        merge_lora(model_with(small_model, modalities, **KINDS["routed"]))
     with pytest.raises(ValueError, match="lora=None"):
-        merged(without)
+        merge_lora(without)
 
 
 def test_each_token_takes_the_pair_of_its_modality(small_model, modalities, batch):
@@ -100,16 +100,16 @@ def test_each_token_takes_the_pair_of_its_modality(small_model, modalities, batc
 def test_saved_and_loaded_alone(kind, small_model, modalities, batch, tmp_path):
     base = model_with(small_model, modalities, **KINDS[kind])
     tuned = trained(base)
-    save_small(tuned, tmp_path / "small.safetensors")
+    save_adapter(tuned, tmp_path / "small.safetensors")
     whole = sum(x.nbytes for x in jax.tree.leaves(nnx.state(base, nnx.Param)))
     assert (tmp_path / "small.safetensors").stat().st_size < whole
-    loaded = load_small(base, tmp_path / "small.safetensors")
+    loaded = load_adapter(base, tmp_path / "small.safetensors")
     np.testing.assert_array_equal(loaded(batch), tuned(batch))
     plain = model_with(small_model, modalities)
     with pytest.raises(ValueError, match="unknown"):
-        load_small(plain, tmp_path / "small.safetensors")
+        load_adapter(plain, tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match="fits no parameter"):
-        save_small(plain, tmp_path / "none.safetensors")
+        save_adapter(plain, tmp_path / "none.safetensors")
 
 
 def test_rows_travel_with_lora(small_model, modalities, batch, tmp_path):
@@ -118,16 +118,16 @@ def test_rows_travel_with_lora(small_model, modalities, batch, tmp_path):
     rows = slice(*tuned.table_rows["token_embedding"][1:3])
     tuned.token_embedding[...] = tuned.token_embedding[...].at[rows].add(1.0)
     patterns = ("*.lora.*", f"*[{modalities.names[1]}]")
-    save_small(tuned, tmp_path / "small.safetensors", patterns)
+    save_adapter(tuned, tmp_path / "small.safetensors", patterns)
     arrays = TensorFile.read(tmp_path / "small.safetensors").entries
     assert all(".lora." in name or name.endswith(f"[{modalities.names[1]}]") for name in arrays)
-    loaded = load_small(model_with(small_model, modalities, **KINDS["lora"]), tmp_path / "small.safetensors")
+    loaded = load_adapter(model_with(small_model, modalities, **KINDS["lora"]), tmp_path / "small.safetensors")
     np.testing.assert_array_equal(loaded(batch), tuned(batch))
     other = model_with(small_model, modalities, lora=LoRA(rank=2, alpha=1.0))
     with pytest.raises(ValueError, match="was trained with lora="):
-        load_small(other, tmp_path / "small.safetensors")
+        load_adapter(other, tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match=r"nothing.\* fits no parameter"):
-        save_small(tuned, tmp_path / "none.safetensors", ("*.lora.*", "nothing.*"))
+        save_adapter(tuned, tmp_path / "none.safetensors", ("*.lora.*", "nothing.*"))
 
 
 # ---- What is trained ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from m4.config import load_config
 from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
 from m4.data.sources.thermal import ThermalScenes
-from m4.evaluation.conditional_generation import Direction, examples_of, stacked
+from m4.evaluation.conditional_generation import ConditionalTask, examples_of, stacked
 from m4.evaluation.measures.classes import ClassAccuracy, ClassMapAccuracy
 from m4.evaluation.measures.depth import DepthAccuracy
 from m4.evaluation.measures.maps import MapAccuracy
@@ -59,9 +59,9 @@ def test_the_best_constant_is_a_baseline_of_maps():
 def test_each_direction_has_its_data_set(tmp_path):
     few = {"num_train": 4, "num_validation": 3, "num_test": 5, "num_heldout": 2}
     scheme = MaskGIT(steps=1)
-    depth = Direction(name="depth", inputs=("rgb",), target="depth", scheme=scheme, measure=DepthAccuracy())
+    depth = ConditionalTask(name="depth", inputs=("rgb",), target="depth", scheme=scheme, measure=DepthAccuracy())
     thermal = MapAccuracy(signal="thermal", tolerance=2)
-    heat = Direction(name="heat", inputs=("rgb",), target="thermal", scheme=scheme, measure=thermal)
+    heat = ConditionalTask(name="heat", inputs=("rgb",), target="thermal", scheme=scheme, measure=thermal)
     tiny = load_config("tests/tiny_config.py")
     recipe = MapRecipe(signal="thermal", name="thermal_tokens", lowest=0, highest=80)
     config = dataclasses.replace(

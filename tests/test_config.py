@@ -66,6 +66,19 @@ def test_a_config_of_0_1_is_told_where_classes_have_gone(tmp_path):
         load_config(str(tmp_path / "old.py"))
 
 
+def test_old_names_of_classes_and_fields(tmp_path):
+    """Are read in files, and named in configs."""
+    old = {"component": "m4.model:ModelConfig", "separate_depth": 2, "encoder_depth": 3}
+    assert from_json(old).num_independent_blocks == 2
+    assert component_class("m4.evals.suite:Direction").__name__ == "ConditionalTask"
+    (tmp_path / "a.py").write_text("from m4.evals.suite import Direction\n")
+    (tmp_path / "b.py").write_text("from m4.model.config import ModelConfig\nconfig = ModelConfig(separate_depth=2)\n")
+    with pytest.raises(ValueError, match="import ConditionalTask"):
+        load_config(str(tmp_path / "a.py"))
+    with pytest.raises(ValueError, match="since m4 0.2 it is num_independent_blocks"):
+        load_config(str(tmp_path / "b.py"))
+
+
 def test_command_line_overrides_fields(quickstart):
     path = str(ROOT / "configs/quickstart.py")
     changed = from_cli("", [path, "--num-steps", "7", "--model.width", "48", "--datasets.0.source.num-train", "99"])

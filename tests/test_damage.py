@@ -16,7 +16,7 @@ import safetensors.numpy
 from conftest import environment
 from flax import nnx
 
-from m4.adaptation.adapter_files import load_small, save_small
+from m4.adaptation.adapter_files import load_adapter, save_adapter
 from m4.checkpoints.hub import packaged
 from m4.checkpoints.model_file import load_model, save_model
 from m4.checkpoints.numbered import Checkpoints
@@ -351,9 +351,9 @@ def test_every_change_of_a_tokenizer_or_model_file_is_noticed(tmp_path, scenes):
     """Flips in all places of the header, the digest's own keys too, and a sample of those in the data."""
     model = Model(SMALL, scenes.model.modalities, rngs=nnx.Rngs(0))
     save_model(model, tmp_path / "model.safetensors")
-    save_small(model, tmp_path / "small.safetensors", ("token_embedding",))
+    save_adapter(model, tmp_path / "small.safetensors", ("token_embedding",))
     save_tokenizer(scenes.tokenizers["caption"], tmp_path / "caption.safetensors")
-    loads = {"model": load_model, "small": lambda p: load_small(model, p), "caption": load_tokenizer}
+    loads = {"model": load_model, "small": lambda p: load_adapter(model, p), "caption": load_tokenizer}
     for name, load in loads.items():
         path, rng = tmp_path / f"{name}.safetensors", np.random.default_rng(0)
         load(path)

@@ -20,7 +20,7 @@ from m4.distributed.mesh import MeshConfig
 from m4.masking.dirichlet import Masking, Strategy
 from m4.model.encoder_decoder import Model
 from m4.objectives import cross_entropy as losses
-from m4.objectives.cross_entropy import Taught
+from m4.objectives.cross_entropy import TeacherOutputs
 from m4.tokens.modality import Features, Grid, Modalities
 from m4.training.distillation import load_teacher
 from m4.training.trainer import Trainer
@@ -64,7 +64,7 @@ def test_loss_and_gradients_equal_the_definition(student, teacher, make_batch, w
     shape, rng = targets.ids.shape, np.random.default_rng(0)
     hidden, theirs = (jnp.asarray(rng.normal(size=(*shape, m.config.width)), jnp.float32) for m in (student, teacher))
     graph, params = nnx.split(student, nnx.Param)
-    taught = Taught(theirs, 40 * teacher.output_table, jnp.float32(share))
+    taught = TeacherOutputs(theirs, 40 * teacher.output_table, jnp.float32(share))
     sharper = nnx.clone(teacher)
     sharper.token_embedding[...] = taught.table
 
@@ -94,7 +94,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(student, make_batch)
         return losses.cross_entropy(nnx.merge(graph, params), hidden, targets, taught=taught)[0]
 
     def largest(share):
-        taught = Taught(hidden, student.output_table, jnp.float32(share))
+        taught = TeacherOutputs(hidden, student.output_table, jnp.float32(share))
         return max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient(params, hidden, taught)))
 
     gradient = jax.jit(jax.grad(loss, (0, 1)))

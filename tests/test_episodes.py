@@ -17,7 +17,7 @@ from m4.in_context.tasks import counting, operators
 from m4.in_context.tasks.captioning import Captioning, Grounding, overlap
 from m4.in_context.tasks.counting import TEST_VALUES, Counting
 from m4.in_context.tasks.fast_binding import HELD_OUT, FastBinding, FastBindingRgb, SceneKinds, StampKinds
-from m4.in_context.tasks.image_cache import bank
+from m4.in_context.tasks.image_cache import image_cache
 from m4.in_context.tasks.matching import PairMatching
 from m4.in_context.tasks.nonce_words import made_up_words, same_text
 from m4.in_context.tasks.operators import OPERATORS, OperatorInduction
@@ -67,7 +67,7 @@ class Known:
     """The annotations of the scenes that an episode shows, found by their pixels."""
 
     def __init__(self, scenes, data):
-        banks = [bank(scenes, split, data) for split in ("train", "test", "heldout")]
+        banks = [image_cache(scenes, split, data) for split in ("train", "test", "heldout")]
         self.annotations = {p.tobytes(): a for b in banks for p, a in zip(b.rgb, b.annotations, strict=True)}
 
     def __call__(self, rgb):

@@ -28,7 +28,7 @@ from m4.data.sources.texts import Texts
 from m4.data.token_shards import TokenShards
 from m4.distributed import worker_group as team
 from m4.distributed import workers
-from m4.distributed.worker_group import Others, Team, roll_call
+from m4.distributed.worker_group import FileBarrier, WorkerGroup, roll_call
 from m4.files import read_json
 from m4.tokens.tokenizer import load_tokenizer
 from m4_tokenizers.modalities.answers import AnswerRecipe
@@ -437,7 +437,7 @@ def test_a_build_removes_what_killed_ones_left_and_notices_damage(tmp_path):
 
 
 def _live(data_dir, ready, end):
-    with Others(data_dir, Team(index=1, count=2)):
+    with FileBarrier(data_dir, WorkerGroup(index=1, count=2)):
         ready.set()
         end.wait(100)
 
@@ -454,12 +454,12 @@ def test_a_process_that_dies_is_an_error_and_its_old_note_is_none(tmp_path, capf
         return process, end
 
     process, _ = other()
-    with Others(tmp_path, Team(index=0, count=2)) as others:
+    with FileBarrier(tmp_path, WorkerGroup(index=0, count=2)) as others:
         threading.Timer(1, process.kill).start()
         with pytest.raises(ValueError, match="process 1 of 2 died without a word; start all processes again"):
             others.wait(lambda: False, "a file")
     process, end = other()  # this one ends as it should
-    with Others(tmp_path, Team(index=0, count=2)) as others:
+    with FileBarrier(tmp_path, WorkerGroup(index=0, count=2)) as others:
         threading.Timer(1, end.set).start()
         others.wait(lambda: process.exitcode is not None, "a file")
     said = capfd.readouterr().out
@@ -480,7 +480,7 @@ def test_a_process_that_never_starts_is_missed_soon(tmp_path, capfd, monkeypatch
     for note in notes:
         os.utime(note, (2**32, 2**32))
     until = time.monotonic() + 1.5
-    with Others(tmp_path, Team(index=0, count=4)) as others:
+    with FileBarrier(tmp_path, WorkerGroup(index=0, count=4)) as others:
         others.wait(lambda: time.monotonic() > until, "a file")
     missed = "process 1 (its last run failed with ValueError: no such file), 2, 3"
     assert f"process 0 of 4 waits for a file; not started, or not on these files: {missed}" in capfd.readouterr().out
@@ -490,7 +490,7 @@ def test_two_jobs_on_one_data_dir_have_their_own_notes(tmp_path, monkeypatch):
     names = set()
     for address in ("a:1", "b:1"):
         monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
-        names.add(Others(tmp_path, Team(index=0, count=2))._note(1).name)
+        names.add(FileBarrier(tmp_path, WorkerGroup(index=0, count=2))._note(1).name)
     assert len(names) == 2
 
 

@@ -21,7 +21,7 @@ from conftest import ROOT
 from flax import nnx
 
 from m4 import files
-from m4.adaptation.adapter_files import load_small, save_small
+from m4.adaptation.adapter_files import load_adapter, save_adapter
 from m4.checkpoints.model_file import load_model, save_model
 from m4.checkpoints.numbered import Checkpoints
 from m4.checkpoints.runs import export, load_run
@@ -94,7 +94,7 @@ def of_run(root: Path, config: Any) -> dict[str, Kind]:
     save_model(trained.model, root / "file" / "model.safetensors")
     small = dataclasses.replace(trained.model.config, lora=LoRA(rank=2))
     (root / "small").mkdir()
-    save_small(Model(small, trained.model.modalities, rngs=nnx.Rngs(0)), root / "small" / "lora.safetensors")
+    save_adapter(Model(small, trained.model.modalities, rngs=nnx.Rngs(0)), root / "small" / "lora.safetensors")
 
     def read_shards() -> list[Any]:
         shards = TokenShards(tokens, "train")
@@ -121,7 +121,7 @@ def of_run(root: Path, config: Any) -> dict[str, Kind]:
 
     def read_small() -> list[Any]:
         fresh = Model(small, trained.model.modalities, rngs=nnx.Rngs(0))
-        return plain(load_small(fresh, root / "small" / "lora.safetensors"))
+        return plain(load_adapter(fresh, root / "small" / "lora.safetensors"))
 
     return {
         "rendered scenes": Kind(root / "data" / "scenes", read_scenes),

@@ -21,7 +21,7 @@ from flax import nnx
 from m4.checkpoints.model_file import save_model
 from m4.config import Config
 from m4.data.dataset import Dataset
-from m4.data.stream import Mask
+from m4.data.stream import ApplyMasking
 from m4.distributed import mesh as sharding
 from m4.distributed.mesh import MeshConfig
 from m4.masking.dirichlet import Masking, Strategy
@@ -81,7 +81,12 @@ def configs(folder: Path) -> dict[str, Config]:
     teacher = folder / "teacher.safetensors"
     save_model(Model(dataclasses.replace(PLAIN.model, width=24), PLAIN.modalities, rngs=nnx.Rngs(5)), teacher)
     matching = dataclasses.replace(
-        PLAIN.model, separate_depth=1, match_size=8, match_words="caption", num_registers=2, embedding_scale=14.0
+        PLAIN.model,
+        num_independent_blocks=1,
+        match_size=8,
+        match_words="caption",
+        num_registers=2,
+        embedding_scale=14.0,
     )
     episodes = Dataset(tokens="none", shots=ShotMasking(num_examples=3, labelled=(1, 2)))
     return {
@@ -103,7 +108,7 @@ def train(config: Config) -> dict[str, list[float]]:
     mesh = MeshConfig(data=1).make(jax.devices()[:1])
     trainer, losses = Trainer(config, mesh), []
     teacher = load_teacher(trainer).on(mesh) if config.teacher else None
-    mask, state = Mask(config.masking, config.datasets, config.modalities, seed=3), trainer.init()
+    mask, state = ApplyMasking(config.masking, config.datasets, config.modalities, seed=3), trainer.init()
     records = 3 if config.datasets[0].shots else 0
     for step in range(1, NUM_STEPS + 1):
         numbers = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)

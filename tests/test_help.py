@@ -83,7 +83,18 @@ def configs() -> dict[str, ast.ClassDef]:
 
 def test_every_field_of_a_config_has_a_docstring():
     known = {"Config", "ModelConfig", "BlockConfig", "LoRA", "MeshConfig", "OptimizerConfig", "Dataset", "Masking"}
-    known |= {"Strategy", "ShotMasking", "Contrast", "Scenes", "Folders", "Tars", "Texts", "Tfds", "Crops", "Direction"}
+    known |= {
+        "Strategy",
+        "ShotMasking",
+        "Contrast",
+        "Scenes",
+        "Folders",
+        "Tars",
+        "Texts",
+        "Tfds",
+        "Crops",
+        "ConditionalTask",
+    }
     known |= {
         "MaskGIT",
         "Stage",

@@ -19,14 +19,14 @@ from m4.data import pretokenize
 from m4.data import shard_writer as shards
 from m4.data.dataset import Dataset
 from m4.data.pretokenize import prepare
-from m4.data.shard_writer import Facts
+from m4.data.shard_writer import ShardStatistics
 from m4.data.sources.crops import Crops
 from m4.data.sources.folders import Folders
 from m4.data.sources.tars import Tars
 from m4.data.sources.texts import Texts
 from m4.data.stream import Stream
 from m4.data.token_shards import TokenShards
-from m4.distributed.worker_group import Team
+from m4.distributed.worker_group import WorkerGroup
 from m4.masking.dirichlet import Masking, Strategy
 from m4.registry import from_json, to_json
 from m4.tokens.modality import Grid, Modalities
@@ -172,11 +172,11 @@ def _prepare(dataset, data_dir, team, seen):
 def test_whoever_writes_the_shards_they_are_the_same(dataset, tmp_path):
     """One process, two workers of one process, and two hosts at the same time."""
     alone = prepare([dataset], RECIPES, tmp_path / "alone", seed=0).tokens[0]
-    workers = prepare([dataset], RECIPES, tmp_path / "workers", seed=0, team=Team(workers=2)).tokens[0]
+    workers = prepare([dataset], RECIPES, tmp_path / "workers", seed=0, team=WorkerGroup(workers=2)).tokens[0]
     context = multiprocessing.get_context("spawn")
     seen = context.Queue()
     hosts = [
-        context.Process(target=_prepare, args=(dataset, tmp_path / "hosts", Team(index=i, count=2), seen))
+        context.Process(target=_prepare, args=(dataset, tmp_path / "hosts", WorkerGroup(index=i, count=2), seen))
         for i in (1, 0)
     ]
     for host in hosts:
@@ -197,7 +197,7 @@ def test_a_failure_of_one_host_ends_the_others_too(root, dataset, tmp_path):
 
     def both():
         seen = context.Queue()
-        arguments = [(dataset, tmp_path / "data", Team(index=i, count=2), seen) for i in (1, 0)]
+        arguments = [(dataset, tmp_path / "data", WorkerGroup(index=i, count=2), seen) for i in (1, 0)]
         hosts = [context.Process(target=_prepare, args=a) for a in arguments]
         for host in hosts:
             host.start()
@@ -525,7 +525,7 @@ def test_ids_of_a_sequence_from_elsewhere_end_and_hold_no_sentinel(capsys, tmp_p
     ):
         with pytest.raises(ValueError, match=message):
             encode([{"caption": wrong}], {"caption": tokenizer})
-    facts = Facts({"caption": tokenizer})
+    facts = ShardStatistics({"caption": tokenizer})
     facts.add_given({"caption": good})
     facts.add_given({"caption": "words"})
     assert facts.given == {"caption": 1}

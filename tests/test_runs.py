@@ -27,7 +27,7 @@ from m4.data.dataset import Dataset
 from m4.data.sources.folders import Folders
 from m4.errors import MAX_SEED, check_seed
 from m4.evaluation import conditional_generation as suite
-from m4.evaluation.conditional_generation import Direction, check_evaluations, examples_of, model_digest
+from m4.evaluation.conditional_generation import ConditionalTask, check_evaluations, examples_of, model_digest
 from m4.evaluation.measures.attributes import ForegroundOverlap
 from m4.evaluation.measures.boxes import BoxAccuracy
 from m4.evaluation.measures.depth import DepthAccuracy
@@ -211,8 +211,10 @@ def own(tmp_path_factory, tiny):
     return dataclasses.replace(tiny, datasets=(Dataset(source=source),), eval_splits=("test",), num_eval_samples=12)
 
 
-def direction(measure, target: str = "depth", **options) -> Direction:
-    return Direction(name="one", inputs=("rgb",), target=target, scheme=MaskGIT(steps=2), measure=measure, **options)
+def direction(measure, target: str = "depth", **options) -> ConditionalTask:
+    return ConditionalTask(
+        name="one", inputs=("rgb",), target=target, scheme=MaskGIT(steps=2), measure=measure, **options
+    )
 
 
 def test_measures_are_tried_before_training(own, tmp_path):
@@ -223,7 +225,7 @@ def test_measures_are_tried_before_training(own, tmp_path):
     with pytest.raises(ValueError, match="no data set has raw examples with the signals of these evaluations: one"):
         check_evaluations(rgb_alone)
     for measure, name in ((ForegroundOverlap(), "instance"), (BoxAccuracy(), "boxes")):
-        one = Direction(name="one", inputs=("rgb",), target="rgb_tokens", scheme=MaskGIT(), measure=measure)
+        one = ConditionalTask(name="one", inputs=("rgb",), target="rgb_tokens", scheme=MaskGIT(), measure=measure)
         one = dataclasses.replace(one, inputs=(), target="rgb")
         wrong = dataclasses.replace(rgb_alone, evaluations=(one,))
         words = f"evaluation one: {type(measure).__name__} cannot score rgb on the test split of data set folders"

@@ -22,7 +22,7 @@ from m4.inference.parallel import temperature_schedule as temperatures
 from m4.inference.prompts import check_plan, in_buckets, make_prompt
 from m4.inference.sampler import Sampler, _run, run_stage
 from m4.inference.scheme import Replay, Stage
-from m4.inference.token_sampling import Sampling, _inverse_distribution
+from m4.inference.token_sampling import TokenSampling, _inverse_distribution
 from m4.model.encoder_decoder import Model
 from m4.representations.nearest import retrieve
 from m4.tokens.batch import Targets
@@ -108,7 +108,7 @@ def test_every_schedule_decodes_every_token_once(kind, steps, total):
 @given(st.integers(0, 10**6), st.sampled_from([{"top_k": 3}, {"top_k": 0.2}, {"top_p": 0.6}, {"min_p": 0.3}]))
 def test_filters_equal_their_definition(seed, fields):
     logits = np.random.default_rng(seed).normal(0, 2, 40).astype(np.float32)
-    kept = np.isfinite(np.asarray(Sampling(**fields).filtered(jnp.asarray(logits)[None])[0]))
+    kept = np.isfinite(np.asarray(TokenSampling(**fields).filtered(jnp.asarray(logits)[None])[0]))
     p = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum()
     order = np.argsort(-p)
     if "top_k" in fields:
@@ -125,7 +125,7 @@ def test_filters_equal_their_definition(seed, fields):
 def test_draws_follow_the_distribution(size):
     """Frequencies of 200,000 draws within 5 standard errors; what is filtered out never comes."""
     logits = jnp.asarray(np.random.default_rng(0).normal(0, 1.5, size), jnp.float32)
-    sampling, count = Sampling(temperature=0.7, top_p=0.95), 200_000
+    sampling, count = TokenSampling(temperature=0.7, top_p=0.95), 200_000
     u = jax.random.uniform(jax.random.key(0), (count,))
     ids, log_probability = jax.jit(lambda u: sampling.draw(jnp.broadcast_to(logits, (count, size)), 0.7, u))(u)
     p = np.asarray(jax.nn.softmax(sampling.filtered(logits[None])[0] / 0.7), float)

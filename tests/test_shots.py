@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from m4.config import Config
 from m4.data.dataset import Dataset
-from m4.data.stream import Mask
+from m4.data.stream import ApplyMasking
 from m4.distributed.mesh import MeshConfig
 from m4.in_context import prompting as in_context
 from m4.in_context.prompting import answer, score
@@ -184,7 +184,7 @@ def test_a_batch_of_episodes_and_ordinary_examples_is_each_alone(tokenizers, own
     everything = Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0})
     masking = Masking(num_inputs=120, num_targets=40, strategies=(everything,))
     datasets = (Dataset(tokens="a"), Dataset(tokens="b", shots=ShotMasking(num_examples=5, labelled=(1, 3))))
-    mask = Mask(masking, datasets, own, seed=3)
+    mask = ApplyMasking(masking, datasets, own, seed=3)
     batch = [(i, (i % 2, records(tokenizers, own, i) if i % 2 else records(tokenizers, own, i)[0])) for i in range(6)]
     whole = mask(batch)
     for i, item in enumerate(batch):
@@ -448,7 +448,7 @@ def test_shots_from_a_file(tmp_path):
 def matching(own):
     config = ModelConfig(
         width=16, num_heads=2, encoder_depth=2, decoder_depth=2, hidden=24, embedding_scale=14.0, num_registers=2,
-        separate_depth=1, match_size=8,
+        num_independent_blocks=1, match_size=8,
     )  # fmt: skip
     return Model(config, own, rngs=nnx.Rngs(0))
 
@@ -503,7 +503,7 @@ def test_examples_are_read_separately_at_first(matching, episode_batch):
     one = address[0].max()
 
     def of_one(x):
-        return (matching._separately(x, b.inputs, None)[0] * (address[0] == one)[:, None]).std()
+        return (matching.encode_items_independently(x, b.inputs, None)[0] * (address[0] == one)[:, None]).std()
 
     gradient = np.abs(np.asarray(jax.grad(of_one)(x))).sum(-1)[0]
     assert (gradient[valid[0] & (address[0] == one)] > 0).all() and (gradient[address[0] != one] == 0).all()

@@ -18,18 +18,22 @@ import numpy as np
 from m4.checkpoints.model_file import check_names
 from m4.errors import closest
 from m4.model.encoder_decoder import Model
-from m4.model.parameters import by_modality, fits, with_pieces
+from m4.model.parameters import by_modality, matches_pattern, with_parameters
 from m4.registry import to_json
 from m4.tensor_file import DTYPE_NAMES, SEAL, TensorFile, make_header, write
 
-SMALL = ("*.lora.*", "*.adapter.*", "registers")
+ADAPTER_PATTERNS = ("*.lora.*", "*.adapter.*", "registers")
 
 
-def save_small(model: Model, path: str | Path, patterns: tuple[str, ...] = ()) -> None:
-    """Writes the parameters that fit any of these patterns of `OptimizerConfig.train` (default: all of SMALL that there
+def save_adapter(model: Model, path: str | Path, patterns: tuple[str, ...] = ()) -> None:
+    """Writes the parameters that fit any of these patterns of `OptimizerConfig.train` (default: all of
+    ADAPTER_PATTERNS that there
     are), rows of tables as TABLE[MODALITY], as a safetensors file. ValueError for a pattern that fits none."""
     arrays = by_modality(model)
-    chosen = {p: {n for n in arrays if fits(n, p) or fits(n.partition("[")[0], p)} for p in patterns or SMALL}
+    chosen = {
+        p: {n for n in arrays if matches_pattern(n, p) or matches_pattern(n.partition("[")[0], p)}
+        for p in patterns or ADAPTER_PATTERNS
+    }
     if not patterns:
         chosen = {p: names for p, names in chosen.items() if names} or chosen
     for p, names in chosen.items():
@@ -42,14 +46,14 @@ def save_small(model: Model, path: str | Path, patterns: tuple[str, ...] = ()) -
     write(Path(path), make_header(shapes, about), ([x] for x in arrays.values()))
 
 
-def load_small(model: Model, path: str | Path) -> Model:
+def load_adapter(model: Model, path: str | Path) -> Model:
     """A model with the parameters of such a file in place of its own. ValueError for one that it has not, or in another
     shape, or for another LoRA."""
     file, own = TensorFile.read(path), by_modality(model)
     check_names(file, {name: own[name].shape for name in file.entries if name in own}, [])
     if not {"m4_part", "m4_lora"} <= {*file.metadata}:
-        raise ValueError(f"{path} was not written by save_small: its metadata lacks m4_part and m4_lora")
+        raise ValueError(f"{path} was not written by save_adapter: its metadata lacks m4_part and m4_lora")
     own_lora = json.dumps(to_json(model.config.lora))
     if any(".lora." in name for name in file.entries) and file.metadata["m4_lora"] != own_lora:
         raise ValueError(f"{path} was trained with lora={file.metadata['m4_lora']}; the model has {own_lora}")
-    return with_pieces(model, {name: file.check_finite(name, file.tensor(name)) for name in file.entries})
+    return with_parameters(model, {name: file.check_finite(name, file.tensor(name)) for name in file.entries})

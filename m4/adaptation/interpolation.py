@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 
-from m4.adaptation.lora import merged
+from m4.adaptation.lora import merge_lora
 from m4.model.encoder_decoder import Model
-from m4.model.parameters import by_modality, with_pieces
+from m4.model.parameters import by_modality, with_parameters
 
 # What may differ: how a model is computed and was trained.
-FREE = ("dtype", "mimetic_init", "encoder_drop_path", "decoder_drop_path", "remat", "unroll")
+MAY_DIFFER = ("dtype", "mimetic_init", "encoder_drop_path", "decoder_drop_path", "remat", "unroll")
 
 
 def interpolate(a: Model, b: Model, alpha: float) -> Model:
     """A model like b. ValueError if one has parameters that the other lacks, but for b's further modalities."""
-    a, b = (model if model.config.lora is None else merged(model) for model in (a, b))
+    a, b = (model if model.config.lora is None else merge_lora(model) for model in (a, b))
     theirs, own = by_modality(a), by_modality(b)
     for f in dataclasses.fields(a.config):
-        if f.name not in FREE and getattr(a.config, f.name) != getattr(b.config, f.name):
+        if f.name not in MAY_DIFFER and getattr(a.config, f.name) != getattr(b.config, f.name):
             raise ValueError(f"models with different {f.name} have no model between them")
     new = {n for n in own if n.endswith("]") and n.split("[")[1][:-1] not in a.modalities.names}
     new |= {f"feature_projections.{m}.{part}" for m in b.modalities.names for part in ("kernel", "bias")} - {*theirs}
@@ -31,4 +31,4 @@ def interpolate(a: Model, b: Model, alpha: float) -> Model:
     if wrong:
         raise ValueError(f"the two models do not have the same parameters: {', '.join(wrong[:5])}")
     mixed = {n: (1 - alpha) * theirs[n] + alpha * x if n in theirs else x for n, x in own.items()}
-    return with_pieces(b, mixed)
+    return with_parameters(b, mixed)

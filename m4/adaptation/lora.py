@@ -11,7 +11,7 @@ from m4.model.encoder_decoder import Model
 from m4.model.parameters import abstract
 
 
-def merged(model: Model) -> Model:
+def merge_lora(model: Model) -> Model:
     """The same function without LoRA: what its pairs add is in the kernels. ValueError if there is none, or routed."""
     lora = model.config.lora
     if lora is None or lora.routed:

@@ -32,7 +32,7 @@ def describe(model_config: Any, modalities: Modalities) -> dict[str, str]:
     return {**SEAL, "m4_model": json.dumps({"model": to_json(model_config), "modalities": to_json(list(modalities))})}
 
 
-def described(file: TensorFile) -> tuple[ModelConfig, Modalities]:
+def read_description(file: TensorFile) -> tuple[ModelConfig, Modalities]:
     """Model config and modalities of a model file. ValueError for any that no file of its size can have."""
     if "m4_model" not in file.metadata:
         raise ValueError(
@@ -97,7 +97,7 @@ def load_model(path: str | Path, *, is_checked: bool = False) -> Model:
 
 def model_in(file: TensorFile) -> Model:
     """See `load_model`."""
-    graph, state = nnx.split(abstract(*described(file)), nnx.Param)
+    graph, state = nnx.split(abstract(*read_description(file)), nnx.Param)
     expected = parameters(state)
     check_names(file, {name: x.shape for name, x in expected.items()}, [n for n in file.entries if ":" in n])
     array_of = lambda name: file.check_finite(name, file.tensor(name).astype(np.float32))  # noqa: E731

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from m4.command_line import parser_of
 from m4.config import Config, from_cli
 from m4.data.pretokenize import prepare
-from m4.data.stream import Mask, Stream, by_example, examples
+from m4.data.stream import ApplyMasking, Stream, by_example, examples
 from m4.files import shown, write_atomically
 from m4.pictures import write_png
 from m4.tokens.batch import MaskedBatch
@@ -37,12 +37,12 @@ NUM_SAMPLES, TILE = 8, 128
 UNSEEN = (200, 200, 200)
 
 
-def show(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
+def inspect(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
     """Prints measures of the first `num_examples` examples of the stream; writes OUT/data.json and OUT/samples.png."""
     prepared = prepare(config.datasets, config.tokenizers, config.data_dir, seed=config.seed)
     shards = prepared.shards("train")
     stream = examples(by_example(shards, config.datasets), [d.weight for d in config.datasets], seed=config.seed)
-    mask = Mask(config.masking, config.datasets, config.modalities, config.seed)
+    mask = ApplyMasking(config.masking, config.datasets, config.modalities, config.seed)
     counts = _Counts(config)
     for start in tqdm(range(0, num_examples, BATCH), desc="masking", unit="batch", mininterval=1):
         batch = [stream[i] for i in range(start, min(start + BATCH, num_examples))]
@@ -242,4 +242,4 @@ def main(argv: list[str]) -> None:
 
     config = from_cli(__doc__, [args.config, *overrides])
     config.check()
-    show(config, args.out or config.folder / "data", num_examples=args.num_examples)
+    inspect(config, args.out or config.folder / "data", num_examples=args.num_examples)

@@ -24,7 +24,7 @@ import numpy as np
 
 from m4.command_line import parser_of
 from m4.config import Config, from_cli
-from m4.data.stream import Mask
+from m4.data.stream import ApplyMasking
 from m4.distributed.constraints import BATCH
 from m4.distributed.mesh import check_sizes
 from m4.interchange import fourm
@@ -127,7 +127,7 @@ def mean_targets(config: Config, count: int = 256) -> dict[str, float]:
     examples = [
         [example() for _ in range(dataset.shots.num_records)] if dataset.shots else example() for _ in range(count)
     ]
-    mask = Mask(config.masking, (dataset,), config.modalities, seed=0)
+    mask = ApplyMasking(config.masking, (dataset,), config.modalities, seed=0)
     targets = mask([(i, (0, e)) for i, e in enumerate(examples)]).targets
     return dict(zip(names, np.bincount(targets.modality[targets.valid], minlength=len(names)) / count, strict=True))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from m4.command_line import parser_of
 from m4.config import from_cli
 from m4.data.pretokenize import prepare
-from m4.distributed.worker_group import Team
+from m4.distributed.worker_group import WorkerGroup
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     index, slash, count = args.host.partition("/")
     if not (slash and index.isdigit() and count.isdigit()):
         raise ValueError(f"--host takes I/N, such as 0/4, got {args.host!r}")
-    team = Team(index=int(index), count=int(count), workers=args.processes)
+    team = WorkerGroup(index=int(index), count=int(count), workers=args.processes)
     config = from_cli(__doc__, [args.config, *overrides])
     config.check()
     prepared = prepare(

@@ -27,7 +27,7 @@ from m4.data.dataset import Dataset
 from m4.data.shard_writer import ShardWriter, limit, raw_examples
 from m4.data.token_shards import VERSION, TokenShards
 from m4.distributed import workers
-from m4.distributed.worker_group import Others, Team
+from m4.distributed.worker_group import FileBarrier, WorkerGroup
 from m4.files import fingerprint, locked, remove_leftovers, shown, write_atomically
 from m4.registry import to_json
 from m4.tokens.modality import Modalities
@@ -59,12 +59,12 @@ def prepare(
     *,
     seed: int,
     splits: Seq[str] = ("train",),
-    team: Team = Team(),  # noqa: B008 (frozen)
+    team: WorkerGroup = WorkerGroup(),  # noqa: B008 (frozen)
 ) -> Prepared:
     """Raw data, tokenizers and token shards of a run. ValueError names shards whose tokenizers are not the run's."""
     data_dir = Path(data_dir)
     Modalities([r.modality for r in recipes])  # names the doubles before any work
-    with Others(data_dir, team) as others:
+    with FileBarrier(data_dir, team) as others:
         signatures = {}
         for dataset in datasets:  # says what is wrong before any work
             for split in splits if dataset.tokens else ():
@@ -121,8 +121,8 @@ def _check_tokenizers(folder: Path, split: str, hashes: Mapping[str, str], files
 
 
 def _tokenizer_file(
-    recipe: Recipe, datasets: Seq[Dataset], signatures: Mapping[str, str], data_dir: Path, seed: int, others: Others,
-    recipes: Seq[Recipe],
+    recipe: Recipe, datasets: Seq[Dataset], signatures: Mapping[str, str], data_dir: Path, seed: int,
+    others: FileBarrier, recipes: Seq[Recipe],
 ) -> Path:  # fmt: skip
     """The tokenizer that finished shards were made with; else the recipe's, fitted by process 0 unless it is there."""
     name = recipe.modality.name
@@ -149,7 +149,7 @@ def _beside(folder: Path, name: str) -> Path:
     return folder / "tokenizers" / f"{name}.safetensors"
 
 
-class Having(Seq):
+class ExamplesWithSignal(Seq):
     """The examples that have what a recipe reads. One without it, or a bad one that may be skipped, is replaced by the
     next.
 
@@ -228,7 +228,7 @@ def _fitting_examples(
     datasets: Seq[Dataset],
     data_dir: Path,
     seed: int,
-    used: list[Having] | None = None,
+    used: list[ExamplesWithSignal] | None = None,
     *,
     recipes: Seq[Recipe] = (),
 ) -> Seq[dict[str, Any]]:
@@ -237,7 +237,7 @@ def _fitting_examples(
     for dataset in datasets:
         if dataset.source is not None:
             label, raw = f" of {dataset.label} train", raw_examples(dataset, "train", data_dir, seed, recipes)
-            part = Having(raw, recipe, skip_bad=dataset.skip_bad, label=label)
+            part = ExamplesWithSignal(raw, recipe, skip_bad=dataset.skip_bad, label=label)
             if len(part) and part.reads_some():
                 parts.append(part)
                 weights.append(dataset.weight)
@@ -265,10 +265,10 @@ def pretokenize(
     *,
     data_dir: Path,
     seed: int = 0,
-    others: Others | None = None,
+    others: FileBarrier | None = None,
 ) -> None:
     """Writes this process's token shards of one split, then waits until all are there and the manifest is written."""
-    others = others or Others(data_dir, Team())
+    others = others or FileBarrier(data_dir, WorkerGroup())
     team = others.team
     manifest_file = folder / f"{split}.json"
     if manifest_file.exists():
@@ -290,7 +290,7 @@ def pretokenize(
         lock.unlink(missing_ok=True)  # whoever gets it after this finds the manifest
 
 
-def _write_mine(job: ShardWriter, team: Team) -> None:
+def _write_mine(job: ShardWriter, team: WorkerGroup) -> None:
     """The shards of this process that are not there, or not whole."""
     for folder in (job.folder, job.folder / "tokenizers"):
         remove_leftovers(folder)

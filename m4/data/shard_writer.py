@@ -41,11 +41,11 @@ def raw_examples(
     Files are read as `tokenizers` (or recipes) take them."""
     examples = read_for(dataset.source.split(split, data_dir), tokenizers)
     examples = dataset.crops.of(examples, seed=seed) if dataset.crops else examples
-    return Chosen(examples, dataset.signals) if dataset.signals else examples
+    return SelectSignals(examples, dataset.signals) if dataset.signals else examples
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen(Seq):
+class SelectSignals(Seq):
     """Examples with some of their signals alone. ValueError for one that has none of them."""
 
     examples: Seq[dict[str, Any]]
@@ -119,7 +119,7 @@ class ShardWriter:
 
     def write(self, shard: int, bar: tqdm) -> None:
         """One shard; beside it, hidden, which ids it holds, what was skipped and its SHA-256, for the manifest."""
-        facts, path = Facts(self.tokenizers), self.folder / self.names[shard]
+        facts, path = ShardStatistics(self.tokenizers), self.folder / self.names[shard]
         with replacing(path) as temporary:
             with contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1")) as writer:
                 for batch in self._read(self.indices(shard)):
@@ -152,7 +152,7 @@ class ShardWriter:
                 ahead = [pool.submit(read, i) for i in following]
                 yield [future.result() for future in now]
 
-    def _encode(self, batch: list[tuple[int, Any]], facts: Facts) -> Iterator[dict[str, np.ndarray]]:
+    def _encode(self, batch: list[tuple[int, Any]], facts: ShardStatistics) -> Iterator[dict[str, np.ndarray]]:
         """Records of the good examples; the first bad one is an error, or is skipped if the data set says so."""
         good = [(i, e) for i, e in batch if not isinstance(e, Exception)]
         errors = [(i, e) for i, e in batch if isinstance(e, Exception)]
@@ -180,13 +180,13 @@ class ShardWriter:
 
     def finish(self, manifest_file: Path) -> None:
         """Writes the manifest from what is known of the shards, which all are there."""
-        total, shards = Facts(self.tokenizers), {}
+        total, shards = ShardStatistics(self.tokenizers), {}
         for i, name in enumerate(self.names):
             if not self.written(i):
                 self._facts_file(i).unlink(missing_ok=True)
                 raise ValueError(f"token shard {shown(self.folder / name)} was damaged meanwhile; start again")
             stored = read_json(self._facts_file(i))
-            facts = Facts.of(stored, self.tokenizers)
+            facts = ShardStatistics.of(stored, self.tokenizers)
             total += facts
             if facts.num_examples:  # else all of its examples were skipped
                 shards[name] = {
@@ -224,7 +224,7 @@ class ShardWriter:
         write_json(manifest_file, manifest)
 
 
-class Facts:
+class ShardStatistics:
     """What is known of written records, to be added up over shards."""
 
     def __init__(self, tokenizers: Mapping[str, Tokenizer]):
@@ -246,7 +246,7 @@ class Facts:
     def add_given(self, example: Mapping[str, Any]) -> None:
         self.given.update(name for name, t in self.tokenizers.items() if is_tokenized(example, t.modality))
 
-    def __iadd__(self, other: Facts) -> Facts:
+    def __iadd__(self, other: ShardStatistics) -> ShardStatistics:
         self.num_examples += other.num_examples
         self.skipped += other.skipped
         for ours, theirs in zip(self._counters(), other._counters(), strict=True):
@@ -265,7 +265,7 @@ class Facts:
         return {"num_examples": self.num_examples, "skipped": self.skipped, "counters": counters, "used": used}
 
     @classmethod
-    def of(cls, saved: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer]) -> Facts:
+    def of(cls, saved: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer]) -> ShardStatistics:
         self = cls(tokenizers)
         self.num_examples, self.skipped = saved["num_examples"], saved["skipped"]
         for name, used in self.used.items():

@@ -80,7 +80,7 @@ def by_example(shards: Seq[TokenShards | Checked], datasets: Seq[Dataset]) -> li
 
 
 @dataclasses.dataclass(frozen=True)
-class _Numbered:
+class TaggedExamples:
     """Records that know which data set they are of."""
 
     records: Examples
@@ -99,7 +99,7 @@ def examples(shards: Seq[Examples], weights: Seq[float], *, seed: int) -> Any:
     import grain  # here, for --help to come fast
 
     parts = [
-        grain.MapDataset.source(_Numbered(part, k)).seed(seed * len(shards) + k).shuffle().repeat()
+        grain.MapDataset.source(TaggedExamples(part, k)).seed(seed * len(shards) + k).shuffle().repeat()
         for k, part in enumerate(shards)
     ]
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, np.asarray(weights) / np.sum(weights))
@@ -111,7 +111,7 @@ def _pair(index, example):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mask:
+class ApplyMasking:
     """Examples of the stream -> MaskedBatch."""
 
     masking: Masking
@@ -180,7 +180,7 @@ class Stream:
         for part, dataset in zip(shards, datasets, strict=True):
             check_served(part, dataset, masking, modalities)
         self.identity = fingerprint([seed, *([p.contents, d.weight] for p, d in zip(shards, datasets, strict=True))])
-        self.mask = Mask(masking, tuple(datasets), modalities, seed)
+        self.mask = ApplyMasking(masking, tuple(datasets), modalities, seed)
         self.examples = examples(read, [d.weight for d in datasets], seed=seed)
         self.next_example = 0
         self._batches: Any = None

@@ -31,7 +31,7 @@ GREETING = "m4-roll-call"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Team:
+class WorkerGroup:
     """Who shares the work of preparation: processes that see the same files."""
 
     index: int = 0
@@ -46,7 +46,7 @@ class Team:
             raise ValueError(f"process {self.index} of {self.count} with {self.workers} workers: that is no team")
 
 
-class Others:
+class FileBarrier:
     """The team's other processes: waits for what they write, and raises if one of them failed or died meanwhile.
 
     Each process has a note in data_dir, which it locks while it lives (so no clocks are compared), and into which it
@@ -58,7 +58,7 @@ class Others:
         unlocked, empty        it died without a word, if it was seen alive
     """
 
-    def __init__(self, data_dir: Path, team: Team):
+    def __init__(self, data_dir: Path, team: WorkerGroup):
         self.data_dir, self.team = data_dir, team
         self.indices = sorted({*range(team.count)} - {team.index})
         self.lives: set[int] = set()  # those that were seen alive
@@ -69,7 +69,7 @@ class Others:
         suffix = f"-{fingerprint(job)}" if job else ""
         return self.data_dir / f".process-{index}-of-{self.team.count}{suffix}"
 
-    def __enter__(self) -> Others:
+    def __enter__(self) -> FileBarrier:
         if self.team.count > 1:
             self.old = {i: message for i in self.indices if (message := self._message(i))}
             self.data_dir.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ class Measure(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Direction:
+class ConditionalTask:
     """One conditional task: input signals -> target signal."""
 
     name: str
@@ -177,7 +177,7 @@ def check_evaluations(config: Any) -> None:
                     ) from error
 
 
-def _measure_error(d: Direction, examples: Sequence[Any], train: Sequence[Any]) -> Exception | None:
+def _measure_error(d: ConditionalTask, examples: Sequence[Any], train: Sequence[Any]) -> Exception | None:
     """Why a measure cannot score the truth on these examples."""
     if not examples or not train:
         has_all = " and ".join(sorted(_signals_of([d])))
@@ -195,7 +195,7 @@ def _measure_error(d: Direction, examples: Sequence[Any], train: Sequence[Any]) 
 
 def _sources_of(
     config: Any, names: Sequence[str]
-) -> Iterator[tuple[str, list[Direction], dict[str, Sequence[Any]], Sequence[Any]]]:
+) -> Iterator[tuple[str, list[ConditionalTask], dict[str, Sequence[Any]], Sequence[Any]]]:
     """(label, directions to score on it, its splits of these names, its training split) of each data set with some.
 
     ValueError for directions that no data set has raw examples for.
@@ -220,13 +220,13 @@ def _sources_of(
         raise ValueError(f"no data set has raw examples with the signals of these evaluations: {wanted}")
 
 
-def _signals_of(directions: Sequence[Direction]) -> set[str]:
+def _signals_of(directions: Sequence[ConditionalTask]) -> set[str]:
     return {name for d in directions for name in (*d.inputs, d.target)}
 
 
 def examples_of(
     config: Any, names: Sequence[str] = (), num_train: int = NUM_BASELINE
-) -> list[tuple[list[Direction], dict[str, list[Any]], list[Any]]]:
+) -> list[tuple[list[ConditionalTask], dict[str, list[Any]], list[Any]]]:
     """What to score on what: directions; raw examples of each split (default: a config's `eval_splits`); those of
     training that baselines may see. Examples that lack a signal of a direction are left out.
 
@@ -242,7 +242,7 @@ def examples_of(
 
 
 def score_all(
-    sampler: Sampler, directions: Sequence[Direction], splits: Mapping[str, Any], train: Sequence[Any], seed: int,
+    sampler: Sampler, directions: Sequence[ConditionalTask], splits: Mapping[str, Any], train: Sequence[Any], seed: int,
     when: str = "",
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """Figures of every direction on every split, and what was predicted for the first split."""
@@ -272,7 +272,7 @@ def _began_from(config: Any) -> Sampler | None:
         return None
 
 
-def _knows(sampler: Sampler, direction: Direction) -> bool:
+def _knows(sampler: Sampler, direction: ConditionalTask) -> bool:
     try:
         for name in direction.inputs:
             sampler.modalities.as_input(name)
@@ -350,7 +350,7 @@ def stacked(sheets: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in sheets])
 
 
-def gallery(examples, predictions, directions: Sequence[Direction], sampler: Sampler, *, rows: int = 10):
+def gallery(examples, predictions, directions: Sequence[ConditionalTask], sampler: Sampler, *, rows: int = 10):
     """uint8 picture: rows = samples; columns = the inputs and truths, then the prediction of each direction."""
     signals = list(dict.fromkeys(name for d in directions for name in (*d.inputs, d.target)))
     targets = {name for m in sampler.modalities if m.is_target for name in (m.name, m.signal)}

@@ -32,7 +32,7 @@ from m4.checkpoints.runs import load_run
 from m4.data.sources.stamps import Stamps
 from m4.errors import check
 from m4.files import write_atomically
-from m4.in_context.tasks.image_cache import KINDS, bank
+from m4.in_context.tasks.image_cache import KINDS, image_cache
 from m4.inference.sampler import Sampler
 from m4.model.encoder_decoder import Model
 from m4.representations.embed import features
@@ -93,7 +93,7 @@ class Probe:
         what the test pictures are."""
         self.source.prepare(data_dir)
         try:
-            parts = {split: bank(self.source, split, data_dir) for split in (self.train, self.test)}
+            parts = {split: image_cache(self.source, split, data_dir) for split in (self.train, self.test)}
         except KeyError as error:
             raise ValueError(f"{self.name} needs {error} in every raw example") from error
         first = self.num_train if self.train == self.test else 0

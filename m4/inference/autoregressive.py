@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from m4.inference.guidance import guided
 from m4.inference.scheme import GeneratedTokens, Prompt
-from m4.inference.token_sampling import Sampling, uniform
+from m4.inference.token_sampling import TokenSampling, uniform
 from m4.tokens.batch import Targets
 from m4.tokens.modality import Modality, Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Autoregressive(Sampling):
+class Autoregressive(TokenSampling):
     """Left to right with a key/value cache, from the opening sentinel until every row has closed its last span.
 
     What is kept of a sequence stays: each masked span is generated up to its closing sentinel.
@@ -77,7 +77,7 @@ class Autoregressive(Sampling):
                 allowed = grammar.allowed(carry["state"], length - 1 - step)
                 logits = jnp.where(allowed | carry["done"][:, None] | prompt.keeps[:, None], logits, -jnp.inf)
             random = jnp.asarray(arrays if replay.noise is None else replay.noise)[step]
-            drawn, sure = self.draw(logits, jnp.float32(self.temperature), random)
+            drawn, log_prob = self.draw(logits, jnp.float32(self.temperature), random)
             ids_so_far = carry["ids"].at[:, step].set(drawn)
             if tell is not None:
                 known = jnp.broadcast_to(jnp.arange(length)[None] <= step, ids_so_far.shape)
@@ -91,7 +91,7 @@ class Autoregressive(Sampling):
                 "step": step + 1,
                 "previous": drawn,
                 "ids": ids_so_far,
-                "log_probability": carry["log_probability"].at[:, step].set(sure),
+                "log_probability": carry["log_probability"].at[:, step].set(log_prob),
                 "span": span,
                 "state": state,
                 "done": done,

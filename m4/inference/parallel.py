@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from m4.errors import check_choice
 from m4.inference.guidance import guided
 from m4.inference.scheme import GeneratedTokens, Prompt
-from m4.inference.token_sampling import Sampling, uniform
+from m4.inference.token_sampling import TokenSampling, uniform
 from m4.tokens.batch import Targets, Tokens
 from m4.tokens.modality import Grid, Modality
 
@@ -63,7 +63,7 @@ def temperature_schedule(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Parallel(Sampling):
+class _Parallel(TokenSampling):
     """A grid in several steps, each of which decodes some of its tokens; see MaskGIT and ROAR."""
 
     steps: int = 8
@@ -163,7 +163,7 @@ class _Parallel(Sampling):
 
         def step(carry, now, num_known_slots, num_open_slots):
             ids, order, log_probability, decoded_in, num_known = carry
-            count, temperature, number, weights, random, luck = now
+            count, temperature, number, weights, random, gumbel = now
 
             def tokens(position, ids, valid):
                 shape = position.shape
@@ -183,18 +183,18 @@ class _Parallel(Sampling):
             t = tokens(at, jnp.zeros_like(at), is_open)
             hidden = model.decode(Targets(t.ids, jnp.full_like(t.ids, -1), *t[1:]), context, read.valid)
             logits = logits_of(guided(hidden, weights))
-            drawn, sure = self.draw(logits, temperature[:, None, None], random[row, at])
+            drawn, log_prob = self.draw(logits, temperature[:, None, None], random[row, at])
             if by_confidence:
                 left = 1 - (num_known + count) / num
-                sureness = sure + self.choice_temperature * left[:, None] * luck[row, at]
-                best = jnp.argsort(jnp.where(is_open, sureness, -jnp.inf), axis=1, descending=True)
-                at, drawn, sure = at[row, best], drawn[row, best], sure[row, best]
+                confidence = log_prob + self.choice_temperature * left[:, None] * gumbel[row, at]
+                best = jnp.argsort(jnp.where(is_open, confidence, -jnp.inf), axis=1, descending=True)
+                at, drawn, log_prob = at[row, best], drawn[row, best], log_prob[row, best]
                 order = order.at[row, jnp.where(place < num, place, num)].set(at, mode="drop")
             chosen = jnp.where(jnp.arange(num_open_slots)[None] < count[:, None], at, num)
             write = lambda old, new: old.at[row, chosen].set(new, mode="drop")  # noqa: E731
             ids, log_probability, decoded_in = (
                 write(ids, drawn),
-                write(log_probability, sure),
+                write(log_probability, log_prob),
                 write(decoded_in, number),
             )
             if tell is not None:
@@ -203,12 +203,12 @@ class _Parallel(Sampling):
 
         counts, temperatures, progress, numbers, random = (jnp.asarray(x) for x in by_step)
         weights = guidance.weights(progress) if guidance else jnp.ones((*progress.shape, 1))
-        luck = -jnp.log(-jnp.log(jnp.clip(random[:, :, CHOICE], 1e-7, 1 - 1e-7)))
+        gumbel = -jnp.log(-jnp.log(jnp.clip(random[:, :, CHOICE], 1e-7, 1 - 1e-7)))
         random = random[:, :, DRAW] if replay.noise is None else replay.noise[numbers]
         carry = (
             jnp.maximum(prompt.given, 0), order, jnp.zeros((batch, num)), jnp.full((batch, num), -1), known.sum(1)
         )  # fmt: skip
-        what, first = (counts, temperatures, numbers, weights, random, luck), 0
+        what, first = (counts, temperatures, numbers, weights, random, gumbel), 0
         for length, num_known_slots, num_open_slots in static:
             part = jax.tree.map(lambda x, steps=slice(first, first + length): x[steps], what)
             one = functools.partial(step, num_known_slots=num_known_slots, num_open_slots=num_open_slots)

@@ -31,7 +31,7 @@ def _smallest(fits: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class TokenSampling:
     """How one token is drawn from its distribution.
 
     The filters top_k, top_p and min_p, in this order, act on the probabilities at temperature 1, as in 4M.

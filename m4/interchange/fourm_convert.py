@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from m4.checkpoints.model_file import check_names, check_sizes, describe, described
+from m4.checkpoints.model_file import check_names, check_sizes, describe, read_description
 from m4.errors import closest
 from m4.files import remove_leftovers
 from m4.interchange import fourm
@@ -342,7 +342,7 @@ def _shape(name: str, parts: list[Piece], ours: dict[str, tuple[int, ...]]) -> t
 
 def to_original(file: TensorFile, out: Path) -> str:
     """A converted model file -> the original's format, with the header that it came with."""
-    c, modalities = described(file)
+    c, modalities = read_description(file)
     if "original_header" not in file.metadata:
         raise ValueError(f"{file.path} was not made from an original checkpoint, so there is no header to restore")
     try:

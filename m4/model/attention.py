@@ -16,7 +16,7 @@ from m4.model.layers import BlockConfig, LayerNorm, Linear, project
 from m4.model.visibility import Visible
 
 
-def extended(
+def append_bias_features(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     queries: Float[Array, "B T R"],
@@ -109,23 +109,23 @@ class Attention(nnx.Module):
         k, v = rearrange(kv, "b s (two n h) -> two b s n h", two=2, n=self.num_heads)
         return (self.key_norm(k) if self.key_norm else k), v
 
-    def to_itself(self, x: Float[Array, "B T D"], norm: LayerNorm, visible: Visible, route=None):
+    def self_attention(self, x: Float[Array, "B T D"], norm: LayerNorm, visible: Visible, route=None):
         q, kv = project((self.query, self.key_value), x, norm=norm, route=route)
-        return self.finish(self._queries(q), *self._keys_values(kv), visible, route=route)
+        return self.attend_and_project(self._queries(q), *self._keys_values(kv), visible, route=route)
 
     def __call__(
         self, x: Array, norm: LayerNorm, context: Array, context_norm: LayerNorm, visible: Visible, match=None,
         route=None, context_route=None,
     ):  # fmt: skip
-        """`visible`: all queries see the same keys (`Visible.keys`). `match`: see `finish`."""
+        """`visible`: all queries see the same keys (`Visible.keys`). `match`: see `attend_and_project`."""
         (_, num_queries, width), num_keys = x.shape, context.shape[1]
         plain = self.key_value.bias is None and self.key_norm is None and self.key_value.routed is None
         if plain and match is None and num_queries * (width + self.num_heads * num_keys) < num_keys * width / 2:
-            return self._few(self.queries(x, norm), context_norm(context), visible)
+            return self.few_queries(self.queries(x, norm), context_norm(context), visible)
         q, (k, v) = self.queries(x, norm, route), self.keys_values(context, context_norm, context_route)
-        return self.finish(q, k, v, visible, match, route)
+        return self.attend_and_project(q, k, v, visible, match, route)
 
-    def _few(self, q: Float[Array, "B T N H"], context: Float[Array, "B S D"], visible: Visible):
+    def few_queries(self, q: Float[Array, "B T N H"], context: Float[Array, "B S D"], visible: Visible):
         """For few queries it is less work to map these to the context's width than all of the context to keys and
         values: q (W c) = (q W) c, and the same for the mean of values."""
         num_heads, head_width = q.shape[2:]
@@ -138,12 +138,14 @@ class Attention(nnx.Module):
         values = jnp.einsum("btnd,dnh->btnh", rearrange(mean, "b (t n) 1 d -> b t n d", n=num_heads), w_v)
         return self.out(rearrange(values, "b t n h -> b t (n h)"), "float32")
 
-    def finish(self, q: Array, k: Array, v: Array, visible: Visible, match=None, route=None) -> Float[Array, "B T D"]:
+    def attend_and_project(
+        self, q: Array, k: Array, v: Array, visible: Visible, match=None, route=None
+    ) -> Float[Array, "B T D"]:
         """`match`: vectors of queries [B T R] and keys [B S R], whose products add to the logits by each head's
         weights [N R]."""
         width = q.shape[-1]
         if match is not None:
-            q, k = extended(q, k, *match)
+            q, k = append_bias_features(q, k, *match)
             v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - width)))  # kernels want one width
         mixed = rearrange(attend(q, k, v, visible)[..., :width], "b t n h -> b t (n h)")
         return self.out(mixed, "float32", route=route)

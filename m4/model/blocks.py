@@ -82,7 +82,7 @@ class EncoderBlock(nnx.Module):
         self.adapter = Adapter(c, rngs=rngs) if c.adapter_size else None
 
     def __call__(self, x: Float[Array, "B T D"], visible: Visible, route=None, keep=(None, None)):
-        x = residual(x, self.attention.to_itself(x, self.attention_norm, visible, route), keep[0])
+        x = residual(x, self.attention.self_attention(x, self.attention_norm, visible, route), keep[0])
         x = residual(x, self.mlp(x, self.mlp_norm, route), keep[1])
         return x if self.adapter is None else self.adapter(x)
 
@@ -106,7 +106,7 @@ class DecoderBlock(nnx.Module):
         self, x, visible, context, context_visible, match=None, route=None, context_route=None,
         keep=(None, None, None),
     ) -> Float[Array, "B T D"]:  # fmt: skip
-        x = residual(x, self.self_attention.to_itself(x, self.self_norm, visible, route), keep[0])
+        x = residual(x, self.self_attention.self_attention(x, self.self_norm, visible, route), keep[0])
         norms, routes = (self.query_norm, self.context_norm), (route, context_route)
         y = self.cross_attention(x, norms[0], context, norms[1], context_visible, match, *routes)
         x = residual(x, y, keep[1])
@@ -123,8 +123,8 @@ class DecoderBlock(nnx.Module):
             jax.lax.dynamic_update_slice_in_dim(c, n, index, axis=1) for c, n in zip(cache, new, strict=True)
         )
         q = self.self_attention.queries(x, self.self_norm, route)
-        x = x + self.self_attention.finish(q, keys, values, visible, route=route)
+        x = x + self.self_attention.attend_and_project(q, keys, values, visible, route=route)
         q = self.cross_attention.queries(x, self.query_norm, route)
-        x = x + self.cross_attention.finish(q, *context_keys_values, context_visible, match, route)
+        x = x + self.cross_attention.attend_and_project(q, *context_keys_values, context_visible, match, route)
         x = x + self.mlp(x, self.mlp_norm, route)
         return x if self.adapter is None else self.adapter(x), (keys, values)

@@ -29,7 +29,7 @@ class ModelConfig(BlockConfig):
     sooner."""
     num_registers: int = 0
     """Learned tokens before all inputs of the encoder (Darcet et al. 2023); 0 is none."""
-    separate_depth: int = 0
+    num_independent_blocks: int = 0
     """First blocks of the encoder in which the query and each in-context example (each image of it) see only
     themselves, as in pretraining; later blocks see all. Less than encoder_depth."""
     match_size: int = 0
@@ -64,9 +64,9 @@ class ModelConfig(BlockConfig):
             raise ValueError(f"sizes must be at least 0: {wrong}")
         if self.match_words and not self.match_size:
             raise ValueError(f"match_words={self.match_words!r} needs a match_size, such as 32")
-        if not 0 <= self.separate_depth < max(self.encoder_depth, 1):
+        if not 0 <= self.num_independent_blocks < max(self.encoder_depth, 1):
             raise ValueError(
-                f"separate_depth={self.separate_depth} must be at least 0 and less than encoder_depth="
+                f"num_independent_blocks={self.num_independent_blocks} must be at least 0 and less than encoder_depth="
                 f"{self.encoder_depth}"
             )
         if not (0 <= self.encoder_drop_path < 1 and 0 <= self.decoder_drop_path < 1):

@@ -27,13 +27,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from m4.distributed.constraints import BATCH, cut, lookup
+from m4.distributed.constraints import BATCH, lookup, shard_constraint
 from m4.model.blocks import DecoderBlock, EncoderBlock
 from m4.model.config import ModelConfig
 from m4.model.layers import LayerNorm, Linear
 from m4.model.positions import position_table
-from m4.model.similarity_prior import Matches, Matching, at_address
-from m4.model.stack import STACKS, in_order, stack, survival
+from m4.model.similarity_prior import ExampleMatches, SimilarityPrior, at_address
+from m4.model.stack import STACKS, param_grads_first, stack, survival
 from m4.model.visibility import Visible
 from m4.tokens.batch import NUM_SHOTS, MaskedBatch, Targets, Tokens
 from m4.tokens.batch import Array as TokenArray
@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
     of whose modality's LoRA each is, if that is routed."""
 
     tokens: Float[Array, "B C D"]
-    matches: Matches | None = None
+    matches: ExampleMatches | None = None
     route: Float[Array, "B C R"] | None = None
 
 
@@ -57,7 +57,7 @@ class Decoding(NamedTuple):
     blocks: list[DecoderBlock]
     context: list[tuple[Array, Array]]  # [B C N H]
     context_visible: Visible
-    matches: Matches | None
+    matches: ExampleMatches | None
     cache: list[tuple[Array, Array]]  # [B L N H], empty
 
 
@@ -110,7 +110,9 @@ class Model(nnx.Module):
         self.shot_encoder = stack(EncoderBlock, c, routes, c.shot_depth, rngs) if c.shot_depth else None
         self.shot_encoder_embedding = table(NUM_SHOTS) if c.shot_depth else None
         num_words = modalities.named(c.match_words).vocab_size if c.match_words else 0
-        self.matching = Matching(c.width, c.match_size, c.num_heads, num_words, rngs=rngs) if c.match_size else None
+        self.matching = (
+            SimilarityPrior(c.width, c.match_size, c.num_heads, num_words, rngs=rngs) if c.match_size else None
+        )
 
     def __call__(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> Float[Array, "B M D"]:
         """Hidden vectors of all targets. A key turns stochastic depth on."""
@@ -186,27 +188,31 @@ class Model(nnx.Module):
         c = self.config
         x = self._after_registers(x)
         keep = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
-        x = self._separately(x, inputs, keep)
+        x = self.encode_items_independently(x, inputs, keep)
         matches = None
         if self.matching is not None:
             matches = self.matching(x[:, c.num_registers :], inputs, self.modalities)
-        return Encoded(self.context(self._together(x, inputs, keep), address), matches, self._context_route(inputs))
+        return Encoded(
+            self.context(self.encode_jointly(x, inputs, keep), address), matches, self._context_route(inputs)
+        )
 
     def run_encoder(self, x: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
         """Its output for embedded inputs (and registers), normalised."""
-        return self._together(self._separately(x, inputs, None), inputs, None)
+        return self.encode_jointly(self.encode_items_independently(x, inputs, None), inputs, None)
 
-    def _separately(self, x: Float[Array, "B C D"], inputs: Tokens, keep: Array | None) -> Float[Array, "B C D"]:
+    def encode_items_independently(
+        self, x: Float[Array, "B C D"], inputs: Tokens, keep: Array | None
+    ) -> Float[Array, "B C D"]:
         """The first blocks, in which registers go with the query."""
-        depth = self.config.separate_depth
+        depth = self.config.num_independent_blocks
         if not depth:
             return x
         shot = jnp.pad(inputs.shot, ((0, 0), (self.config.num_registers, 0)))
         own = Visible(shot, 0 * shot, jnp.where(self.context_valid(inputs.valid), shot, -1), 0 * shot)
         return self._run(self.encoder, x, keep, own, self._context_route(inputs), part=slice(depth))
 
-    def _together(self, x: Float[Array, "B C D"], inputs: Tokens, keep: Array | None):
-        visible, part = Visible.keys(self.context_valid(inputs.valid)), slice(self.config.separate_depth, None)
+    def encode_jointly(self, x: Float[Array, "B C D"], inputs: Tokens, keep: Array | None):
+        visible, part = Visible.keys(self.context_valid(inputs.valid)), slice(self.config.num_independent_blocks, None)
         return self.encoder_norm(self._run(self.encoder, x, keep, visible, self._context_route(inputs), part=part))
 
     def _route(self, t: Tokens | Targets) -> Float[Array, "B L R"] | None:
@@ -232,7 +238,7 @@ class Model(nnx.Module):
         """x through a stack of blocks (or an nnx.List of them, unstacked), or a part of it."""
         if isinstance(blocks, nnx.List):
             for block in list(blocks)[part]:
-                x = block(cut(x, BATCH), *args)
+                x = block(shard_constraint(x, BATCH), *args)
             return x
         graph, params = nnx.split(blocks, nnx.Param)
         if part != slice(0, None):
@@ -242,9 +248,11 @@ class Model(nnx.Module):
         def run_one(x, layer):
             params, keep = layer
             if unrolled:
-                x, params = in_order(x, params)
+                x, params = param_grads_first(x, params)
             block = nnx.merge(graph, params)
-            return block(cut(x, BATCH), *args, keep=(None,) * block.num_branches if keep is None else keep), None
+            return block(
+                shard_constraint(x, BATCH), *args, keep=(None,) * block.num_branches if keep is None else keep
+            ), None
 
         step = jax.checkpoint(run_one) if self.config.remat == "blocks" else run_one
         return jax.lax.scan(step, x, (params, keep), unroll=self.config.unroll)[0]
@@ -278,7 +286,7 @@ class Model(nnx.Module):
         args = visible, context.tokens, context_visible, match, *routes
         return self.decoder_norm(self._run(self.decoder, x, keep, *args))
 
-    def _match(self, matches: Matches | None, targets: Targets):
+    def _match(self, matches: ExampleMatches | None, targets: Targets):
         """What cross-attention adds for targets of examples that are like those of the context."""
         if matches is None:
             return None

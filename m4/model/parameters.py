@@ -46,25 +46,25 @@ def from_parameters(state: Any, array_of: Callable[[str], ArrayLike]) -> Any:
 def by_modality(model: Model) -> dict[str, Any]:
     """`parameters` of a model, with the rows of its tables as TABLE[MODALITY], and so the pairs of routed LoRA."""
     found = parameters(nnx.state(model, nnx.Param))
-    for table, rows in _shares(model, found).items():
+    for table, rows in _rows_by_modality(model, found).items():
         x = found.pop(table)
         names = enumerate(model.modalities.names)
         found |= {f"{table}[{m}]": x[rows[i] : rows[i + 1]] for i, m in names if rows[i] < rows[i + 1]}
     return found
 
 
-def _shares(model: Model, names: Iterable[str]) -> dict[str, Sequence[int]]:
+def _rows_by_modality(model: Model, names: Iterable[str]) -> dict[str, Sequence[int]]:
     """Parameters of which each modality has some rows: where those of modality i begin, and the end."""
     routed = model.config.lora is not None and model.config.lora.routed
     pairs = [name for name in names if routed and ".lora." in name]
     return {**model.table_rows, **dict.fromkeys(pairs, range(len(model.modalities) + 1))}
 
 
-def with_pieces(model: Model, pieces: Mapping[str, Any]) -> Model:
+def with_parameters(model: Model, pieces: Mapping[str, Any]) -> Model:
     """A model with these in place of its own, by the names of `by_modality`."""
     found = {**by_modality(model), **pieces}
     graph, state = nnx.split(model, nnx.Param)
-    for table in _shares(model, parameters(state)):
+    for table in _rows_by_modality(model, parameters(state)):
         parts = [found[name] for m in model.modalities.names if (name := f"{table}[{m}]") in found]
         found[table] = jnp.concatenate([jnp.asarray(x) for x in parts])
     return nnx.merge(graph, from_parameters(state, lambda name: found[name]))
@@ -79,7 +79,7 @@ def abstract(model_config: Any, modalities: Modalities) -> Model:
     return nnx.eval_shape(lambda: Model(model_config, modalities, rngs=nnx.Rngs(0)))
 
 
-def fits(name: str, pattern: str) -> bool:
+def matches_pattern(name: str, pattern: str) -> bool:
     """Whether a parameter's name fits, perhaps that of one block (encoder.0.mlp.up.kernel) without its number. Brackets
     stand for themselves."""
     whole = re.sub(r"^(\w+)\.\d+\.", r"\1.", name)

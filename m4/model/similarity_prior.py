@@ -37,7 +37,7 @@ from m4.tokens.spans import is_sentinel
 MODALITY = 1 << 20  # above any id of a token
 
 
-class Matches(NamedTuple):
+class ExampleMatches(NamedTuple):
     """Vectors of examples by address and of the context's tokens (zero unless labelled), whose products say how alike
     they are, and weights. `words`: how often each would be said of an address (None: not compared so)."""
 
@@ -78,8 +78,9 @@ class Words(nnx.Module):
         return jnp.einsum("bijv,bv->bij", kernels, jax.nn.softmax(self.choice[...] * alignment))
 
 
-class Matching(nnx.Module):
-    """Examples -> Matches, from what the encoder's first blocks made of each. num_words: of the text modality by whose
+class SimilarityPrior(nnx.Module):
+    """Examples -> ExampleMatches, from what the encoder's first blocks made of each. num_words: of the text modality
+    by whose
     words examples are compared (0: of none)."""
 
     def __init__(self, width: int, size: int, num_heads: int, num_words: int = 0, *, rngs: nnx.Rngs):
@@ -88,7 +89,7 @@ class Matching(nnx.Module):
         self.weight = nnx.Param(jnp.full((num_heads,), 4.0))
         self.words = Words(width, num_words, num_heads, rngs=rngs) if num_words else None
 
-    def __call__(self, x: Float[Array, "B C D"], inputs: Tokens, modalities: Modalities) -> Matches:
+    def __call__(self, x: Float[Array, "B C D"], inputs: Tokens, modalities: Modalities) -> ExampleMatches:
         """x: of the inputs alone, without registers. An example is the mean of its image's tokens, by learned weights;
         one without image, and one whose text is asked, is like no other. The query, address 0, is never matched."""
         is_text = jnp.asarray([isinstance(m, Sequence) for m in modalities])[inputs.modality]
@@ -107,13 +108,13 @@ class Matching(nnx.Module):
         keys = at_address(vectors * labelled[..., None], inputs.shot) * inputs.valid[..., None]
         weight = jnp.broadcast_to(self.weight[...][:, None], (len(self.weight[...]), keys.shape[-1]))
         if self.words is None:
-            return Matches(vectors, keys, weight, None)
+            return ExampleMatches(vectors, keys, weight, None)
         words = self.words(x, images)
         alike = self.words.alike(words, labelled & there[..., 0], same_text(inputs, is_text)) * there
         # Keys by address, of texts alone: the product is that of `alike`.
         named = of * is_text[..., None] * (labelled[:, None] & there.swapaxes(1, 2))
         more = jnp.broadcast_to(self.words.weight[...][:, None], (len(weight), NUM_SHOTS))
-        return Matches(
+        return ExampleMatches(
             jnp.concatenate([vectors, alike], -1),
             jnp.concatenate([keys, named], -1),
             jnp.concatenate([weight, more], -1),

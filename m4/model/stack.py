@@ -47,7 +47,7 @@ def stack(block: Callable[..., Block], c: ModelConfig, num_routes: int, depth: i
 
 
 @jax.custom_vjp
-def in_order(x: Array, params):
+def param_grads_first(x: Array, params):
     """As they are. The backward pass computes the parameters' gradients before it goes on with that of x.
 
     XLA on CPU would else put them off until the end of the step, and hold all that they are computed from.
@@ -55,9 +55,9 @@ def in_order(x: Array, params):
     return x, params
 
 
-def _in_order_backward(_, g):
+def _param_grads_first_backward(_, g):
     d_x, d_params = g
     return d_x + 0 * sum(d[(0,) * d.ndim] for d in jax.tree.leaves(d_params)), d_params
 
 
-in_order.defvjp(lambda *args: (args, None), _in_order_backward)
+param_grads_first.defvjp(lambda *args: (args, None), _param_grads_first_backward)

@@ -33,7 +33,7 @@ TABLE = ("fsdp", "tensor")  # axes of a mesh over which the columns of tables ar
 Weighting = Literal["modality", "token", "4m_modality", "4m_token"]
 
 
-class Taught(NamedTuple):
+class TeacherOutputs(NamedTuple):
     """What a teacher makes of the same targets: hidden vectors, and the rows of the table that turn them into logits.
 
     share: of each token's loss that is cross-entropy against the teacher's distribution.
@@ -58,7 +58,7 @@ def cross_entropy(
     weighting: Weighting = "modality",
     counts: Int[Array, " modalities"] | None = None,
     z_loss: float = 0.0,
-    taught: Taught | None = None,
+    taught: TeacherOutputs | None = None,
 ):
     """The loss in nats, and each modality's own mean (NaN when absent) and number of tokens.
 
@@ -93,7 +93,9 @@ def cross_entropy(
     return total, {"loss": detail, "count": {m.name: counts[i] for i, m in enumerate(model.modalities)}}
 
 
-def _sweep(hidden, table, ids, modality, weight, taught=None, *, table_rows, z_loss, block, with_gradient, mesh_axes):
+def blockwise_cross_entropy(
+    hidden, table, ids, modality, weight, taught=None, *, table_rows, z_loss, block, with_gradient, mesh_axes
+):
     """One device's tokens and its columns of the table -> loss, its parts, and the gradients of both."""
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     ids, modality = ids.reshape(-1), modality.reshape(-1)
@@ -115,7 +117,7 @@ def _sweep(hidden, table, ids, modality, weight, taught=None, *, table_rows, z_l
         rows = jax.lax.dynamic_slice_in_dim(table, first, size).astype(dtype)
         return jax.lax.all_gather(rows, columns, axis=1, tiled=True) if columns else rows
 
-    def of_modality(i, first, vocabulary, teachers, carry):
+    def one_modality(i, first, vocabulary, teachers, carry):
         """Adds one modality's part: one block of a size that fits what full blocks leave, then those.
 
         The first writes the rows of the table's gradient, if only with zeros.
@@ -180,9 +182,9 @@ def _sweep(hidden, table, ids, modality, weight, taught=None, *, table_rows, z_l
             vocabulary = rows_of(table, first, size, hidden.dtype)
             teachers = None if taught is None else rows_of(taught.table, first, size, taught.hidden.dtype)
             if not (columns and with_gradient):
-                return of_modality(i, first, vocabulary, teachers, carry)
+                return one_modality(i, first, vocabulary, teachers, carry)
             *rest, d_table = carry
-            *rest, d_rows = of_modality(i, 0, vocabulary, teachers, (*rest, jnp.zeros(vocabulary.shape, jnp.float32)))
+            *rest, d_rows = one_modality(i, 0, vocabulary, teachers, (*rest, jnp.zeros(vocabulary.shape, jnp.float32)))
             d_rows = jax.lax.psum_scatter(d_rows, columns, scatter_dimension=1, tiled=True)
             d_rows = jax.lax.psum(d_rows, tuple(a for a in mesh_axes if a not in TABLE))
             return *rest, _add_rows(d_table, d_rows, first)
@@ -203,10 +205,10 @@ def _add_rows(table, rows, first):
     return _write_rows(table, old + rows, first)
 
 
-def _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, taught, block, with_gradient):
+def _blockwise_on_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, taught, block, with_gradient):
     mesh = jax.sharding.get_abstract_mesh()
     sweep = functools.partial(
-        _sweep,
+        blockwise_cross_entropy,
         table_rows=table_rows,
         z_loss=z_loss,
         block=block,
@@ -216,7 +218,7 @@ def _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, taught
     tokens, columns = P(BATCH, "tensor"), P(None, TABLE)
     arrays, specs = [hidden, table, ids, modality, weight], [tokens, columns, tokens, tokens, P()]
     if taught is not None:
-        arrays, specs = [*arrays, taught], [*specs, Taught(tokens, columns, P())]  # ty: ignore[invalid-argument-type]  specs in place of arrays
+        arrays, specs = [*arrays, taught], [*specs, TeacherOutputs(tokens, columns, P())]  # ty: ignore[invalid-argument-type]  specs in place of arrays
     if mesh.empty or mesh.size == 1:
         return sweep(*arrays)
     return jax.shard_map(
@@ -236,7 +238,7 @@ def summed_cross_entropy(
     weight: Float[Array, " modalities"],
     table_rows: tuple[int, ...],
     z_loss: float = 0.0,
-    taught: Taught | None = None,
+    taught: TeacherOutputs | None = None,
     block: int = 0,
 ):
     """Sum of weight x (negative log-likelihood + z-loss); and the likelihood's part of each modality, whose rows of the
@@ -244,11 +246,13 @@ def summed_cross_entropy(
 
     Only the sum is differentiable, and not by what is taught.
     """
-    return _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, taught, block, False)[0]
+    return _blockwise_on_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, taught, block, False)[0]
 
 
 def _forward(hidden, table, ids, modality, weight, table_rows, z_loss, taught, block):
-    out, d_hidden, d_table = _sweep_mesh(hidden, table, ids, modality, weight, table_rows, z_loss, taught, block, True)
+    out, d_hidden, d_table = _blockwise_on_mesh(
+        hidden, table, ids, modality, weight, table_rows, z_loss, taught, block, True
+    )
     return out, (d_hidden.astype(hidden.dtype), d_table.astype(table.dtype))
 
 

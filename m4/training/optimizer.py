@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from m4.errors import closest
-from m4.model.parameters import fits
+from m4.model.parameters import matches_pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class OptimizerConfig:
     def make(self, num_steps: int, is_trained: Any, keep: Any = False) -> optax.GradientTransformation:
         """`is_trained`: see there. `keep` (bool, may be traced) leaves the moments as they are: the step is skipped."""
         b1, b2 = (jnp.where(keep, 1.0, b) for b in (self.b1, self.b2))
-        adamw = optax.adamw(self.schedule(num_steps), b1, b2, weight_decay=self.weight_decay, mask=decays)
+        adamw = optax.adamw(self.schedule(num_steps), b1, b2, weight_decay=self.weight_decay, mask=has_weight_decay)
         chain = optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw) if self.clip_norm else adamw
         labels = jax.tree.map(lambda t: t is not False, is_trained, is_leaf=_is_mask)
         if all(jax.tree.leaves(labels)):
@@ -65,7 +65,7 @@ class OptimizerConfig:
         names = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
         titles = {f"{table}[{m}]" for table, of in rows.items() for m in of}
         for pattern in (*self.train, *self.freeze):
-            if not any(fits(name, pattern) for name in names | titles):
+            if not any(matches_pattern(name, pattern) for name in names | titles):
                 field = "train" if pattern in self.train else "freeze"
                 raise ValueError(f"{field}={pattern!r} fits no parameter; {closest(pattern, sorted(names | titles))}")
 
@@ -81,7 +81,7 @@ class OptimizerConfig:
         return jax.tree_util.tree_map_with_path(one, params)
 
     def _trains(self, *names: str) -> bool:
-        any_fits = lambda patterns: any(fits(name, p) for name in names for p in patterns)  # noqa: E731
+        any_fits = lambda patterns: any(matches_pattern(name, p) for name in names for p in patterns)  # noqa: E731
         return any_fits(self.train) and not any_fits(self.freeze)
 
 
@@ -89,7 +89,7 @@ def _is_mask(x: Any) -> bool:
     return isinstance(x, np.ndarray)
 
 
-def only(trained: Any, x: Any, other: Any) -> Any:
+def where_trained(trained: Any, x: Any, other: Any) -> Any:
     """x where it is trained, `other` elsewhere, by leaf of `is_trained`."""
     return x if trained is True else other if trained is False else jnp.where(trained, x, other)
 
@@ -99,6 +99,6 @@ def _name(path: Any) -> str:
     return ".".join(str(getattr(k, "key", getattr(k, "name", ""))) for k in path).removesuffix(".value")
 
 
-def decays(params):
+def has_weight_decay(params):
     """True for the kernels of linear maps: embeddings, norms and the mask token are not decayed."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)

@@ -21,13 +21,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from m4.distributed.constraints import BATCH, cut
+from m4.distributed.constraints import BATCH, shard_constraint
 from m4.distributed.mesh import shardings
 from m4.model.encoder_decoder import Model
-from m4.objectives.cross_entropy import Taught, cross_entropy, token_counts
+from m4.objectives.cross_entropy import TeacherOutputs, cross_entropy, token_counts
 from m4.objectives.word_prediction import captioned, words_loss
 from m4.tokens.batch import MaskedBatch, normalized
-from m4.training.optimizer import only
+from m4.training.optimizer import where_trained
 
 
 class TrainState(NamedTuple):
@@ -182,7 +182,7 @@ class Trainer:
             taught = None
             if c.teacher:
                 guide = nnx.merge(*teacher)
-                taught = Taught(guide(part), guide.output_table, jnp.float32(c.distill))
+                taught = TeacherOutputs(guide(part), guide.output_table, jnp.float32(c.distill))
             loss, detail = cross_entropy(
                 model, hidden, part.targets, weighting=c.loss, counts=counts, z_loss=c.z_loss, taught=taught
             )
@@ -203,7 +203,9 @@ class Trainer:
         else:
             k = c.micro_batches
             # Row r goes to part r mod k, so that each device keeps its own rows.
-            parts = jax.tree.map(lambda x: cut(x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), None, BATCH), batch)
+            parts = jax.tree.map(
+                lambda x: shard_constraint(x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), None, BATCH), batch
+            )
 
             def add(total, part_and_index):
                 out = value_and_grad(state.params, *part_and_index)
@@ -216,12 +218,14 @@ class Trainer:
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         # Where moments and parameters keep their places in memory: a choice between old and new ones would copy them.
-        grads = jax.tree.map(lambda g, t: jnp.where(finite, only(t, g, jnp.zeros_like(g)), 0), grads, is_trained)
+        grads = jax.tree.map(
+            lambda g, t: jnp.where(finite, where_trained(t, g, jnp.zeros_like(g)), 0), grads, is_trained
+        )
         make = functools.partial(c.optimizer.make, c.num_steps, is_trained)
         updates, optimizer = make(keep=~finite).update(grads, state.optimizer, state.params)
         optimizer = jax.tree.map(lambda x, old: x if x.ndim else jnp.where(finite, x, old), optimizer, state.optimizer)
         params = jax.tree.map(
-            lambda p, u, t: only(t, p + jnp.where(finite, u, 0), p), state.params, updates, is_trained
+            lambda p, u, t: where_trained(t, p + jnp.where(finite, u, 0), p), state.params, updates, is_trained
         )
         average = state.average
         if average is not None:

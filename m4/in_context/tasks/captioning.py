@@ -12,7 +12,7 @@ import numpy as np
 from m4.data.sources.scene_rules import attribute_counts, micro_f1
 from m4.data.sources.scenes import Scenes
 from m4.in_context.tasks.episode_rng import balanced, generator, pick
-from m4.in_context.tasks.image_cache import Bank, SceneTask, bank, heldout
+from m4.in_context.tasks.image_cache import ImageCache, SceneTask, heldout, image_cache
 from m4.masking.episodes import Episode, Shot
 
 
@@ -39,8 +39,8 @@ class Captioning(SceneTask):
 
 
 @functools.cache
-def _by_number(scenes: Scenes, split: str, data_dir: str) -> tuple[Bank, list[np.ndarray]]:
-    images = bank(scenes, split, data_dir)
+def _by_number(scenes: Scenes, split: str, data_dir: str) -> tuple[ImageCache, list[np.ndarray]]:
+    images = image_cache(scenes, split, data_dir)
     return images, list(images.places(lambda example: len(example["objects"])).values())
 
 
@@ -83,9 +83,9 @@ def overlap(first: np.ndarray, second: np.ndarray) -> float:
 
 
 @functools.cache
-def _phrases(scenes: Scenes, split: str, data_dir: str) -> tuple[Bank, list[tuple[int, int, str]]]:
+def _phrases(scenes: Scenes, split: str, data_dir: str) -> tuple[ImageCache, list[tuple[int, int, str]]]:
     """Images, and (scene, object, phrase) where a phrase means one object."""
-    images, phrases = bank(scenes, split, data_dir), []
+    images, phrases = image_cache(scenes, split, data_dir), []
     for i, example in enumerate(images.annotations):
         said = [f"{o['colour']} {o['shape']}" for o in example["objects"]]
         phrases += [(i, k, phrase) for k, phrase in enumerate(said) if said.count(phrase) == 1]

@@ -13,7 +13,7 @@ from m4.data.sources.ray_tracing import SIZES
 from m4.data.sources.rendering import VARIANTS
 from m4.data.sources.scenes import Scenes
 from m4.in_context.tasks.episode_rng import balanced, generator, pick, shuffled
-from m4.in_context.tasks.image_cache import Bank, SceneTask, bank
+from m4.in_context.tasks.image_cache import ImageCache, SceneTask, image_cache
 from m4.in_context.tasks.nonce_words import same_text
 from m4.masking.episodes import Episode, Shot
 
@@ -51,9 +51,11 @@ class Counting(SceneTask):
 
 
 @functools.cache
-def _pools(scenes: Scenes, split: str, data_dir: str) -> tuple[Bank, dict[tuple[str, str], dict[int, np.ndarray]]]:
+def _pools(
+    scenes: Scenes, split: str, data_dir: str
+) -> tuple[ImageCache, dict[tuple[str, str], dict[int, np.ndarray]]]:
     """Images, and (attribute, value) -> count -> the numbers of scenes with so many, where there are enough."""
-    images, pools = bank(scenes, split, data_dir), {}
+    images, pools = image_cache(scenes, split, data_dir), {}
     rules = VARIANTS[scenes.variant]
     values = {"colour": rules.colours, "shape": rules.shapes, "size": SIZES}
     counted = [(name, value) for name in values for value in values[name]]

@@ -17,7 +17,7 @@ from m4.data.sources.scene_rules import read_colours
 from m4.data.sources.scenes import Scenes
 from m4.data.sources.stamps import Stamps
 from m4.in_context.tasks.episode_rng import balanced, generator, pick, shuffled
-from m4.in_context.tasks.image_cache import KINDS, bank, heldout
+from m4.in_context.tasks.image_cache import KINDS, heldout, image_cache
 from m4.in_context.tasks.nonce_words import draw_words, same_text
 from m4.masking.episodes import Episode, Shot
 
@@ -44,7 +44,7 @@ class SceneKinds:
 
 @functools.cache
 def _scene_kinds(scenes: Scenes, split: str, data_dir: str) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
-    images = bank(scenes, split, data_dir)
+    images = image_cache(scenes, split, data_dir)
     return images.rgb, images.places(lambda example: (example["objects"][0]["colour"], example["objects"][0]["shape"]))
 
 
@@ -67,7 +67,7 @@ class StampKinds:
 
 @functools.cache
 def _stamp_kinds(stamps: Stamps, split: str, data_dir: str) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
-    images = bank(stamps, split, data_dir)
+    images = image_cache(stamps, split, data_dir)
     places = images.places(lambda example: example["boxes"]["label"][0])
     return images.rgb, {name: i for name, i in places.items() if (name in HELD_OUT) == (split == "test")}
 

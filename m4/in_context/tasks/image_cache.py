@@ -42,7 +42,7 @@ def heldout(split: str) -> str:
 
 
 @dataclass(frozen=True)
-class Bank:
+class ImageCache:
     """A split of a source. rgb: uint8 [N H W C]; annotations: the other signals that tasks ask for."""
 
     rgb: np.ndarray
@@ -61,14 +61,14 @@ def group(entries: Any) -> dict[Any, np.ndarray]:
     return {key: np.array(found[key]) for key in sorted(found)}
 
 
-def bank(source: Source, split: str, data_dir: str | os.PathLike) -> Bank:
+def image_cache(source: Source, split: str, data_dir: str | os.PathLike) -> ImageCache:
     """A split of a prepared source, read once per process (1.2 ms an image)."""
     return _read(source, split, os.fspath(data_dir))  # ty: ignore[invalid-argument-type]  frozen dataclasses are hashable
 
 
 @functools.cache
-def _read(source: Source, split: str, data_dir: str) -> Bank:
+def _read(source: Source, split: str, data_dir: str) -> ImageCache:
     examples = source.split(split, data_dir)
     rows = [examples[i] for i in range(len(examples))]
     kept = tuple({name: row[name] for name in ("objects", "boxes", "caption") if name in row} for row in rows)
-    return Bank(np.stack([row["rgb"] for row in rows]), kept)
+    return ImageCache(np.stack([row["rgb"] for row in rows]), kept)

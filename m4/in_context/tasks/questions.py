@@ -15,7 +15,7 @@ import numpy as np
 
 from m4.data.sources.scenes import Scenes
 from m4.in_context.tasks.episode_rng import balanced, generator, pick, shuffled
-from m4.in_context.tasks.image_cache import Bank, SceneTask, bank, group, heldout
+from m4.in_context.tasks.image_cache import ImageCache, SceneTask, group, heldout, image_cache
 from m4.in_context.tasks.nonce_words import same_text
 from m4.masking.episodes import Episode, Shot
 
@@ -60,9 +60,11 @@ def ask(objects: list[Object]) -> Iterator[tuple[str, str, str]]:
 
 
 @functools.cache
-def _questions(scenes: Scenes, split: str, data_dir: str) -> tuple[Bank, list[tuple[int, str, str]], dict[str, Any]]:
+def _questions(
+    scenes: Scenes, split: str, data_dir: str
+) -> tuple[ImageCache, list[tuple[int, str, str]], dict[str, Any]]:
     """Images, (scene, question, answer), and sort -> answer -> the numbers of its entries."""
-    images = bank(scenes, split, data_dir)
+    images = image_cache(scenes, split, data_dir)
     found = [(i, *asked) for i, example in enumerate(images.annotations) for asked in ask(example["objects"])]
     sorts = {
         sort: group((n, answer) for n, (_, other, _, answer) in enumerate(found) if other == sort)
@@ -81,7 +83,7 @@ class Entailment(SceneTask):
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)
-        images = bank(self.scenes, heldout(split), data_dir)
+        images = image_cache(self.scenes, heldout(split), data_dir)
         answers = [*balanced(("yes", "no"), self.max_shots, rng), ("yes", "no")[rng.integers(2)]]
         examples = []
         for i, answer in zip(rng.choice(len(images.rgb), len(answers), replace=False), answers, strict=True):
@@ -97,7 +99,7 @@ class Entailment(SceneTask):
         return same_text(answer, episode.query.outputs["caption"])
 
 
-def _absent(images: Bank, objects: list[Object], rng: np.random.Generator) -> Object:
+def _absent(images: ImageCache, objects: list[Object], rng: np.random.Generator) -> Object:
     """An object of another scene unlike all of these, but like one of them in colour or in shape."""
     while True:
         others = images.annotations[rng.integers(len(images.annotations))]["objects"]
