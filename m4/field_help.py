@@ -73,7 +73,8 @@ def _described(info: StructTypeInfo) -> StructConstructorSpec | None:
     hints: dict[str, Any] = typing.get_type_hints(cls, include_extras=True)
     specs = []
     for name in [field.name for field in dataclasses.fields(cls) if field.init]:
-        item, hint = getattr(value, name), hints[name]
+        item = getattr(value, name)
+        hint: Any = hints[name]
         if _is_parts(item):
             for i, part in enumerate(item):
                 words = functools.partial(_summary, type(part), field_docstrings(cls).get(name, "") if i == 0 else "")
@@ -83,7 +84,7 @@ def _described(info: StructTypeInfo) -> StructConstructorSpec | None:
             # No option makes a part that is not there: it is shown, to be set in the config's file.
             hint = Any if item is None else tyro.conf.Fixed[tuple[str, ...]]
         words = functools.partial(_words, cls, name, item)
-        specs.append(StructFieldSpec(name=name, type=hint, default=item, helptext=words))
+        specs.append(StructFieldSpec(name=name, type=typing.cast(Any, hint), default=item, helptext=words))
     return StructConstructorSpec(instantiate=functools.partial(_make, value), fields=tuple(specs))
 
 

@@ -75,7 +75,7 @@ class Trainable(Protocol):
     def loss_weights(self, x: Array) -> Array: ...
 
 
-class Examples:
+class TrainingArrays:
     """The arrays of chosen examples, checked: what cannot be trained on is reported with its number and file."""
 
     def __init__(self, recipe: Trainable, source: Seq[dict[str, Any]], chosen: np.ndarray):
@@ -193,7 +193,7 @@ def is_learned(recipe: Trainable, path: tuple, leaf: Any) -> bool:
     return isinstance(leaf, nnx.Param) and (not recipe.start_from or path[0] == "decoder")
 
 
-def start(recipe: Trainable, examples: Examples, *, seed: int) -> VQ:
+def start(recipe: Trainable, examples: TrainingArrays, *, seed: int) -> VQ:
     """The model before its first step."""
     model = VQ(recipe, rngs=nnx.Rngs(random_key(seed)))
     if recipe.start_from:
@@ -213,7 +213,7 @@ def start(recipe: Trainable, examples: Examples, *, seed: int) -> VQ:
     return model
 
 
-def train(recipe: Trainable, examples: Examples, *, seed: int, folder: Path | None = None) -> VQ:
+def train(recipe: Trainable, examples: TrainingArrays, *, seed: int, folder: Path | None = None) -> VQ:
     """The trained model. With a folder: saved every recipe.save_every steps, and resumed from there."""
     mesh = MeshConfig().make()
     if recipe.batch_size % mesh.size:

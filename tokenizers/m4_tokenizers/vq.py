@@ -157,7 +157,7 @@ class VQRecipe:
         num_held_out = min(self.num_held_out, len(source) // 5)
         chosen = np.sort(order[num_held_out:][: self.num_examples])
         recipe: Any = self  # Trainable, but for fields that are frozen
-        examples = training.Examples(recipe, source, chosen)
+        examples = training.TrainingArrays(recipe, source, chosen)
         model = training.train(recipe, examples, seed=seed, folder=folder)
         tokenizer = self.tokenizer_class(recipe=self, model=model, card={})
         mean = self.mean_signal(examples.arrays[:4096])
