@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -166,13 +166,35 @@ class Trainer:
     def _step(
         self, state: TrainState, batch: MaskedBatch, number: jax.Array, teacher: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        c, graph = self.c, self._split[0]
+        c = self.c
         key = jax.random.fold_in(random_key(c.seed), number)
         counts = token_counts(batch.targets, len(c.modalities))
+        (loss, detail), grads = self._gradients(self._loss(batch, counts, key, teacher), state.params, batch)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = self._updated(state, grads, finite, number)
+        scalars = {
+            "loss": loss,
+            "grad_norm": norm,
+            "param_norm": optax.tree.norm(new.params),
+            "learning_rate": c.optimizer.schedule(c.num_steps)(number - 1),
+            "skipped_steps": new.num_skipped,
+            "skipped_in_a_row": new.num_skipped_in_a_row,
+            "slots/inputs": batch.inputs.valid.mean(),
+            "slots/targets": batch.targets.valid.mean(),
+            **detail["contrast"],
+            **detail["words"],
+            **{f"loss/{k}": v for k, v in detail["loss"].items()},
+            **{f"targets/{m.name}": counts[i] for i, m in enumerate(c.modalities) if m.is_target},
+        }
+        return new, scalars
+
+    def _loss(self, batch: MaskedBatch, counts: jax.Array, key: jax.Array, teacher: Any) -> Callable:
+        """The loss of a part of the batch, by its parameters, the part and the part's index, and its summands. Parts
+        add up to the batch: what is divided by is counted over the whole batch."""
+        c, graph, is_trained = self.c, self._split[0], self._is_trained
         words = c.model.match_words
         num_captioned = jnp.maximum(captioned(batch, c.modalities, words).sum(), 1) if words else None
-
-        is_trained = self._is_trained
 
         def loss_fn(params, part, index):
             params = jax.tree.map(lambda p, t: jax.lax.stop_gradient(p) if t is False else p, params, is_trained)
@@ -188,8 +210,8 @@ class Trainer:
             )
             detail["contrast"], detail["words"] = {}, {}
             if num_captioned is not None:
-                there = captioned(part, c.modalities, words)
-                error = words_loss(context.matches.words, part.targets, c.modalities.index(words), there)
+                in_part = captioned(part, c.modalities, words)
+                error = words_loss(context.matches.words, part.targets, c.modalities.index(words), in_part)
                 loss += error / num_captioned
                 detail["words"] = {"words/loss": error / num_captioned}
             if c.contrast is not None:
@@ -197,26 +219,29 @@ class Trainer:
                 loss += more
             return loss, detail
 
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        if c.micro_batches == 1:
-            (loss, detail), grads = value_and_grad(state.params, batch, 0)
-        else:
-            k = c.micro_batches
-            # Row r goes to part r mod k, so that each device keeps its own rows.
-            parts = jax.tree.map(
-                lambda x: shard_constraint(x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), None, BATCH), batch
-            )
+        return loss_fn
 
-            def add(total, part_and_index):
-                out = value_and_grad(state.params, *part_and_index)
-                return jax.tree.map(jnp.add, total, out), None
+    def _gradients(self, loss_fn: Callable, params: Any, batch: MaskedBatch) -> tuple[tuple[jax.Array, Any], Any]:
+        """((loss, its summands), gradients), in micro-batches one after the other."""
+        value_and_grad, k = jax.value_and_grad(loss_fn, has_aux=True), self.c.micro_batches
+        if k == 1:
+            return value_and_grad(params, batch, 0)
+        # Row r goes to part r mod k, so that each device keeps its own rows.
+        parts = jax.tree.map(
+            lambda x: shard_constraint(x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), None, BATCH), batch
+        )
 
-            shapes = jax.eval_shape(value_and_grad, state.params, jax.tree.map(lambda x: x[0], parts), 0)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            ((loss, detail), grads), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(k)))
+        def add(total, part_and_index):
+            out = value_and_grad(params, *part_and_index)
+            return jax.tree.map(jnp.add, total, out), None
 
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), 0)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, (parts, jnp.arange(k)))[0]
+
+    def _updated(self, state: TrainState, grads: Any, finite: jax.Array, number: jax.Array) -> TrainState:
+        """The state behind a step; the same but for its counters where a gradient or the loss is not finite."""
+        c, is_trained = self.c, self._is_trained
         # Where moments and parameters keep their places in memory: a choice between old and new ones would copy them.
         grads = jax.tree.map(
             lambda g, t: jnp.where(finite, where_trained(t, g, jnp.zeros_like(g)), 0), grads, is_trained
@@ -233,21 +258,6 @@ class Trainer:
             decay = jnp.where(finite, jnp.minimum(c.average_decay, (1 + number) / (10 + number)), 1.0)
             average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
         skipped = 1 - finite.astype(jnp.int32)
-        new = TrainState(
+        return TrainState(
             params, optimizer, average, state.num_skipped + skipped, (state.num_skipped_in_a_row + 1) * skipped
         )
-        scalars = {
-            "loss": loss,
-            "grad_norm": norm,
-            "param_norm": optax.tree.norm(params),
-            "learning_rate": c.optimizer.schedule(c.num_steps)(number - 1),
-            "skipped_steps": new.num_skipped,
-            "skipped_in_a_row": new.num_skipped_in_a_row,
-            "slots/inputs": batch.inputs.valid.mean(),
-            "slots/targets": batch.targets.valid.mean(),
-            **detail["contrast"],
-            **detail["words"],
-            **{f"loss/{k}": v for k, v in detail["loss"].items()},
-            **{f"targets/{m.name}": counts[i] for i, m in enumerate(c.modalities) if m.is_target},
-        }
-        return new, scalars
