@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from m4.interchange import fourm
 from m4.masking import dirichlet as masking_module
 from m4.masking.dirichlet import Masking, Strategy
-from m4.masking.draws import _Draws
-from m4.masking.spans import _Spans, mask_spans
+from m4.masking.draws import Draws
+from m4.masking.spans import Spans, mask_spans
 from m4.tokens.modality import Features, Grid, Modalities, Sequence
 
 
@@ -387,7 +387,7 @@ def test_budgets_are_distributed_as_the_originals(name):
     is_sequence = np.array([isinstance(fourm.modality(n), Sequence) for n in names])
     count = 4000
     for k, strategy in enumerate(original_strategies(content)):
-        draws = _Draws(mask_keys(count, seed=k))
+        draws = Draws(mask_keys(count, seed=k))
         inputs, targets = (
             masking_module._split(
                 np.tile([alphas[n] if n in alphas else 0.0 for n in names], (count, 1)),
@@ -452,9 +452,9 @@ def check_sequence(r):
     keys, keep = mask_keys(count), masking_module.Keep.__args__.index(r["keep_scheme"])
     one = np.ones((count, 1), int)
     uniform = np.random.default_rng(0).random((count, 2))
-    spans = _Spans.of(
+    spans = Spans.of(
         [{"caption": ids}] * count, Modalities([modality]), one * r["L"], one * r["input_budget"], one * keep, uniform,
-        _Draws(keys),
+        Draws(keys),
     )  # fmt: skip
     example, found, _, _ = spans.inputs(one * r["input_budget"])
     agrees(np.bincount(example, minlength=count), r["input_valid"])

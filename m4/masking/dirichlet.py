@@ -30,9 +30,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
 from m4.errors import closest
-from m4.masking.draws import CHOICE, SPLIT, _Draws
-from m4.masking.grids import _Grids
-from m4.masking.spans import _Spans
+from m4.masking.draws import CHOICE, SPLIT, Draws
+from m4.masking.grids import Grids
+from m4.masking.spans import Spans
 from m4.tokens.batch import MaskedBatch, Targets, Tokens
 from m4.tokens.modality import Features, Modalities, Sequence
 
@@ -109,7 +109,7 @@ class Masking:
         """
         if not len(examples):
             raise ValueError("there is no example to mask")
-        draws = _Draws(keys)
+        draws = Draws(keys)
         lengths = _lengths(examples, modalities)
         table = _Table.of([self.strategies] * len(examples) if strategies is None else strategies, modalities)
         uniform = np.stack([draws.at(i, CHOICE).random(4 + 2 * len(modalities)) for i in range(len(examples))])
@@ -123,7 +123,7 @@ class Masking:
         inputs = np.minimum(inputs, lengths)
         if self.budgets == "filled":
             inputs = _fill(inputs, share, lengths, num_inputs, uniform[:, 2])
-        spans = _Spans.of(examples, modalities, lengths, inputs, table.keep[chosen], uniform[:, 4:], draws)
+        spans = Spans.of(examples, modalities, lengths, inputs, table.keep[chosen], uniform[:, 4:], draws)
         used = np.where(is_sequence, 0, inputs)
         used[spans.example, spans.modality] = np.where(inputs[spans.example, spans.modality] > 0, spans.num_inputs, 0)
         if self.budgets == "filled":
@@ -150,7 +150,7 @@ class Masking:
         else:
             targets = np.minimum(np.where(is_sequence, targets - 1, targets), capacity)
 
-        rows = _Grids.of(examples, modalities, lengths, inputs, targets, draws)
+        rows = Grids.of(examples, modalities, lengths, inputs, targets, draws)
         return MaskedBatch(
             Tokens(*_pack(len(examples), self.num_inputs, [rows.inputs(), spans.inputs(inputs)])),
             Targets(*_pack(len(examples), self.num_targets, [rows.targets(), spans.targets(targets, cut)])),
@@ -234,7 +234,7 @@ def _lengths(examples: Seq[Mapping[str, np.ndarray]], modalities: Modalities) ->
     return lengths
 
 
-def _split(alphas: Float[np.ndarray, "B M"], total: Int[np.ndarray, " B"], draws: _Draws, part: int):
+def _split(alphas: Float[np.ndarray, "B M"], total: Int[np.ndarray, " B"], draws: Draws, part: int):
     """Budgets int [B M] that sum to `total`, by one Dirichlet draw, and its shares float [B M].
 
     As in the original: shares are rounded down, and each slot that is left goes to the largest share of a new draw.

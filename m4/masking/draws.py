@@ -8,7 +8,7 @@ NUM_TRIES = 8  # shares of kept tokens that are tried at once, each 0.9 of the l
 CHOICE, SPLIT, POSITIONS, SPANS = range(4)  # what random numbers are for
 
 
-class _Draws:
+class Draws:
     """Random numbers by address: an example's key, and what they are for (a counter-based generator, no state)."""
 
     def __init__(self, keys: np.ndarray):

@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int, Integer, UInt
 
-from m4.masking.draws import POSITIONS, _Draws
+from m4.masking.draws import POSITIONS, Draws
 from m4.tokens.modality import Features, Grid, Modalities, Sequence
 
 
 @dataclasses.dataclass
-class _Grids:
+class Grids:
     """The grids and features of a batch of which something is picked, their positions in random order."""
 
     example: Int[np.ndarray, " R"]
@@ -24,7 +24,7 @@ class _Grids:
     first_id: Int[np.ndarray, " R"]  # where those of a row begin; -1: features, whose id is their place
 
     @classmethod
-    def of(cls, examples, modalities: Modalities, lengths, inputs, targets, draws: _Draws) -> _Grids:
+    def of(cls, examples, modalities: Modalities, lengths, inputs, targets, draws: Draws) -> Grids:
         others = np.array([not isinstance(m, Sequence) for m in modalities])
         example, modality = np.nonzero((inputs + targets) * others)
         length = lengths[example, modality]

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Int
 
-from m4.masking.draws import NUM_TRIES, SPANS, _Draws
+from m4.masking.draws import NUM_TRIES, SPANS, Draws
 from m4.tokens.modality import Modalities, Sequence
 
 
@@ -17,14 +17,14 @@ def mask_spans(ids: np.ndarray, masked: np.ndarray, first_sentinel: int) -> tupl
     Nothing masked: the target is the single opening sentinel, which leaves the decoder nothing to predict.
     """
     one = np.zeros(1, int)
-    spans = _Spans(one, one, ids[None], np.ones((1, len(ids)), bool), masked[None], one + first_sentinel)
+    spans = Spans(one, one, ids[None], np.ones((1, len(ids)), bool), masked[None], one + first_sentinel)
     _, inputs, _, _ = spans.inputs(np.full((1, 1), len(ids)))
     _, targets, _, _, _ = spans.targets(np.full((1, 1), 2 * len(ids) + 1), np.zeros((1, 1)))
     return inputs.astype(np.int32), np.append(first_sentinel, targets).astype(np.int32)
 
 
 @dataclasses.dataclass
-class _Spans:
+class Spans:
     """The sequences of a batch, padded, and which of their tokens are masked."""
 
     example: Int[np.ndarray, " R"]
@@ -41,7 +41,7 @@ class _Spans:
         self.num_inputs = self.valid.sum(1) - self.num_targets + 2 * self.num_spans
 
     @classmethod
-    def of(cls, examples, modalities: Modalities, lengths, budgets, keep, uniform, draws: _Draws) -> _Spans:
+    def of(cls, examples, modalities: Modalities, lengths, budgets, keep, uniform, draws: Draws) -> Spans:
         """Masks of all sequences: what does not go in is masked whole."""
         sequences = np.array([isinstance(m, Sequence) for m in modalities])
         example, modality = np.nonzero(lengths * sequences)
