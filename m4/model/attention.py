@@ -14,6 +14,7 @@ from m4.distributed.constraints import BATCH
 from m4.model import kernels
 from m4.model.layers import BlockConfig, LayerNorm, Linear, project
 from m4.model.visibility import Visible
+from m4.model.xla import heads_first, tokens_first
 
 
 def append_bias_features(
@@ -45,9 +46,7 @@ def attend(
     """
     if (kernel := kernels.kernel_for(q)) is not None:
         return kernels.on_mesh(kernel, BATCH, "tensor")(q, k, v, visible)
-    # XLA on CPU multiplies [.. T H] blocks twice as fast as strided ones, and undoes plain transposes.
-    q, k, v = (jax.lax.optimization_barrier(rearrange(x, "b t n h -> b n t h")) for x in (q, k, v))
-    return rearrange(jax.lax.optimization_barrier(_attend(q, k, v, visible)), "b n t h -> b t n h")
+    return tokens_first(_attend(heads_first(q), heads_first(k), heads_first(v), visible))
 
 
 @jax.custom_vjp

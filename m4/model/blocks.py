@@ -13,6 +13,7 @@ from m4.model.attention import Attention
 from m4.model.bottleneck import Adapter
 from m4.model.layers import BlockConfig, LayerNorm, Linear
 from m4.model.visibility import Visible
+from m4.model.xla import computed_after
 
 
 @jax.custom_vjp
@@ -29,8 +30,9 @@ def _silu_gate_forward(x, kernel):
 
 def _silu_gate_backward(residuals, g):
     x, kernel = residuals
-    # A term in g that is zero: else XLA would compute the sigmoid in the forward pass and keep it.
-    a, b = jnp.split(x.astype(jnp.float32) + 0 * g[0, 0], 2, axis=-1)
+    a, b = jnp.split(
+        computed_after(x.astype(jnp.float32), g), 2, axis=-1
+    )  # else the sigmoid is kept from the way there
     s = jax.nn.sigmoid(a)
     g = g.astype(x.dtype)
     d_kernel = jnp.matmul((a * s * b).astype(x.dtype).T, g, preferred_element_type=jnp.float32)

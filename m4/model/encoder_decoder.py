@@ -33,8 +33,9 @@ from m4.model.config import ModelConfig
 from m4.model.layers import LayerNorm, Linear
 from m4.model.positions import position_table
 from m4.model.similarity_prior import ExampleMatches, SimilarityPrior, at_address
-from m4.model.stack import STACKS, param_grads_first, stack, survival
+from m4.model.stack import STACKS, stack, survival
 from m4.model.visibility import Visible
+from m4.model.xla import param_grads_first
 from m4.tokens.batch import NUM_SHOTS, MaskedBatch, Targets, Tokens
 from m4.tokens.batch import Array as TokenArray
 from m4.tokens.modality import Features, Modalities, Sequence

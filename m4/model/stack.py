@@ -8,7 +8,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from m4.model.config import ModelConfig
 
@@ -44,20 +44,3 @@ def stack(block: Callable[..., Block], c: ModelConfig, num_routes: int, depth: i
     return nnx.merge(
         graph, jax.vmap(lambda count: make(count)[1])(first + draws * jnp.arange(depth, dtype=first.dtype))
     )
-
-
-@jax.custom_vjp
-def param_grads_first(x: Array, params):
-    """As they are. The backward pass computes the parameters' gradients before it goes on with that of x.
-
-    XLA on CPU would else put them off until the end of the step, and hold all that they are computed from.
-    """
-    return x, params
-
-
-def _param_grads_first_backward(_, g):
-    d_x, d_params = g
-    return d_x + 0 * sum(d[(0,) * d.ndim] for d in jax.tree.leaves(d_params)), d_params
-
-
-param_grads_first.defvjp(lambda *args: (args, None), _param_grads_first_backward)
