@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import re
 import types
 import typing
@@ -31,11 +30,10 @@ def components() -> dict[str, importlib.metadata.EntryPoint]:
 
 @functools.cache
 def classes() -> dict[str, str]:
-    """Name of each public class of m4 and m4_tokenizers -> its module, read from the sources: nothing is imported."""
+    """Name of each public class of m4 and m4_tokenizers -> its module, read from the sources."""
     modules = {}
     for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        for root in map(Path, spec.submodule_search_locations or ()) if spec else ():
+        for root in map(Path, importlib.import_module(package).__path__):
             for path in sorted(root.rglob("*.py")):
                 module = ".".join((package, *path.relative_to(root).with_suffix("").parts))
                 for name in re.findall(r"^class ([A-Z]\w*)", path.read_text(encoding="utf-8"), re.MULTILINE):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from test_tokenizers import EXAMPLES
 
 from m4.config import load_config
+from m4.registry import classes
 from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers import losses
 from m4_tokenizers.modalities.edges import EdgesRecipe, canny
@@ -460,12 +461,16 @@ def test_killed_training_resumes_exactly(tmp_path):
 
 def test_readme_quantizer_is_one_file(tmp_path, monkeypatch):
     """The README's example as it stands: found, trained, stored and loaded without another file being edited."""
-    import m4_tokenizers
+    import m4_tokenizers.quantizers
 
     text = (ROOT / "tokenizers" / "README.md").read_text()
-    (tmp_path / "residual.py").write_text(text.split("```python\n")[1].split("```")[0])
+    (tmp_path / "quantizers").mkdir()
+    (tmp_path / "quantizers" / "residual.py").write_text(text.split("```python\n")[1].split("```")[0])
     monkeypatch.setattr(m4_tokenizers, "__path__", [*m4_tokenizers.__path__, str(tmp_path)])
-    from m4_tokenizers.residual import ResidualQuantizer
+    folders = [*m4_tokenizers.quantizers.__path__, str(tmp_path / "quantizers")]
+    monkeypatch.setattr(m4_tokenizers.quantizers, "__path__", folders)
+    classes.cache_clear()
+    from m4_tokenizers.quantizers.residual import ResidualQuantizer
 
     recipe = ImageRecipe(**{**PATCHES, "quantizer": ResidualQuantizer(num_codes=24, latent_size=8)})
     tokenizer = recipe.fit(EXAMPLES, seed=0)
@@ -475,4 +480,5 @@ def test_readme_quantizer_is_one_file(tmp_path, monkeypatch):
     images = [e["rgb"] for e in EXAMPLES[:3]]
     np.testing.assert_array_equal(loaded.encode(images), tokenizer.encode(images))
     assert tokenizer.card["psnr"] > tokenizer.card["psnr_of_mean"]
-    sys.modules.pop("m4_tokenizers.residual")
+    sys.modules.pop("m4_tokenizers.quantizers.residual")
+    classes.cache_clear()
