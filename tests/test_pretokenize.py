@@ -389,7 +389,7 @@ def test_a_signal_is_found_wherever_it_is(tmp_path):
     assert len(found) == 2005 and {"few 3", "many 900"} <= {found[i]["caption"] for i in range(2005)}
 
     examples = [{"caption": "a"}] * 900 + [{"boxes": {"bbox": np.zeros((0, 4)), "label": []}}] * 100
-    assert pretokenize.Having(examples, BoxRecipe(), skip_bad=False).reads_some()
+    assert pretokenize.ExamplesWithSignal(examples, BoxRecipe(), skip_bad=False).reads_some()
 
 
 def test_any_error_of_a_reader_or_tokenizer_names_its_example(tmp_path):
@@ -419,7 +419,7 @@ def test_any_error_of_a_reader_or_tokenizer_names_its_example(tmp_path):
     assert first == "example 1 of broken train: ZeroDivisionError: by nothing"
     assert second.startswith("example 2 of broken train: file 2: caption: ")
     with pytest.raises(ValueError, match="example 1: ZeroDivisionError: by nothing"):
-        pretokenize.Having(Broken(), TextRecipe(), skip_bad=False)[1]
+        pretokenize.ExamplesWithSignal(Broken(), TextRecipe(), skip_bad=False)[1]
 
 
 def test_crops_are_stored_and_aligned(root, tmp_path):
