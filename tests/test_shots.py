@@ -590,6 +590,7 @@ def test_words_are_learned_from_whole_captions_of_pictures(by_words, tokenizers,
         assert not captioned(batch._replace(inputs=inputs), own, "caption").any()
 
 
+@pytest.mark.slow  # of words alone; test_meshes has all else
 def test_micro_batches_and_meshes_learn_the_same_words(by_words, tokenizers, own):
     strategy = Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0}, keep="all")
     masking = Masking(strategies=(strategy,), num_inputs=20, num_targets=12)
