@@ -169,7 +169,10 @@ class VLICL:
         try:
             picture = Image.fromarray(decode("rgb", shown(file), content(file)))
         except ValueError as error:
-            raise ValueError(f"{error}; the images come out of the archives: {DOWNLOAD}") from error
+            names = Path(self.folder, self.dataset, "support.json")
+            raise ValueError(
+                f"{error}; {shown(names)} or query.json names it; the images come out of the archives: {DOWNLOAD}"
+            ) from error
         return np.asarray(picture.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def correct(self, answer: str, episode: Episode) -> bool:
