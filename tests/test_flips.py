@@ -36,7 +36,7 @@ from m4.model.lora import LoRA
 from m4.tokens.tokenizer import load_tokenizer
 from m4.training.trainer import Trainer
 
-NUM_TRIES = 600
+NUM_TRIES = 620
 
 
 def plain(value: Any) -> list[Any]:
@@ -206,7 +206,7 @@ def test_damage_is_noticed_or_harmless(kinds, capsys):
         print(f"\n{'kind':<24}{'noticed':>8}{'harmless':>9}")
         for name, count in {**counts, "all": total}.items():
             print(f"{name:<24}{count['noticed']:>8}{count['harmless']:>9}")
-    assert total.total() >= NUM_TRIES - 10
+    assert total.total() >= 600
 
 
 @pytest.mark.slow
