@@ -1,4 +1,4 @@
-"""What errors say about a choice: what is allowed, and what was probably meant."""
+"""Checks of choices and values, and what their errors say: what was given, what is allowed, what was probably meant."""
 
 from __future__ import annotations
 

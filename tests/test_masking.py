@@ -343,7 +343,7 @@ LIMIT = 4.5  # standard errors; of the 1,200 comparisons below, 0.01 would pass 
 def fixture(name):
     path = PARITY / "masking_stats" / name
     if not path.exists():
-        pytest.skip(f"needs {path}")
+        pytest.skip(f"no fixture {name}: set M4_PARITY to the folder of parity fixtures")
     return json.loads(path.read_text())
 
 

@@ -1,4 +1,4 @@
-"""Small parameters beside a model's own: saved and loaded alone, and LoRA merged into the kernels.
+"""Small parameters beside a model's own: saved and loaded alone.
 
     ModelConfig(lora=LoRA(rank=8))     and    OptimizerConfig(train=("*.lora.*",))
     ModelConfig(adapter_size=32)       and    OptimizerConfig(train=("*.adapter.*",))

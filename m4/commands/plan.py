@@ -133,7 +133,11 @@ def mean_targets(config: Config, count: int = 256) -> dict[str, float]:
 
 
 def plan(config: Config, topology: str) -> dict[str, Any]:
-    """The table as one dict; "fits" says whether the step compiles and fits. CannotTry or ValueError otherwise."""
+    """The table as one dict; "fits" says whether the step compiles and fits. CannotTry or ValueError otherwise.
+
+    Memory per device and the list of collectives are those of the compiled step. Time is a roofline: what arithmetic,
+    memory (all that is held, written and read once) and network would each take at their data sheets' speeds.
+    """
     config.check()
     devices = devices_of(topology)
     mesh = config.mesh.make(devices)

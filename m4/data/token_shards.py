@@ -118,6 +118,7 @@ class TokenShards:
                     f"token shard {shown(path)} has {status.st_size} bytes instead of {shard['bytes']}; "
                     f"delete it and {shown(self.file)} to write it again"
                 )
+            # Shards of version 0.1 have no digest.
             times = [status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             stamps[path.name] = [status.st_size, *times, shard["num_examples"], shard.get("sha256", "")]
         new = [

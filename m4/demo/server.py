@@ -188,7 +188,7 @@ class _Body:
         message = await self.receive()
         if message["type"] == "http.request":
             self.seen += len(message["body"]) if "body" in message else 0
-            self.is_read = not message.get("more_body", False)
+            self.is_read = not message.get("more_body", False)  # ASGI: false where it is not said
             if self.seen > self.limit:
                 raise HTTPException(413, "the request is too large")
         else:

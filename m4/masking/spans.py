@@ -12,7 +12,7 @@ from m4.tokens.modality import Modalities, Sequence
 
 
 def mask_spans(ids: np.ndarray, masked: np.ndarray, first_sentinel: int) -> tuple[np.ndarray, np.ndarray]:
-    """Replaces masked spans by sentinels: (input ids, target ids), both int32 [*]; see the drawing above.
+    """Replaces masked spans by sentinels: (input ids, target ids), both int32 [*]; m4.masking.dirichlet draws them.
 
     Nothing masked: the target is the single opening sentinel, which leaves the decoder nothing to predict.
     """

@@ -1,6 +1,6 @@
-"""Layers of the encoder-decoder: linear maps, norms, attention, gated MLP, blocks.
+"""Linear maps and layer norms of the encoder-decoder, and the options of its blocks.
 
-B batch, T query tokens, S key tokens, D width, N heads, H head width, F hidden width
+B batch, T tokens, D width of what comes in, F of what goes out, R routes
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     signals <--to_signals-- [N H W C] <--decoder-- codes <--look_up----- ids
 
 `VQRecipe` says of what parts a tokenizer is made and how it is trained; a modality is a subclass with its own
-`to_arrays`, `to_signals` and `measure` (image.py, depth.py, normals.py, ...). Encoders and decoders are in networks.py
-and diffusion.py, quantizers in quantizers.py, the training loop in training.py.
+`to_arrays`, `to_signals` and `measure` (modalities/: image.py, depth.py, ...). Encoders and decoders are in networks/,
+quantizers in quantizers/, the training loop in training.py.
 
 N signals, B batch, H rows, W columns, C channels, h rows and w columns of tokens, D latent numbers
 """

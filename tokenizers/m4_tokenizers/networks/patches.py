@@ -1,15 +1,7 @@
-"""Encoders and decoders of tokenizers: signals as arrays -> latents, and codes -> signals.
+"""Signals as patches, their position tables, and what decoders share.
 
-    ViTEncoder       patches -> transformer -> latents                images, class maps (embedded), feature maps
-    ViTDecoder       codes -> transformer -> patches                  the same; optional convolutions over the output
-    VectorEncoder    one vector -> bottleneck MLP -> latent           global features, poses (grids of 1 x 1)
-    PatchEncoder     patches -> principal components + residual       small images: starts as the k-means tokenizer
-
-Each is a frozen dataclass; `make` builds its module, which maps [B H W C] to [B h w D] or back. `patch_size` pixels of
-a side make one token.
-
-B batch, H rows and W columns of pixels, C channels, h rows and w columns of tokens, D latent numbers, P numbers of a
-patch (channels fastest), F width, s and t places of a grid in raster order
+B batch, H rows and W columns of pixels, C channels, h rows and w columns of tokens, D values of a latent, P values of a
+patch (channels fastest)
 """
 
 from __future__ import annotations
