@@ -1,4 +1,4 @@
-"""How commands end: what users can mend is one sentence on stderr, never a traceback."""
+"""What commands print, and how they end: what users can mend is one sentence on stderr, never a traceback."""
 
 from __future__ import annotations
 
