@@ -148,7 +148,8 @@ def sync(path: Path) -> None:
     """Content of a file, or the names in a folder, from memory to disk."""
     file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)
+        with naming(path):
+            os.fsync(file)
     except OSError:
         if not path.is_dir():  # some file systems do not sync folders
             raise

@@ -523,6 +523,26 @@ def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(whole_run, data_dir, 
         subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 
 
+def test_a_save_without_room_names_its_folder_wherever_it_fails(tmp_path):
+    """Arrays, Orbax's own files, positions, digests: whichever comes to the end of the disk."""
+    arrays = {"params": {"a": jax.random.normal(jax.random.key(0), (20_000,))}}
+    failed = []
+    for pages in (*range(1, 41, 2), 200):
+        small_disk(disk := tmp_path / str(pages), f"{4 * pages}k")
+        try:
+            saved = Checkpoints(disk)
+            saved.save(1, arrays, {"next_example": 4}, {"batch_size": 4})
+            saved.close()
+            assert steps_in(disk) == [1]
+        except OSError as error:
+            failed.append(pages)
+            assert str(error.filename).startswith(str(disk)) and error.strerror == "No space left on device", pages
+            assert not steps_in(disk)
+        finally:
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    assert len(failed) > 8 and 200 not in failed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 300, 4000, 60_000])
 def test_a_limit_on_the_size_of_files_ends_the_run(whole_run, data_dir, tmp_path, limit):

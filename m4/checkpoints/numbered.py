@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint._src.path import atomicity
 
 from m4.command_line import system_error
-from m4.files import DIGESTS, check_digests, read_json, shown, sync, write_digests
+from m4.files import DIGESTS, check_digests, naming, read_json, shown, sync, write_digests
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,8 @@ def _writing(folder: Path) -> Iterator[None]:
     system's (a full disk), else ValueError, both with the folder of the checkpoints."""
     _silence_tasks()
     try:
-        yield
+        with naming(folder):  # writing to an open file, Orbax's JSON for one, names none
+            yield
     except OSError:
         raise
     except Exception as error:  # whatever Orbax and TensorStore raise
