@@ -29,14 +29,8 @@ from absl import flags  # noqa: E402
 flags.FLAGS.mark_as_parsed()  # grain reads absl flags in worker processes
 from jaxtyping import install_import_hook  # noqa: E402
 
-with install_import_hook(
-    ["m4.model.layers", "m4.model.encoder_decoder", "m4.objectives.cross_entropy", "m4.masking.dirichlet"],
-    "beartype.beartype",
-):
-    import m4.masking.dirichlet
-    import m4.model.encoder_decoder
-    import m4.model.layers
-    import m4.objectives.cross_entropy
+# Every function of both packages is called with what its annotations say, shapes of arrays included.
+install_import_hook(["m4", "m4_tokenizers"], "checked_types.checked_types")
 
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402

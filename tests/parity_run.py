@@ -218,7 +218,9 @@ def divae(folder: Path, meta: dict) -> dict[str, np.ndarray]:
         "velocity": velocity,
         "noise_from_velocity": schedule.noise(noised_clean, velocity, t),
         "ddim": decode(state, codes, noise),
-        "ddim_step1": schedule.ddim_step(first, timesteps[0], noise, stride=schedule.num_steps // meta["ddim_steps"]),
+        "ddim_step1": schedule.ddim_step(
+            *map(jnp.asarray, (first, timesteps[0], noise)), stride=schedule.num_steps // meta["ddim_steps"]
+        ),
     }
     out = {name: channels_first(x) for name, x in out.items()}
     return {**out, "tokens": np.asarray(ids), "alphas_cumprod": schedule.signal, "ddim_timesteps": timesteps}
@@ -247,7 +249,7 @@ def schedules(folder: Path, meta: dict) -> dict[str, np.ndarray]:
             schedule = Schedule(
                 kind=".".join(name), num_steps=num_steps, prediction=prediction, clip=bound in ("clip", "thr")
             )
-            out[key] = schedule.ddim_step(output, int(t[1:]), sample, stride=num_steps // 10)
+            out[key] = schedule.ddim_step(*map(jnp.asarray, (output, int(t[1:]), sample)), stride=num_steps // 10)
         else:
             schedule = Schedule(kind="linear", num_steps=num_steps, prediction=rest[0])
             out[key] = schedule.ddpm_step(output, int(rest[1][1:]), sample, noise, stride=num_steps // 20)

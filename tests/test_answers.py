@@ -265,7 +265,9 @@ def test_a_thousand_answers_of_an_untrained_model_parse(kind, small_model, modal
     prompt = make_prompt(
         [{"depth_tokens": np.zeros(12, int)}] * count, [None] * count, m, together, grammar=tokenizer.grammar
     )
-    generated = run_stage(graph, params, Autoregressive(temperature=1.0), m, prompt, np.arange(count)[:, None])
+    generated = jax.device_get(
+        run_stage(graph, params, Autoregressive(temperature=1.0), m, prompt, np.arange(count)[:, None])
+    )
     ids, _, _ = sampler._finish(m, generated, [None] * count)
     answers = [tokenizer.parse(row) for row in ids]
     assert len({tuple(row) for row in ids}) > 0.9 * count and max(map(len, ids)) <= m.max_length

@@ -86,6 +86,17 @@ def test_files_are_short():
     assert not long
 
 
+def test_functions_are_short():
+    """Sixty lines at most, but for train.py's: a reader sees a whole run from top to bottom there."""
+    long = {
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in (*modules().values(), ROOT / "train.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+    }
+    assert long == {"train.py: main"}
+
+
 def test_each_file_says_what_it_is():
     for path in modules().values():
         assert ast.get_docstring(ast.parse(path.read_text())), path

@@ -21,6 +21,7 @@ from m4.model.visibility import Visible
 from m4.objectives import cross_entropy as losses
 from m4.tokens.batch import MaskedBatch, Targets, Tokens
 from m4.tokens.packing import pack
+from m4_tokenizers.modalities.stored import Ids
 
 VARIANTS = {
     "default": {},
@@ -197,12 +198,8 @@ def test_cached_decoding_equals_uncached(model, modalities, make_example):
 def test_a_sample_does_not_depend_on_its_batch(model, modalities, make_example, scheme, target):
     """Rows of a batch equal the same samples generated alone; another seed gives other samples."""
 
-    class Plain:
-        def decode(self, ids):
-            return list(ids)
-
     records = [{"rgb_pixels": make_example(i)["rgb_pixels"]} for i in range(4)]
-    sampler = Sampler(model, {m.name: Plain() for m in modalities}, batch_size=4)
+    sampler = Sampler(model, {m.name: Ids(modality=m, card={}) for m in modalities}, batch_size=4)
     stages = [Stage(target=target, scheme=scheme)]
     together = sampler.generate(records, stages, 7, range(4))[target]
     for i in range(4):

@@ -33,6 +33,7 @@ from m4.tokens.spans import fill_spans, show_spans, trim
 from m4_tokenizers.modalities.boxes import BoxRecipe
 from m4_tokenizers.modalities.metadata import MetadataRecipe
 from m4_tokenizers.modalities.palette import PaletteRecipe
+from m4_tokenizers.modalities.stored import Ids
 
 PARITY = Path(os.environ.get("M4_PARITY", ROOT.parent / "shared" / "parity"))
 FAST = ("ar_caption_sampled",)  # one case of each kind of scheme takes half a minute to compile: the others are slow
@@ -47,22 +48,9 @@ def model(small_model, modalities):
     return model
 
 
-class Plain:
-    """Ids as they are."""
-
-    def __init__(self, modality):
-        self.modality = modality
-
-    def encode(self, signals):
-        return [np.asarray(s) for s in signals]
-
-    def decode(self, ids):
-        return list(ids)
-
-
 @pytest.fixture(scope="module")
 def sampler(model, modalities):
-    return Sampler(model, {m.name: Plain(m) for m in modalities}, devices=jax.devices()[:1])
+    return Sampler(model, {m.name: Ids(modality=m, card={}) for m in modalities}, devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -292,11 +280,11 @@ def test_editing_keeps_what_it_was_told_to(sampler, make_example, scheme):
 
 
 def test_what_is_kept_is_context_of_earlier_stages_and_survives_an_average(model, modalities, make_example):
-    class Averaging(Plain):
+    class Averaging(Ids):
         def average(self, signals):
             return np.zeros_like(signals[0])
 
-    sampler = Sampler(model, {m.name: Averaging(m) for m in modalities}, devices=jax.devices()[:1])
+    sampler = Sampler(model, {m.name: Averaging(modality=m, card={}) for m in modalities}, devices=jax.devices()[:1])
     ids, keep = [make_example(i)["depth_tokens"].astype(np.int32) for i in range(16)], {"depth_tokens": 0.5}
     chain = [
         Stage(target="rgb_tokens", scheme=MaskGIT(steps=1)),
@@ -308,7 +296,7 @@ def test_what_is_kept_is_context_of_earlier_stages_and_survives_an_average(model
         np.testing.assert_array_equal(new, np.where(when < 0, old, 0))
     with pytest.raises(ValueError, match="is no target"):
         sampler({"depth_tokens": ids}, ["caption"], keep=keep)
-    plain = Sampler(model, {m.name: Plain(m) for m in modalities}, devices=jax.devices()[:1])
+    plain = Sampler(model, {m.name: Ids(modality=m, card={}) for m in modalities}, devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="cannot average"):
         plain({"depth_tokens": ids}, [dataclasses.replace(chain[0], ensemble=2)])
 
@@ -346,7 +334,9 @@ def test_infilling_keeps_the_rest_of_a_sequence(sampler, modalities):
     for seed in range(20):
         prompt = make_prompt([{}], [part], m, modalities)
         seeds = np.array([[seed]])
-        out = run_stage(sampler.graph, sampler.params, Autoregressive(temperature=2.0), m, prompt, seeds)
+        out = jax.device_get(
+            run_stage(sampler.graph, sampler.params, Autoregressive(temperature=2.0), m, prompt, seeds)
+        )
         ((ids,), _, _) = sampler._finish(m, out, [part])
         assert ids[0] == 20 and ids[-1] == 3 and 21 in ids[1:-1]
         assert not ((ids >= 5) & (ids < 13)).any()
@@ -385,7 +375,7 @@ def test_constrained_outputs_parse(recipe, source, count, small_model, modalitie
     scheme = Autoregressive(temperature=5.0)
     plain = Sampler(nnx.merge(graph, params), {m.name: tokenizer}, devices=jax.devices()[:1])
     prompt = make_prompt([{"depth_tokens": np.zeros(12, int)}] * count, [None] * count, m, together, grammar=grammar)
-    generated = run_stage(graph, params, scheme, m, prompt, np.arange(count)[:, None])
+    generated = jax.device_get(run_stage(graph, params, scheme, m, prompt, np.arange(count)[:, None]))
     ids, _, _ = plain._finish(m, generated, [None] * count)
     raw = np.asarray(generated.ids)
     assert len({tuple(i) for i in ids}) > 0.9 * count
@@ -476,11 +466,11 @@ def test_retrieval_by_cosine():
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_a_listener_hears_of_every_step(sampler, make_example, num_devices):
+def test_a_callback_is_called_after_every_step(sampler, make_example, num_devices):
     heard, sampler = [], Sampler(sampler.model, sampler.tokenizers, devices=jax.devices()[:num_devices])
     sampler(
         {"caption": make_example(0)["caption"]}, [Stage(target="depth_tokens", scheme=MaskGIT(steps=4))],
-        listener=lambda target, ids, known: heard.append((target, int(known.sum()))),
+        on_step=lambda target, ids, known: heard.append((target, int(known.sum()))),
     )  # fmt: skip
     assert [t for t, _ in heard] == ["depth_tokens"] * 4
     assert heard[-1][1] == 12 and [n for _, n in heard] == sorted(n for _, n in heard)
@@ -491,10 +481,10 @@ def test_schemes_are_data(modalities):
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class RightToLeft(ROAR):
-        def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell):
+        def generate(self, model, modality, prompt, guidance, static, arrays, replay, on_step):
             order = jnp.broadcast_to(jnp.arange(modality.max_tokens)[::-1], prompt.given.shape)
             return super().generate(
-                model, modality, prompt, guidance, static, arrays, replay._replace(order=order), tell
+                model, modality, prompt, guidance, static, arrays, replay._replace(order=order), on_step
             )
 
     model = Model(dataclasses.replace(small(), width=16), modalities, rngs=nnx.Rngs(0))
@@ -515,6 +505,6 @@ def test_a_stage_is_one_program_without_calls_to_the_host(model, modalities, tar
     prompt = make_prompt([{"rgb_tokens": np.zeros(12, int)}], [None], m, modalities)
     static, arrays = scheme.prepare(m, prompt, np.zeros((1, 1), int))
     graph, params = nnx.split(model)
-    for tell, expected in ((None, False), (print, True)):
-        program = _run.lower(graph, params, scheme, m, None, static, tell, prompt, arrays, Replay())
+    for on_step, expected in ((None, False), (print, True)):
+        program = _run.lower(graph, params, scheme, m, None, static, on_step, prompt, arrays, Replay())
         assert ("callback" in program.as_text()) == expected

@@ -578,7 +578,9 @@ def test_words_are_learned_from_whole_captions_of_pictures(by_words, tokenizers,
     said = np.stack([np.bincount(r["caption"], minlength=words.shape[-1]) for r in rows])
     expected = ((words[:, 0] - said) ** 2).sum(-1)[fits].sum()
     index = own.index("caption")
-    np.testing.assert_allclose(words_loss(words, batch.targets, index, there), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        words_loss(jnp.asarray(words), batch.targets, index, jnp.asarray(there)), expected, rtol=1e-5
+    )
     # A caption that is partly told, that nothing shows, or an answer after examples teaches nothing.
     x, last = batch.inputs, jnp.arange(batch.inputs.ids.shape[1]) == 19
     told = x._replace(modality=jnp.where(last[None], index, x.modality), ids=jnp.where(last[None], 70, x.ids))

@@ -46,72 +46,99 @@ def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, Lo
     """
     source = Path(source)
     other = load_model(source) if source.is_file() else load_run(source).model
-    theirs = {name: np.asarray(x) for name, x in parameters(nnx.state(other, nnx.Param)).items()}
-    report = LoadedWeights([], [], [], [])
-    names, rows, old_rows = model.modalities.names, model.table_rows, other.table_rows
-    flat, used = [], set()
-    routed = all(m.config.lora is not None and m.config.lora.routed for m in (model, other))
-    shared = [(names.index(m), j) for j, m in enumerate(other.modalities.names) if m in names]
-
-    def put(x, value, first, name):
-        if value.shape != (x.shape if first is None else (first[1] - first[0], *x.shape[1:])):
-            report.mismatched.append(f"{name} {list(value.shape)} instead of {list(x.shape)}")
-            return x
-        report.loaded.append(name)
-        return _set(x, value.astype(x.dtype), first)
-
-    for path, variable in nnx.to_flat_state(params):
-        name, x = ".".join(map(str, path)), variable[...]
-        if path[0] in STACKS:
-            for i in range(x.shape[0]):
-                block = ".".join(map(str, (path[0], i, *path[1:])))
-                if block in theirs:
-                    used.add(block)
-                    value = theirs[block]
-                    if routed and path[-2] == "lora" and value.shape[1:] == x.shape[2:]:  # a pair for each modality
-                        value = np.array(jax.device_get(x[i]))
-                        for r, j in shared:
-                            value[r] = theirs[block][j]
-                    x = put(x, value[None], (i, i + 1), block)
-                else:
-                    report.new.append(block)
-        elif name in rows:
-            known, fresh = [], []
-            for i, modality in enumerate(names):
-                place = rows[name][i], rows[name][i + 1]
-                if place[0] == place[1]:
-                    continue
-                title = f"{name}[{modality}]"
-                j = other.modalities.names.index(modality) if modality in other.modalities.names else None
-                old = (0, 0) if j is None or name not in old_rows else (old_rows[name][j], old_rows[name][j + 1])
-                if old[0] == old[1]:
-                    report.new.append(title)
-                    fresh.append(place)
-                    continue
-                used.add(title)
-                mine = theirs[name][old[0] : old[1]]
-                x = put(x, mine, place, title)
-                if mine.shape[1] == x.shape[1]:
-                    known.append(mine)
-            known = np.concatenate(known) if known else np.zeros((0, 1))
-            for place in fresh if len(known) > 1 else ():
-                x = _at_scale(x, place, float(known.std(axis=0).mean()))
-        elif name in theirs:
-            used.add(name)
-            x = put(x, theirs[name], None, name)
-        else:
-            report.new.append(name)
-        flat.append((path, variable.replace(x)))
-    for name in theirs:
-        if name not in old_rows:
-            report.missing += [name] * (name not in used)
-            continue
-        for i, modality in enumerate(other.modalities.names):
-            if old_rows[name][i] < old_rows[name][i + 1] and f"{name}[{modality}]" not in used:
-                report.missing.append(f"{name}[{modality}]")
+    matching = _Matching(model, other)
+    flat = [
+        (path, variable.replace(matching.parameter(path, variable[...])))
+        for path, variable in nnx.to_flat_state(params)
+    ]
+    report = matching.finished()
     if not report.loaded:
         raise ValueError(f"nothing of {source} fits this model:\n{report}")
     return nnx.from_flat_state(flat), report
+
+
+class _Matching:
+    """Parameters of a model, one after the other, with the other model's values where those have a place."""
+
+    def __init__(self, model: Model, other: Model):
+        self.names, self.rows = model.modalities.names, model.table_rows
+        self.other_names, self.other_rows = other.modalities.names, other.table_rows
+        self.theirs = {name: np.asarray(x) for name, x in parameters(nnx.state(other, nnx.Param)).items()}
+        self.routed = all(m.config.lora is not None and m.config.lora.routed for m in (model, other))
+        self.report, self.used = LoadedWeights([], [], [], []), set()
+
+    def parameter(self, path: tuple, x: jax.Array) -> jax.Array:
+        name = ".".join(map(str, path))
+        if path[0] in STACKS:
+            for i in range(x.shape[0]):
+                x = self._block(path, i, x)
+            return x
+        if name in self.rows:
+            return self._table(name, x)
+        if name not in self.theirs:
+            self.report.new.append(name)
+            return x
+        self.used.add(name)
+        return self._put(x, self.theirs[name], None, name)
+
+    def finished(self) -> LoadedWeights:
+        """The report, now that all parameters had their turn: what the other model has besides is missing here."""
+        for name in self.theirs:
+            if name not in self.other_rows:
+                self.report.missing += [name] * (name not in self.used)
+                continue
+            first, last = self.other_rows[name][:-1], self.other_rows[name][1:]
+            for modality, begin, end in zip(self.other_names, first, last, strict=True):
+                if begin < end and f"{name}[{modality}]" not in self.used:
+                    self.report.missing.append(f"{name}[{modality}]")
+        return self.report
+
+    def _put(self, x: jax.Array, value: np.ndarray, rows: tuple[int, int] | None, name: str) -> jax.Array:
+        if value.shape != (x.shape if rows is None else (rows[1] - rows[0], *x.shape[1:])):
+            self.report.mismatched.append(f"{name} {list(value.shape)} instead of {list(x.shape)}")
+            return x
+        self.report.loaded.append(name)
+        return _set(x, value.astype(x.dtype), rows)
+
+    def _block(self, path: tuple, i: int, x: jax.Array) -> jax.Array:
+        """One block's part of stacked parameters, which model files keep block by block."""
+        name = ".".join(map(str, (path[0], i, *path[1:])))
+        if name not in self.theirs:
+            self.report.new.append(name)
+            return x
+        self.used.add(name)
+        value = self.theirs[name]
+        if self.routed and path[-2] == "lora" and value.shape[1:] == x.shape[2:]:  # a pair for each modality
+            value = np.array(jax.device_get(x[i]))
+            for row, modality in enumerate(self.names):
+                if modality in self.other_names:
+                    value[row] = self.theirs[name][self.other_names.index(modality)]
+        return self._put(x, value[None], (i, i + 1), name)
+
+    def _table(self, name: str, x: jax.Array) -> jax.Array:
+        """A table's rows, modality by modality; new ones take the spread of those that were loaded."""
+        known, fresh = [], []
+        for i, modality in enumerate(self.names):
+            place = self.rows[name][i], self.rows[name][i + 1]
+            if place[0] == place[1]:
+                continue
+            title, old = f"{name}[{modality}]", (0, 0)
+            if modality in self.other_names and name in self.other_rows:
+                j = self.other_names.index(modality)
+                old = self.other_rows[name][j], self.other_rows[name][j + 1]
+            if old[0] == old[1]:
+                self.report.new.append(title)
+                fresh.append(place)
+                continue
+            self.used.add(title)
+            values = self.theirs[name][old[0] : old[1]]
+            x = self._put(x, values, place, title)
+            if values.shape[1] == x.shape[1]:
+                known.append(values)
+        known = np.concatenate(known) if known else np.zeros((0, 1))
+        for place in fresh if len(known) > 1 else ():
+            x = _at_scale(x, place, float(known.std(axis=0).mean()))
+        return x
 
 
 def _at_scale(x: jax.Array, rows: tuple[int, int], spread: float) -> jax.Array:

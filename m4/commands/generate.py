@@ -163,9 +163,9 @@ class Job:
             )
         # A line of a table may lack what others have.
         inputs = {name: [s[name] if name in s else None for s in signals] for name in self.names}
-        listener = _printer(self.sampler) if self.args.stream else None
+        on_step = _printer(self.sampler) if self.args.stream else None
         keep = {name: [m[name] for m in masks] for name in self.keep}
-        return self.sampler(inputs, self.stages, keep=keep, listener=listener, **common)
+        return self.sampler(inputs, self.stages, keep=keep, on_step=on_step, **common)
 
 
 def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], Results]]:

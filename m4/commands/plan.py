@@ -166,22 +166,11 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
     }  # fmt: skip
     limit = data[1] if data else None
     start = time.perf_counter()
-    platform = devices[0].platform
-    try:
-        with jax.set_mesh(mesh):
-            number = jax.ShapeDtypeStruct((), np.int32)
-            lowered = trainer.step.trace(state, batch, number, teacher).lower(lowering_platforms=(platform,))
-            compiled = lowered.compile()
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-            raise
-        lines = [line.strip() for line in str(error).splitlines() if re.search(r"Used|Exceeded|exceeded", line)]
-        return {
-            **result,
-            "fits": False,
-            "why": (lines or [str(error).splitlines()[0]])[0],
-            "advice": _advice(config, mesh),
-        }
+    with jax.set_mesh(mesh):
+        traced = trainer.step.trace(state, batch, jax.ShapeDtypeStruct((), np.int32), teacher)
+        compiled, why = _compiled(traced.lower(lowering_platforms=(devices[0].platform,)))
+    if compiled is None:
+        return {**result, "fits": False, "why": why, "advice": _advice(config, mesh)}
     result["compile_s"] = round(time.perf_counter() - start, 1)
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -197,16 +186,32 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
         moved[name] += num_bytes * times
     result["collective_bytes_per_device"] = dict(moved)
     if data is not None:
-        arithmetic = hardware_flops(config, model_flops) / mesh.size / data[0]
-        traffic = 2 * peak / data[2]  # all that is held is written once and read once
-        network = sum(moved.values()) / data[3]
-        step_s = max(arithmetic, traffic, network)
-        result["roofline"] = {
-            "arithmetic_s": arithmetic, "memory_s": traffic, "network_s": network, "step_s": step_s,
-            "mfu": model_flops / mesh.size / data[0] / step_s,
-            "tokens_per_s": result["tokens_per_step"] / step_s,
-        }  # fmt: skip
+        result["roofline"] = _roofline(config, data, model_flops / mesh.size, peak, sum(moved.values()))
+        result["roofline"]["tokens_per_s"] = result["tokens_per_step"] / result["roofline"]["step_s"]
     return result
+
+
+def _roofline(config: Config, data: Any, model_flops: float, held: int, moved: float) -> dict[str, float]:
+    """Seconds of a step on one device, by its data sheet."""
+    arithmetic = hardware_flops(config, model_flops) / data[0]
+    traffic = 2 * held / data[2]  # all that is held is written once and read once
+    network = moved / data[3]
+    step_s = max(arithmetic, traffic, network)
+    return {
+        "arithmetic_s": arithmetic, "memory_s": traffic, "network_s": network, "step_s": step_s,
+        "mfu": model_flops / data[0] / step_s,
+    }  # fmt: skip
+
+
+def _compiled(lowered: Any) -> tuple[Any, str]:
+    """The compiled step; or None, and the compiler's reason why it does not fit."""
+    try:
+        return lowered.compile(), ""
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if re.search(r"Used|Exceeded|exceeded", line)]
+        return None, (lines or [str(error).splitlines()[0]])[0]
 
 
 def hardware_flops(config: Config, model_flops: float) -> float:

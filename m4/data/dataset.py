@@ -5,22 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from m4.files import shown
 from m4.masking.dirichlet import Masking, Strategy, check_strategies
 from m4.masking.episodes import ShotMasking
 from m4.tokens.modality import Modalities
+from m4.tokens.tokenizer import Examples
 
 
-class Examples(Protocol):
-    """What is read by index, from 0 on: raw examples, stored records, or lists of them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
+@runtime_checkable
 class Source(Protocol):
     """Aligned raw examples: a frozen dataclass, so that its fields identify its data.
 

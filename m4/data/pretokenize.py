@@ -32,7 +32,7 @@ from m4.files import fingerprint, locked, remove_leftovers, shown, write_atomica
 from m4.registry import to_json
 from m4.tokens.modality import Modalities
 from m4.tokens.records import is_tokenized, name_of, named_error
-from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenizer, tokenizer_hash
+from m4.tokens.tokenizer import Examples, Recipe, Tokenizer, load_tokenizer, save_tokenizer, tokenizer_hash
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class ExamplesWithSignal(Seq):
     ValueError names the first, or that which exceeds the share `skip_bad` of all examples.
     """
 
-    def __init__(self, examples: Seq[dict[str, Any]], recipe: Recipe, *, skip_bad: float, label: str = ""):
+    def __init__(self, examples: Examples, recipe: Recipe, *, skip_bad: float, label: str = ""):
         self.examples, self.recipe, self.skip_bad, self.label = examples, recipe, skip_bad, label
         self.skipped: dict[int, str] = {}
         self._checked = np.zeros(len(examples), bool)
@@ -231,7 +231,7 @@ def _fitting_examples(
     used: list[ExamplesWithSignal] | None = None,
     *,
     recipes: Seq[Recipe] = (),
-) -> Seq[dict[str, Any]]:
+) -> Examples:
     """Training examples that have the recipe's signal, of the data sets by their weights; `used` takes their parts."""
     parts, weights = [], []
     for dataset in datasets:

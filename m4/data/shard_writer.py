@@ -26,7 +26,7 @@ from m4.errors import closest
 from m4.files import digest, read_json, replacing, shown, write_json
 from m4.tokens.modality import Features
 from m4.tokens.records import encode, is_tokenized, named_error
-from m4.tokens.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
+from m4.tokens.tokenizer import Examples, Tokenizer, load_tokenizer, tokenizer_hash
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,7 @@ EXAMPLES_PER_CALL = 256  # what a tokenizer gets at once
 NUM_NAMED = 100  # skipped examples that the manifest names
 
 
-def raw_examples(
-    dataset: Dataset, split: str, data_dir: Path, seed: int, tokenizers: Iterable[Any] = ()
-) -> Seq[dict[str, Any]]:
+def raw_examples(dataset: Dataset, split: str, data_dir: Path, seed: int, tokenizers: Iterable[Any] = ()) -> Examples:
     """What is tokenized of a data set: its source's examples, or aligned crops of them, or chosen signals of these.
     Files are read as `tokenizers` (or recipes) take them."""
     examples = read_for(dataset.source.split(split, data_dir), tokenizers)
@@ -48,7 +46,7 @@ def raw_examples(
 class SelectSignals(Seq):
     """Examples with some of their signals alone. ValueError for one that has none of them."""
 
-    examples: Seq[dict[str, Any]]
+    examples: Examples
     signals: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -84,7 +82,7 @@ class ShardWriter:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # workers open their own
 
     @functools.cached_property
-    def examples(self) -> Seq[dict[str, Any]]:
+    def examples(self) -> Examples:
         return raw_examples(self.dataset, self.split, self.data_dir, self.seed, self.tokenizers.values())
 
     @functools.cached_property

@@ -106,20 +106,20 @@ def _generate(
             raise ValueError("tick at least one output")
     except ValueError as error:
         raise gr.Error(str(error)) from error
-    heard: queue.Queue = queue.Queue()
+    events: queue.Queue = queue.Queue()
 
     def work():
         try:
-            heard.put(sampler(inputs, stages, keep=keep, seed=seed, listener=lambda *event: heard.put(event)))
+            events.put(sampler(inputs, stages, keep=keep, seed=seed, on_step=lambda *event: events.put(event)))
         except Exception as error:
-            heard.put(error)
+            events.put(error)
 
     threading.Thread(target=work, daemon=True).start()
     yield {picture: gr.update(visible=name in wanted, value=None) for name, picture in out.items()} | {
         status: "compiling, at the first time", text: "", again: gr.update(visible=False)
     }  # fmt: skip
     while True:
-        event = heard.get()
+        event = events.get()
         if isinstance(event, ValueError):
             raise gr.Error(str(event))
         if isinstance(event, Exception):

@@ -113,7 +113,13 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH)), x), batch)
 
 
-def check_sizes(batch_size: int, num_targets: int, micro_batches: int, width: int, mesh: jax.sharding.Mesh) -> None:
+def check_sizes(
+    batch_size: int,
+    num_targets: int,
+    micro_batches: int,
+    width: int,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+) -> None:
     """ValueError if the mesh does not divide what it cuts."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
     if batch_size % ways:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -33,7 +33,7 @@ from m4.model.encoder_decoder import Model
 from m4.model.parameters import parameters
 from m4.pictures import contact_sheet, write_png
 from m4.registry import to_json
-from m4.tokens.tokenizer import tokenizer_hash
+from m4.tokens.tokenizer import Examples, tokenizer_hash
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ NUM_LOOKED_AT = 100  # examples for each that is wanted, where most lack a signa
 NUM_PROBED = 8  # examples of a split that tell which signals a data set has
 
 
+@runtime_checkable
 class Measure(Protocol):
     metric: str
 
@@ -299,7 +300,7 @@ def sample_gallery(config: Any, model: Any, tokenizers: Mapping[str, Any], step:
     return picture
 
 
-def _head(split: Sequence[Any], count: int, wanted: set[str], what: str = "") -> list[Any]:
+def _head(split: Examples, count: int, wanted: set[str], what: str = "") -> list[Any]:
     """The first examples that have all signals wanted, at most `count`. `what`: of a progress bar."""
     found, total = [], min(count, len(split))
     with tqdm(

@@ -199,7 +199,7 @@ def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: 
     rngs = [np.random.default_rng([7, i]) for i in range(num)]
     results: dict[str, dict[str, Any]] = {}
 
-    def note(condition: str, count: int, correct: Seq[float]) -> None:
+    def note(condition: str, count: int, correct: Seq[float] | np.ndarray) -> None:
         results.setdefault(condition, {})[str(count)] = summary(correct)
         bar.set_postfix_str(f"{task.name} {condition} {count}")
         bar.update()

@@ -142,7 +142,7 @@ def measure(
     return {**rows, "chance": chance}, best
 
 
-def evaluate(workdir: str | Path, out: str | Path = "", retrievals: Seq[Retrieval] = ()) -> dict[str, Any]:
+def evaluate(workdir: str | Path, out: str | Path = "", retrievals: Retrieval | Seq[Retrieval] = ()) -> dict[str, Any]:
     """Scores a trained model (see `load_run`): retrieval.json, .md and .png into `out` (default: `workdir`).
 
     What is measured is given, or the config's `retrieval`, else Retrieval().

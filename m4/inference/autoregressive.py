@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 from m4.inference.guidance import guided
 from m4.inference.scheme import GeneratedTokens, Prompt
@@ -46,7 +47,7 @@ class Autoregressive(TokenSampling):
             raise ValueError(f"{self}: {modality.name} needs at least {least} ids by its grammar")
         return length, uniform(seeds, length, ())
 
-    def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> GeneratedTokens:
+    def generate(self, model, modality, prompt, guidance, static, arrays, replay, on_step) -> GeneratedTokens:
         length, grammar = static, prompt.grammar if self.constrained else None
         inputs, features = prompt.rows()
         batch, passes = len(prompt.given), prompt.num_passes
@@ -54,8 +55,6 @@ class Autoregressive(TokenSampling):
         logits_of = model.logits_of(modality.name)
         index = jnp.full((batch * passes, 1), model.modalities.index(modality.name))
         weights = guidance.weights(jnp.ones(batch)) if guidance else jnp.ones((batch, 1))
-        ids = jnp.arange(modality.vocab_size)[None]
-        is_sentinel = (ids >= modality.first_sentinel) & (ids < modality.first_sentinel + modality.num_sentinels)
 
         def unfinished(carry):
             return (carry["step"] < length) & ~carry["done"].all()
@@ -67,21 +66,17 @@ class Autoregressive(TokenSampling):
             target = Targets(previous, previous, index, position, zero, zero == 0)
             hidden, cache = model.decode_step(target, decoder, carry["cache"], step)
             logits = logits_of(guided(hidden, weights)[:, 0])
-            # What is kept stays in its place: sentinels come in order, and the end in the last span, if it is open.
             closing = modality.first_sentinel + 1 + carry["span"]
-            last = carry["span"] == prompt.num_spans - 1
-            ordered = ~is_sentinel | (ids == closing[:, None])
-            ordered &= (ids != modality.end_id) | (last & prompt.open_end)[:, None]
-            logits = jnp.where(ordered | ~prompt.keeps[:, None], logits, -jnp.inf)
+            logits = jnp.where(_in_order(modality, prompt, carry["span"]) | ~prompt.keeps[:, None], logits, -jnp.inf)
             if grammar is not None:
                 allowed = grammar.allowed(carry["state"], length - 1 - step)
                 logits = jnp.where(allowed | carry["done"][:, None] | prompt.keeps[:, None], logits, -jnp.inf)
             random = jnp.asarray(arrays if replay.noise is None else replay.noise)[step]
             drawn, log_prob = self.draw(logits, jnp.float32(self.temperature), random)
             ids_so_far = carry["ids"].at[:, step].set(drawn)
-            if tell is not None:
+            if on_step is not None:
                 known = jnp.broadcast_to(jnp.arange(length)[None] <= step, ids_so_far.shape)
-                jax.debug.callback(tell, ids_so_far, known, ordered=True)
+                jax.debug.callback(on_step, ids_so_far, known, ordered=True)
             span = carry["span"] + (drawn == closing)
             done = carry["done"] | (drawn == modality.end_id) | (span == prompt.num_spans)
             state = carry["state"]
@@ -99,19 +94,21 @@ class Autoregressive(TokenSampling):
             }
 
         zeros = jnp.zeros(batch, jnp.int32)
-        end = jax.lax.while_loop(
-            unfinished,
-            body,
-            {
-                "step": jnp.int32(0),
-                "previous": zeros + modality.first_sentinel,
-                "ids": jnp.zeros((batch, length), jnp.int32),
-                "log_probability": jnp.zeros((batch, length)),
-                "span": zeros,
-                "state": zeros,
-                "done": zeros > 0,
-                "cache": decoder.cache,
-            },
-        )
+        start = {
+            "step": jnp.int32(0), "previous": zeros + modality.first_sentinel,
+            "ids": jnp.zeros((batch, length), jnp.int32), "log_probability": jnp.zeros((batch, length)),
+            "span": zeros, "state": zeros, "done": zeros > 0, "cache": decoder.cache,
+        }  # fmt: skip
+        end = jax.lax.while_loop(unfinished, body, start)
         steps = jnp.broadcast_to(jnp.arange(length), (batch, length))
         return GeneratedTokens(end["ids"], end["log_probability"], steps)
+
+
+def _in_order(modality: Sequence, prompt: Prompt, span: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    """What may come next where parts of a sequence are kept in their places: sentinels in their order, and the end in
+    the last span, if that is open. `span`: the one that is generated, counted from 0."""
+    ids, first = jnp.arange(modality.vocab_size)[None], modality.first_sentinel
+    is_sentinel = (ids >= first) & (ids < first + modality.num_sentinels)
+    ordered = ~is_sentinel | (ids == (first + 1 + span)[:, None])
+    is_last = span == prompt.num_spans - 1
+    return ordered & ((ids != modality.end_id) | (is_last & prompt.open_end)[:, None])

@@ -64,7 +64,7 @@ class Guidance:
         return jnp.stack([1 - sum(factors), *factors], axis=-1)
 
 
-def guided(hidden: Float[Array, "B*P O D"], weights: Float[Array, "B P"]) -> Float[Array, "B O D"]:
+def guided(hidden: Float[Array, "BP O D"], weights: Float[Array, "B P"]) -> Float[Array, "B O D"]:
     """Logits are linear in the hidden vectors: weighing these instead, all passes share one output layer."""
     if weights.shape[1] == 1:
         return hidden

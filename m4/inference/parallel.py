@@ -11,11 +11,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from m4.errors import check_choice
 from m4.inference.guidance import guided
-from m4.inference.scheme import GeneratedTokens, Prompt
+from m4.inference.scheme import GeneratedTokens, Prompt, Replay
 from m4.inference.token_sampling import TokenSampling, uniform
 from m4.tokens.batch import Targets, Tokens
 from m4.tokens.modality import Grid, Modality
@@ -54,7 +54,7 @@ def temperature_schedule(
     counts = np.asarray(counts)
     left = 1 - np.cumsum(counts) / counts.sum()
     if kind == "constant":
-        return np.full(len(counts), first)
+        return np.full(len(counts), first, float)
     if kind == "linear":
         return np.maximum(last + (first - last) * np.append(1.0, left[:-1]), 1e-9)
     curve = 1 / np.linspace(1, 100, counts.sum()) ** power
@@ -141,46 +141,46 @@ class _Parallel(TokenSampling):
     by_confidence = False
     choice_temperature = 0.0
 
-    def generate(self, model, modality, prompt, guidance, static, arrays, replay, tell) -> GeneratedTokens:
-        batch, num = prompt.given.shape
-        shuffle, by_step = arrays
+    def _order(self, prompt: Prompt, shuffle: Float[Array, "B N"], replay: Replay) -> Int[Array, "B N"]:
+        """Positions: those that are known first, then the open ones in the order in which they are decoded."""
+        if replay.order is not None:
+            return replay.order
+        known = prompt.given >= 0
+        if self.by_confidence:  # by rank here; each step sorts what is open
+            return jnp.argsort(jnp.where(known, -1, jnp.arange(known.shape[1])[None]), axis=1)
+        return jnp.argsort(jnp.where(known, -1.0, shuffle), axis=1)
+
+    def generate(self, model, modality, prompt, guidance, static, arrays, replay, on_step) -> GeneratedTokens:
+        (batch, num), (shuffle, by_step) = prompt.given.shape, arrays
         inputs, features = prompt.rows()
-        passes = prompt.num_passes
         row, index = jnp.arange(batch)[:, None], model.modalities.index(modality.name)
         address = model.input_address(inputs)
         embedded = model.read_shots(model.input_content(inputs, features) + address, inputs)
         logits_of = model.logits_of(modality.name)
         by_confidence = self.by_confidence and replay.order is None
-        known = prompt.given >= 0
-        # Positions: those that are known first, then the open ones in the order in which they will be.
-        rank = jnp.broadcast_to(jnp.arange(num), (batch, num))
-        if replay.order is not None:
-            order = replay.order
-        elif by_confidence:
-            order = jnp.argsort(jnp.where(known, -1, rank), axis=1)
-        else:
-            order = jnp.argsort(jnp.where(known, -1.0, shuffle), axis=1)
+        known, order = prompt.given >= 0, self._order(prompt, shuffle, replay)
+
+        def tokens_at(position, ids, valid):
+            shape = position.shape
+            values = (ids, jnp.full(shape, index), position, jnp.zeros(shape, jnp.int32), valid)
+            return Tokens(*(jnp.repeat(x, prompt.num_passes, axis=0) for x in values))
 
         def step(carry, now, num_known_slots, num_open_slots):
             ids, order, log_probability, decoded_in, num_known = carry
             count, temperature, number, weights, random, gumbel = now
-
-            def tokens(position, ids, valid):
-                shape = position.shape
-                values = (ids, jnp.full(shape, index), position, jnp.zeros(shape, jnp.int32), valid)
-                return Tokens(*(jnp.repeat(x, passes, axis=0) for x in values))
-
+            # The encoder reads the prompt, which is embedded once, and what is known of the grid by now.
             at = order[:, :num_known_slots]
-            so_far = tokens(at, ids[row, at], jnp.arange(num_known_slots)[None] < num_known[:, None])
+            so_far = tokens_at(at, ids[row, at], jnp.arange(num_known_slots)[None] < num_known[:, None])
             where = model.input_address(so_far)
             join = lambda a, b: jnp.concatenate([a, b], axis=1)  # noqa: E731
             read = Tokens(*map(join, inputs, so_far))
             known = join(embedded, model.input_content(so_far, {}) + where)
             context = model.encode_embedded(known, join(address, where), read)
+            # The decoder predicts what is open: all of it where the most confident are chosen, else the next in order.
             place = num_known[:, None] + jnp.arange(num_open_slots)[None]
             limit = num if self.by_confidence else (num_known + count)[:, None]
             at, is_open = order[row, jnp.minimum(place, num - 1)], place < limit
-            t = tokens(at, jnp.zeros_like(at), is_open)
+            t = tokens_at(at, jnp.zeros_like(at), is_open)
             hidden = model.decode(Targets(t.ids, jnp.full_like(t.ids, -1), *t[1:]), context, read.valid)
             logits = logits_of(guided(hidden, weights))
             drawn, log_prob = self.draw(logits, temperature[:, None, None], random[row, at])
@@ -190,25 +190,19 @@ class _Parallel(TokenSampling):
                 best = jnp.argsort(jnp.where(is_open, confidence, -jnp.inf), axis=1, descending=True)
                 at, drawn, log_prob = at[row, best], drawn[row, best], log_prob[row, best]
                 order = order.at[row, jnp.where(place < num, place, num)].set(at, mode="drop")
+            # The first `count` of them are decoded; what else was predicted is dropped.
             chosen = jnp.where(jnp.arange(num_open_slots)[None] < count[:, None], at, num)
             write = lambda old, new: old.at[row, chosen].set(new, mode="drop")  # noqa: E731
-            ids, log_probability, decoded_in = (
-                write(ids, drawn),
-                write(log_probability, log_prob),
-                write(decoded_in, number),
-            )
-            if tell is not None:
-                jax.debug.callback(tell, ids, (prompt.given >= 0) | (decoded_in >= 0), ordered=True)
+            ids, log_probability = write(ids, drawn), write(log_probability, log_prob)
+            decoded_in = write(decoded_in, number)
+            if on_step is not None:
+                jax.debug.callback(on_step, ids, (prompt.given >= 0) | (decoded_in >= 0), ordered=True)
             return (ids, order, log_probability, decoded_in, num_known + count), None
 
-        counts, temperatures, progress, numbers, random = (jnp.asarray(x) for x in by_step)
-        weights = guidance.weights(progress) if guidance else jnp.ones((*progress.shape, 1))
-        gumbel = -jnp.log(-jnp.log(jnp.clip(random[:, :, CHOICE], 1e-7, 1 - 1e-7)))
-        random = random[:, :, DRAW] if replay.noise is None else replay.noise[numbers]
         carry = (
             jnp.maximum(prompt.given, 0), order, jnp.zeros((batch, num)), jnp.full((batch, num), -1), known.sum(1)
         )  # fmt: skip
-        what, first = (counts, temperatures, numbers, weights, random, gumbel), 0
+        what, first = _what_steps_read(by_step, guidance, replay), 0
         for length, num_known_slots, num_open_slots in static:
             part = jax.tree.map(lambda x, steps=slice(first, first + length): x[steps], what)
             one = functools.partial(step, num_known_slots=num_known_slots, num_open_slots=num_open_slots)
@@ -216,6 +210,15 @@ class _Parallel(TokenSampling):
             first += length
         ids, _, log_probability, decoded_in, _ = carry
         return GeneratedTokens(ids, log_probability, decoded_in)
+
+
+def _what_steps_read(by_step, guidance, replay: Replay):
+    """By step: counts, temperatures, numbers, weights of guidance, uniform noise of ids, Gumbel noise of positions."""
+    counts, temperatures, progress, numbers, random = (jnp.asarray(x) for x in by_step)
+    weights = guidance.weights(progress) if guidance else jnp.ones((*progress.shape, 1))
+    gumbel = -jnp.log(-jnp.log(jnp.clip(random[:, :, CHOICE], 1e-7, 1 - 1e-7)))
+    random = random[:, :, DRAW] if replay.noise is None else replay.noise[numbers]
+    return counts, temperatures, numbers, weights, random, gumbel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from m4.checkpoints.runs import load_run
 from m4.data.samples import read_sample, read_samples
@@ -64,28 +64,29 @@ def default_scheme(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5, 6))
-def _run(graph, params, scheme, modality, guidance, static, tell, prompt, arrays, replay) -> GeneratedTokens:
+def _run(graph, params, scheme, modality, guidance, static, on_step, prompt, arrays, replay) -> GeneratedTokens:
     model = nnx.merge(graph, params)
     model.unstack()
-    return scheme.generate(model, modality, prompt, guidance, static, arrays, replay, tell)
+    return scheme.generate(model, modality, prompt, guidance, static, arrays, replay, on_step)
 
 
 def run_stage(
     graph: Any, params: Any, scheme: Scheme, modality: Modality, prompt: Prompt, seeds: Int[np.ndarray, "B k"],
-    guidance: Guidance | None = None, replay: Replay | None = None, tell: Callable | None = None,
+    guidance: Guidance | None = None, replay: Replay | None = None, on_step: Callable | None = None,
 ) -> GeneratedTokens:  # fmt: skip
-    """One stage on the device; `graph` and `params` are `nnx.split(model)`; tell(ids, known) hears of every step."""
+    """One stage on the device. `graph` and `params` are `nnx.split(model)`; on_step(ids, known) is called after every
+    step."""
     static, arrays = scheme.prepare(modality, prompt, seeds)
-    return _run(graph, params, scheme, modality, guidance, static, tell, prompt, arrays, replay or Replay())
+    return _run(graph, params, scheme, modality, guidance, static, on_step, prompt, arrays, replay or Replay())
 
 
-_listener: list[Callable] = []  # of the stage that runs, for a new listener not to compile it anew
-_listening = threading.Lock()
+_callbacks: list[Callable] = []  # of the stage that runs, for a new callback not to compile it anew
+_callbacks_lock = threading.Lock()
 
 
-def _tell(ids: np.ndarray, known: np.ndarray) -> None:
-    for hear in _listener:
-        hear(ids, known)
+def _report_step(ids: Int[Array, "B n"], known: Bool[Array, "B n"]) -> None:
+    for callback in _callbacks:
+        callback(ids, known)
 
 
 @dataclasses.dataclass
@@ -134,7 +135,7 @@ class Sampler:
         seed: int = 0,
         indices: Seq[int] | None = None,
         progress: Callable[[range], Any] = lambda batches: batches,
-        listener: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
+        on_step: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
     ) -> Results:
         """Raw signals in (a list by name, of one length; or single ones), raw signals out.
 
@@ -146,7 +147,8 @@ class Sampler:
         `keep`: what stays of an input that is also a target: a mask (bool [H W] of pixels or tokens, True = stays), or
         the share of its tokens that stay, at random (variations). A text keeps what is not [MASK].
         `indices`: each sample's number (default: 0, 1, ...), to which its random numbers belong. `progress` may wrap
-        the batches (tqdm); listener(target, ids [B n], known [B n]) hears of every step while it runs.
+        the batches (tqdm); on_step(target, ids [B n], known [B n]) is called after
+        every step while it runs.
         """
         keep = dict(keep or {})
         texts = {n: v if isinstance(v, list) else [v] for n, v in inputs.items()}
@@ -170,7 +172,7 @@ class Sampler:
         for first in progress(range(0, count, self.batch_size)):
             part = slice(first, first + self.batch_size)
             known = {name: values[part] for name, values in partial.items()}
-            out.add(self.generate(records[part], stages, seed, numbers[part], partial=known, listener=listener))
+            out.add(self.generate(records[part], stages, seed, numbers[part], partial=known, on_step=on_step))
         for name in out if single else ():
             out[name] = out[name][0]
         return out
@@ -270,7 +272,7 @@ class Sampler:
         *,
         partial: Mapping[str, Seq[np.ndarray | None]] | None = None,
         contexts: Seq[Context] | None = None,
-        listener: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
+        on_step: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
     ) -> Results:
         """One batch of encoded conditions through all stages; `indices`: the samples' numbers.
 
@@ -293,7 +295,7 @@ class Sampler:
             samples = []
             for member in range(stage.ensemble):
                 prompt = make_prompt(others, known, m, self.modalities, stage.guidance, made, grammar, contexts)
-                generated = self._on_device(stage, m, prompt, [seed, s, member], indices, listener)
+                generated = self._on_device(stage, m, prompt, [seed, s, member], indices, on_step)
                 samples.append(self._finish(m, generated, known))
             ids, log_probability, history = samples[0]
             if stage.ensemble > 1:
@@ -314,13 +316,13 @@ class Sampler:
             out.history.setdefault(m.name, []).extend(history)
         return out
 
-    def _on_device(self, stage, m, prompt: Prompt, numbers: list[int], indices, listener) -> GeneratedTokens:
+    def _on_device(self, stage, m, prompt: Prompt, numbers: list[int], indices, on_step) -> GeneratedTokens:
         """One compilation serves every batch: a short one is filled up with its last row.
 
-        With a listener, by one device: what it hears of comes in order.
+        With `on_step`, by one device: the calls come in order.
         """
         num = full = len(indices)
-        mesh = None if listener is not None else self.mesh
+        mesh = None if on_step is not None else self.mesh
         if num < self.num_rows <= 4 * num:
             full = self.num_rows
         if mesh is not None:
@@ -332,25 +334,25 @@ class Sampler:
         static, arrays = stage.scheme.prepare(
             m, prompt._replace(grammar=grammar), np.array([[seed, i, *rest] for i in indices[rows]])
         )
-        tell = None if listener is None else _tell
+        report = None if on_step is None else _report_step
         params = self.params
         if self.mesh is not None and mesh is None:
             params = jax.device_put(params, self.mesh.devices.flat[0])
-        run = functools.partial(_run, self.graph, params, stage.scheme, m, stage.guidance, static, tell)
+        run = functools.partial(_run, self.graph, params, stage.scheme, m, stage.guidance, static, report)
         if mesh is not None:
             prompt = jax.device_put(prompt, NamedSharding(mesh, P("data")))
         prompt = prompt._replace(grammar=grammar)
-        if listener is None:
+        if on_step is None:
             with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
                 out = jax.device_get(run(prompt, arrays, Replay()))
         else:
-            with _listening:
-                _listener[:] = [functools.partial(listener, stage.target)]
+            with _callbacks_lock:
+                _callbacks[:] = [functools.partial(on_step, stage.target)]
                 try:
                     out = jax.device_get(run(prompt, arrays, Replay()))
                     jax.effects_barrier()
                 finally:
-                    _listener.clear()
+                    _callbacks.clear()
         if np.isnan(out.log_probability[:num]).any():
             raise ValueError(f"{stage.target}: the model's predictions are not finite; are its weights damaged?")
         return GeneratedTokens(*(x[:num] for x in out))

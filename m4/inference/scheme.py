@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -71,6 +71,7 @@ class Replay(NamedTuple):
 # ---- Schemes --------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Scheme(Protocol):
     def check(self, modality: Modality) -> None:
         """ValueError if the scheme cannot generate this kind of modality, or a field is out of range."""
@@ -80,7 +81,7 @@ class Scheme(Protocol):
 
     def generate(
         self, model: Model, modality: Modality, prompt: Prompt, guidance: Guidance | None,
-        static: Any, arrays: Any, replay: Replay, tell: Callable | None,
+        static: Any, arrays: Any, replay: Replay, on_step: Callable | None,
     ) -> GeneratedTokens: ...  # fmt: skip
 
 

@@ -73,7 +73,10 @@ class TokenSampling:
         return logits
 
     def draw(
-        self, logits: Float[Array, "*B V"], temperature: Float[Array, "..."], random: Float[Array, "*B"]
+        self,
+        logits: Float[Array, "*B V"],
+        temperature: Float[Array, "..."] | float,
+        random: Float[Array, "*B"] | Float[Array, "*B V"],
     ) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
         """Ids, and the log-probability with which each is drawn (at temperature 0: that of temperature 1).
 

@@ -110,7 +110,7 @@ def modality(name: str) -> Modality:
 
 
 def released(
-    size: Literal["tiny", "small", "base", "large", "xlarge"],
+    size: str,
     *,
     mlp: Literal["swiglu", "gelu"] = "swiglu",
     **changes: Any,

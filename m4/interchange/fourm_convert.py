@@ -144,82 +144,93 @@ class Piece(NamedTuple):
 
 def layout(c: ModelConfig, modalities: Modalities) -> dict[str, list[Piece]]:
     """Every tensor of the original that its function reads -> where its rows are in ours."""
-    pieces: dict[str, list[Piece]] = {}
-    model = abstract(c, modalities)
+    tensors = _Layout(c)
+    tensors.embeddings(modalities)
+    for i in range(c.encoder_depth):
+        tensors.norm(f"encoder.{i}.norm1", f"encoder.{i}.attention_norm", c.width)
+        tensors.attention(f"encoder.{i}.attn", f"encoder.{i}.attention", cross=False)
+        tensors.norm(f"encoder.{i}.norm2", f"encoder.{i}.mlp_norm", c.width)
+        tensors.mlp(f"encoder.{i}", f"encoder.{i}")
+    tensors.norm("encoder_norm", "encoder_norm", c.width)
+    tensors.linear("decoder_proj_context", {"context_projection": c.width}, bias=True)
+    for i in range(c.decoder_depth):
+        tensors.norm(f"decoder.{i}.norm1", f"decoder.{i}.self_norm", c.width)
+        tensors.attention(f"decoder.{i}.self_attn", f"decoder.{i}.self_attention", cross=False)
+        tensors.norm(f"decoder.{i}.query_norm", f"decoder.{i}.query_norm", c.width)
+        tensors.norm(f"decoder.{i}.context_norm", f"decoder.{i}.context_norm", c.width)
+        tensors.attention(f"decoder.{i}.cross_attn", f"decoder.{i}.cross_attention", cross=True)
+        tensors.norm(f"decoder.{i}.norm2", f"decoder.{i}.mlp_norm", c.width)
+        tensors.mlp(f"decoder.{i}", f"decoder.{i}")
+    tensors.norm("decoder_norm", "decoder_norm", c.width)
+    tensors.pieces["mask_token"] = [Piece("mask_token", (0, 1))]
+    if c.num_registers:
+        tensors.pieces["register_tokens"] = [Piece("registers", (0, c.num_registers))]
+    return tensors.pieces
 
-    def linear(name: str, parts: dict[str, int], bias: bool, columns: tuple[int, int] | None = None) -> None:
+
+class _Layout:
+    """Tensors of 4M (`name`) and their pieces in our parameters (`ours`), one kind of layer after the other."""
+
+    def __init__(self, config: ModelConfig):
+        self.config, self.pieces = config, {}
+
+    def linear(self, name: str, parts: dict[str, int], bias: bool, columns: tuple[int, int] | None = None) -> None:
         for suffix, ours in (("weight", "kernel"), *([("bias", "bias")] if bias else [])):
-            begin, pieces[f"{name}.{suffix}"] = 0, []
+            begin, self.pieces[f"{name}.{suffix}"] = 0, []
             for part, size in parts.items():
                 piece = Piece(f"{part}.{ours}", (begin, begin + size), columns, transposed=ours == "kernel")
-                pieces[f"{name}.{suffix}"].append(piece)
+                self.pieces[f"{name}.{suffix}"].append(piece)
                 begin += size
 
-    def norm(name: str, ours: str, size: int) -> None:
-        pieces[f"{name}.weight"] = [Piece(f"{ours}.scale", (0, size))]
-        if c.norm_bias:
-            pieces[f"{name}.bias"] = [Piece(f"{ours}.bias", (0, size))]
+    def norm(self, name: str, ours: str, size: int) -> None:
+        self.pieces[f"{name}.weight"] = [Piece(f"{ours}.scale", (0, size))]
+        if self.config.norm_bias:
+            self.pieces[f"{name}.bias"] = [Piece(f"{ours}.bias", (0, size))]
 
-    def attention(name: str, ours: str, cross: bool) -> None:
+    def attention(self, name: str, ours: str, cross: bool) -> None:
+        c = self.config
         query, key_value = {f"{ours}.query": c.width}, {f"{ours}.key_value": 2 * c.width}
         for part, parts in {"q": query, "kv": key_value}.items() if cross else [("qkv", {**query, **key_value})]:
-            linear(f"{name}.{part}", parts, c.qkv_bias)
-        linear(f"{name}.proj", {f"{ours}.out": c.width}, c.proj_bias)
+            self.linear(f"{name}.{part}", parts, c.qkv_bias)
+        self.linear(f"{name}.proj", {f"{ours}.out": c.width}, c.proj_bias)
         if c.qk_norm:
-            norm(f"{name}.q_norm", f"{ours}.query_norm", c.width // c.num_heads)
-            norm(f"{name}.k_norm", f"{ours}.key_norm", c.width // c.num_heads)
+            self.norm(f"{name}.q_norm", f"{ours}.query_norm", c.width // c.num_heads)
+            self.norm(f"{name}.k_norm", f"{ours}.key_norm", c.width // c.num_heads)
 
-    def mlp(name: str, ours: str) -> None:
+    def mlp(self, name: str, ours: str) -> None:
+        c = self.config
         for i, theirs in enumerate(("fc1", "fc3") if c.mlp == "swiglu" else ("fc1",)):
             columns = (i * c.hidden, (i + 1) * c.hidden)
-            linear(f"{name}.mlp.{theirs}", {f"{ours}.mlp.up": c.hidden}, c.mlp_bias, columns)
-        linear(f"{name}.mlp.fc2", {f"{ours}.mlp.down": c.width}, c.mlp_bias)
+            self.linear(f"{name}.mlp.{theirs}", {f"{ours}.mlp.up": c.hidden}, c.mlp_bias, columns)
+        self.linear(f"{name}.mlp.fc2", {f"{ours}.mlp.down": c.width}, c.mlp_bias)
 
-    def table(name: str, parameter: str, offsets: tuple[int, ...], i: int) -> None:
-        pieces[name] = [Piece(parameter, (0, offsets[i + 1] - offsets[i]), (offsets[i], offsets[i + 1]))]
+    def table(self, name: str, parameter: str, offsets: tuple[int, ...], i: int) -> None:
+        rows = offsets[i], offsets[i + 1]
+        self.pieces[name] = [Piece(parameter, (0, rows[1] - rows[0]), rows)]
 
-    both = c.share_modality_embeddings
-    decoder_modality = "modality_embedding" if both else "decoder_modality_embedding"
-    tied = c.embeddings == "encoder_decoder"
-    for i, m in enumerate(modalities):
-        encoder, decoder = f"encoder_embeddings.{m.name}", f"decoder_embeddings.{m.name}"
-        if m.is_input:
-            table(f"{encoder}.mod_emb", "modality_embedding", model.modality_rows, i)
-            if m.learned_positions:
-                table(f"{encoder}.pos_emb", "position_embedding", model.position_rows, i)
-            if isinstance(m, Features):
-                projection = "emb_proj" if len(m.shape) == 1 else "proj"
-                linear(f"{encoder}.{projection}", {f"feature_projections.{m.name}": c.width}, m.bias)
-            else:
-                table(f"{encoder}.token_emb.weight", "token_embedding", model.input_rows, i)
-        if m.is_target:
-            table(f"{decoder}.mod_emb", decoder_modality, model.decoder_modality_rows, i)
-            if m.learned_positions:
-                table(f"{decoder}.pos_emb", "decoder_position_embedding", model.decoder_position_rows, i)
-            if tied or isinstance(m, Sequence):
-                table(f"{decoder}.token_emb.weight", "decoder_embedding", model.previous_rows, i)
-            output = "decoder_embedding" if tied else "output_embedding"
-            table(f"{decoder}.to_logits.weight", output, model.output_rows, i)
-    for i in range(c.encoder_depth):
-        norm(f"encoder.{i}.norm1", f"encoder.{i}.attention_norm", c.width)
-        attention(f"encoder.{i}.attn", f"encoder.{i}.attention", cross=False)
-        norm(f"encoder.{i}.norm2", f"encoder.{i}.mlp_norm", c.width)
-        mlp(f"encoder.{i}", f"encoder.{i}")
-    norm("encoder_norm", "encoder_norm", c.width)
-    linear("decoder_proj_context", {"context_projection": c.width}, bias=True)
-    for i in range(c.decoder_depth):
-        norm(f"decoder.{i}.norm1", f"decoder.{i}.self_norm", c.width)
-        attention(f"decoder.{i}.self_attn", f"decoder.{i}.self_attention", cross=False)
-        norm(f"decoder.{i}.query_norm", f"decoder.{i}.query_norm", c.width)
-        norm(f"decoder.{i}.context_norm", f"decoder.{i}.context_norm", c.width)
-        attention(f"decoder.{i}.cross_attn", f"decoder.{i}.cross_attention", cross=True)
-        norm(f"decoder.{i}.norm2", f"decoder.{i}.mlp_norm", c.width)
-        mlp(f"decoder.{i}", f"decoder.{i}")
-    norm("decoder_norm", "decoder_norm", c.width)
-    pieces["mask_token"] = [Piece("mask_token", (0, 1))]
-    if c.num_registers:
-        pieces["register_tokens"] = [Piece("registers", (0, c.num_registers))]
-    return pieces
+    def embeddings(self, modalities: Modalities) -> None:
+        c, model = self.config, abstract(self.config, modalities)
+        decoder_modality = "modality_embedding" if c.share_modality_embeddings else "decoder_modality_embedding"
+        tied = c.embeddings == "encoder_decoder"
+        for i, m in enumerate(modalities):
+            encoder, decoder = f"encoder_embeddings.{m.name}", f"decoder_embeddings.{m.name}"
+            if m.is_input:
+                self.table(f"{encoder}.mod_emb", "modality_embedding", model.modality_rows, i)
+                if m.learned_positions:
+                    self.table(f"{encoder}.pos_emb", "position_embedding", model.position_rows, i)
+                if isinstance(m, Features):
+                    projection = "emb_proj" if len(m.shape) == 1 else "proj"
+                    self.linear(f"{encoder}.{projection}", {f"feature_projections.{m.name}": c.width}, m.bias)
+                else:
+                    self.table(f"{encoder}.token_emb.weight", "token_embedding", model.input_rows, i)
+            if m.is_target:
+                self.table(f"{decoder}.mod_emb", decoder_modality, model.decoder_modality_rows, i)
+                if m.learned_positions:
+                    self.table(f"{decoder}.pos_emb", "decoder_position_embedding", model.decoder_position_rows, i)
+                if tied or isinstance(m, Sequence):
+                    self.table(f"{decoder}.token_emb.weight", "decoder_embedding", model.previous_rows, i)
+                output = "decoder_embedding" if tied else "output_embedding"
+                self.table(f"{decoder}.to_logits.weight", output, model.output_rows, i)
 
 
 def unread(c: ModelConfig, modalities: Modalities, pieces: dict[str, list[Piece]]) -> dict[str, Modality | None]:
@@ -235,6 +246,25 @@ def unread(c: ModelConfig, modalities: Modalities, pieces: dict[str, list[Piece]
         if m.is_target and isinstance(m, Grid):
             found[f"decoder_embeddings.{m.name}.token_emb.weight"] = m
     return {name: m for name, m in found.items() if name not in pieces}
+
+
+def _expected(
+    file: TensorFile, pieces: dict[str, list[Piece]], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a file must hold.
+
+    Names of the same rows are copies of one tensor: one of them is enough, and ValueError if two differ.
+    """
+    names, expected = defaultdict(list), {}
+    for name, parts in pieces.items():
+        names[tuple((p.parameter, p.rows) for p in parts)].append(name)
+    for copies in names.values():
+        present = [name for name in copies if name in file.entries] or copies[:1]
+        for name in present:
+            expected[name] = _shape(name, pieces[name], shapes)
+            if name != present[0] and not _same(file, name, present[0]):
+                raise ValueError(f"{file.path}: {present[0]} and {name} are one tensor by the config, but differ")
+    return expected
 
 
 def check_unread(file: TensorFile, name: str, m: Modality | None, c: ModelConfig) -> None:
@@ -275,17 +305,7 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
     pieces = layout(c, modalities)
     ours = parameter_shapes(c, modalities)
 
-    # Names of the same rows are copies of one tensor: one of them is enough, and two must agree.
-    names = defaultdict(list)
-    for name, parts in pieces.items():
-        names[tuple((p.parameter, p.rows) for p in parts)].append(name)
-    expected = {}
-    for copies in names.values():
-        present = [name for name in copies if name in file.entries] or copies[:1]
-        for name in present:
-            expected[name] = _shape(name, pieces[name], ours)
-            if name != present[0] and not _same(file, name, present[0]):
-                raise ValueError(f"{file.path}: {present[0]} and {name} are one tensor by the config, but differ")
+    expected = _expected(file, pieces, ours)
     other = unread(c, modalities, pieces)
     check_names(file, expected, other)
     for name, m in other.items():

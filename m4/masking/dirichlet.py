@@ -133,9 +133,7 @@ class Masking:
         capacity = np.where(is_sequence, 0, lengths - inputs)
         capacity[spans.example, spans.modality] = spans.num_targets
         if self.budgets == "filled":
-            predictable = ~is_sequence & (table.targets[chosen] > 0)
-            nothing = ~(capacity * (table.targets[chosen] > 0)).any(1, keepdims=True)
-            held_back = -(-lengths // 8) * (nothing & predictable)
+            held_back = _held_back(capacity, lengths, table.targets[chosen] > 0, is_sequence)
             inputs, capacity = inputs - held_back, capacity + held_back
         num_targets = np.full(len(examples), self.num_targets)
         targets, share = _split(table.targets[chosen] * (lengths > 0), num_targets, draws, 1)
@@ -232,6 +230,12 @@ def _lengths(examples: Seq[Mapping[str, np.ndarray]], modalities: Modalities) ->
                 if stored.dtype != m.dtype:
                     raise ValueError(f"an example has {stored.dtype} vectors of {m.name}, which holds {m.dtype}")
     return lengths
+
+
+def _held_back(capacity, lengths, is_target, is_sequence) -> Int[np.ndarray, "B M"]:
+    """Input tokens of grids that become targets, an eighth of each, in examples that would have nothing to predict."""
+    nothing = ~(capacity * is_target).any(1, keepdims=True)
+    return -(-lengths // 8) * (nothing & is_target & ~is_sequence)
 
 
 def _split(alphas: Float[np.ndarray, "B M"], total: Int[np.ndarray, " B"], draws: Draws, part: int):

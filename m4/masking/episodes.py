@@ -19,7 +19,7 @@ import itertools
 import os
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -55,6 +55,7 @@ class Episode:
     """Answers among which closed-ended scoring chooses; () is open-ended."""
 
 
+@runtime_checkable
 class Task(Protocol):
     """A frozen dataclass that draws episodes. Nothing of its test split that is to be learned occurs in training.
 

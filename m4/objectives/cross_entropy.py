@@ -108,64 +108,14 @@ def blockwise_cross_entropy(
     groups.pop(0, None)
     if not block:  # about what a modality has
         block = 2 ** int(np.clip(np.log2(len(ids) / sum(map(len, groups.values()))), 7, 12))
-    sizes = sorted({-(-block * k // NUM_SIZES) for k in range(1, NUM_SIZES + 1)})
     order = jnp.argsort(modality)
     counts = jnp.bincount(modality, length=len(table_rows))
     starts = jnp.cumsum(counts) - counts
+    sweep = _Sweep(hidden, ids, weight, taught, order, counts, starts, block, z_loss, with_gradient)
 
     def rows_of(table, first, size, dtype):
         rows = jax.lax.dynamic_slice_in_dim(table, first, size).astype(dtype)
         return jax.lax.all_gather(rows, columns, axis=1, tiled=True) if columns else rows
-
-    def one_modality(i, first, vocabulary, teachers, carry):
-        """Adds one modality's part: one block of a size that fits what full blocks leave, then those.
-
-        The first writes the rows of the table's gradient, if only with zeros.
-        """
-
-        def of_block(begin, end, size, write, carry):
-            loss, sums, d_hidden, d_table = carry
-            place = begin + jnp.arange(size)
-            inside = place < end
-            rows = order[jnp.where(inside, starts[i] + place, 0)]
-            x = hidden[rows]
-            logits = jnp.einsum("kd,vd->kv", x, vocabulary, preferred_element_type=jnp.float32)
-            target = jnp.clip(ids[rows], 0, len(vocabulary) - 1)
-            largest = logits.max(-1)
-            log_z = largest + jnp.log(jnp.exp(logits - largest[:, None]).sum(-1))
-            nll = log_z - jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-            scale = jnp.where(inside, weight[i], 0.0)
-            sums = sums.at[i].add((scale * nll).sum())
-            if taught is not None:
-                theirs = jnp.einsum("kd,vd->kv", taught.hidden[rows], teachers, preferred_element_type=jnp.float32)
-                theirs = jax.nn.softmax(theirs)
-                # Of any distribution the cross-entropy is log Z less the expected logit.
-                nll += taught.share * (log_z - (theirs * logits).sum(-1) - nll)
-            loss = loss + (scale * (nll + z_loss * log_z**2 if z_loss else nll)).sum()
-            if with_gradient:
-                is_target = jnp.arange(len(vocabulary))[None] == target[:, None]
-                up = scale * (1 + 2 * z_loss * log_z) if z_loss else scale
-                p = jnp.exp(logits - log_z[:, None])
-                g = p * up[:, None] - jnp.where(is_target, scale[:, None], 0)
-                if taught is not None:
-                    g += (scale * taught.share)[:, None] * (is_target - theirs)
-                g = g.astype(x.dtype)
-                d_rows = jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
-                d_x = jnp.einsum("kv,vd->kd", g, vocabulary, preferred_element_type=jnp.float32)
-                d_table = write(d_table, d_rows, 0 if columns else first)
-                d_hidden = d_hidden.at[jnp.where(inside, rows, len(hidden))].set(d_x, mode="drop")
-            return loss, sums, d_hidden, d_table
-
-        num_full = jnp.maximum(-(-counts[i] // block) - 1, 0)
-        rest = counts[i] - num_full * block
-        for size, smaller in zip(sizes, [-1, *sizes], strict=False):
-            # A loop of no turn or one: XLA would copy all that a switch carries. Its number is used: else XLA would
-            # compute the blocks of all sizes before their loops.
-            turns = ((smaller < rest) & (rest <= size)).astype(jnp.int32)
-            write = functools.partial(of_block, end=rest, size=size, write=_write_rows)
-            carry = jax.lax.fori_loop(0, turns, lambda k, carry, of=write, size=size: of(k * size, carry=carry), carry)
-        add = functools.partial(of_block, end=counts[i], size=block, write=_add_rows)
-        return jax.lax.fori_loop(0, num_full, lambda k, carry: add(rest + k * block, carry=carry), carry)
 
     carry = (
         jnp.zeros((), jnp.float32),
@@ -182,9 +132,12 @@ def blockwise_cross_entropy(
             vocabulary = rows_of(table, first, size, hidden.dtype)
             teachers = None if taught is None else rows_of(taught.table, first, size, taught.hidden.dtype)
             if not (columns and with_gradient):
-                return one_modality(i, first, vocabulary, teachers, carry)
+                return sweep.modality(i, 0 if columns else first, vocabulary, teachers, carry)
+            # The gradient of one modality's rows, which are whole here, is summed over devices before the next.
             *rest, d_table = carry
-            *rest, d_rows = one_modality(i, 0, vocabulary, teachers, (*rest, jnp.zeros(vocabulary.shape, jnp.float32)))
+            *rest, d_rows = sweep.modality(
+                i, 0, vocabulary, teachers, (*rest, jnp.zeros(vocabulary.shape, jnp.float32))
+            )
             d_rows = jax.lax.psum_scatter(d_rows, columns, scatter_dimension=1, tiled=True)
             d_rows = jax.lax.psum(d_rows, tuple(a for a in mesh_axes if a not in TABLE))
             return *rest, _add_rows(d_table, d_rows, first)
@@ -194,6 +147,76 @@ def blockwise_cross_entropy(
     if with_gradient and not columns:  # every device holds the whole table
         d_table = jax.lax.psum(d_table, mesh_axes)
     return jax.lax.psum((loss, sums), mesh_axes), d_hidden.reshape(shape), d_table
+
+
+class _Sweep(NamedTuple):
+    """One device's N tokens, sorted by modality, which is cut into blocks.
+
+    What is carried from block to block: loss, its part of each modality, gradient of the hidden vectors [N D] and of
+    the table's rows, float32.
+    """
+
+    hidden: Array  # [N D]
+    ids: Array  # [N]
+    weight: Array  # of a token, by modality
+    taught: TeacherOutputs | None
+    order: Array  # [N] of the tokens, sorted by modality
+    counts: Array  # by modality
+    starts: Array  # of each modality in `order`
+    block: int  # tokens
+    z_loss: float
+    with_gradient: bool
+
+    def modality(self, i, first, vocabulary, teachers, carry):
+        """Adds one modality's part: one block of a size that fits what full blocks leave, then those.
+
+        The first writes the rows of the table's gradient, from row `first` on, if only with zeros.
+        """
+        part = functools.partial(self._block, i, first, vocabulary, teachers)
+        sizes = sorted({-(-self.block * k // NUM_SIZES) for k in range(1, NUM_SIZES + 1)})
+        num_full = jnp.maximum(-(-self.counts[i] // self.block) - 1, 0)
+        rest = self.counts[i] - num_full * self.block
+        for size, smaller in zip(sizes, [-1, *sizes], strict=False):
+            # A loop of no turn or one: XLA would copy all that a switch carries. Its number is used: else XLA would
+            # compute the blocks of all sizes before their loops.
+            turns = ((smaller < rest) & (rest <= size)).astype(jnp.int32)
+            write = functools.partial(part, end=rest, size=size, write=_write_rows)
+            carry = jax.lax.fori_loop(0, turns, lambda k, carry, of=write, size=size: of(k * size, carry=carry), carry)
+        add = functools.partial(part, end=self.counts[i], size=self.block, write=_add_rows)
+        return jax.lax.fori_loop(0, num_full, lambda k, carry: add(rest + k * self.block, carry=carry), carry)
+
+    def _block(self, i, first, vocabulary, teachers, begin, *, end, size, write, carry):
+        loss, sums, d_hidden, d_table = carry
+        place = begin + jnp.arange(size)
+        inside = place < end
+        rows = self.order[jnp.where(inside, self.starts[i] + place, 0)]
+        x = self.hidden[rows]
+        logits = jnp.einsum("kd,vd->kv", x, vocabulary, preferred_element_type=jnp.float32)
+        target = jnp.clip(self.ids[rows], 0, len(vocabulary) - 1)
+        largest = logits.max(-1)
+        log_z = largest + jnp.log(jnp.exp(logits - largest[:, None]).sum(-1))
+        nll = log_z - jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+        scale = jnp.where(inside, self.weight[i], 0.0)
+        sums = sums.at[i].add((scale * nll).sum())
+        if self.taught is not None:
+            theirs = jnp.einsum("kd,vd->kv", self.taught.hidden[rows], teachers, preferred_element_type=jnp.float32)
+            theirs = jax.nn.softmax(theirs)
+            # Of any distribution the cross-entropy is log Z less the expected logit.
+            nll += self.taught.share * (log_z - (theirs * logits).sum(-1) - nll)
+        loss = loss + (scale * (nll + self.z_loss * log_z**2 if self.z_loss else nll)).sum()
+        if self.with_gradient:
+            is_target = jnp.arange(len(vocabulary))[None] == target[:, None]
+            up = scale * (1 + 2 * self.z_loss * log_z) if self.z_loss else scale
+            p = jnp.exp(logits - log_z[:, None])
+            g = p * up[:, None] - jnp.where(is_target, scale[:, None], 0)
+            if self.taught is not None:
+                g += (scale * self.taught.share)[:, None] * (is_target - theirs)
+            g = g.astype(x.dtype)
+            d_rows = jnp.einsum("kv,kd->vd", g, x, preferred_element_type=jnp.float32)
+            d_x = jnp.einsum("kv,vd->kd", g, vocabulary, preferred_element_type=jnp.float32)
+            d_table = write(d_table, d_rows, first)
+            d_hidden = d_hidden.at[jnp.where(inside, rows, len(self.hidden))].set(d_x, mode="drop")
+        return loss, sums, d_hidden, d_table
 
 
 def _write_rows(table, rows, first):

@@ -108,6 +108,15 @@ def load_tokenizer(path: Path, *, is_checked: bool = False) -> Tokenizer:
 
 
 @runtime_checkable
+class Examples(Protocol):
+    """What is read by index, from 0 on: raw examples, stored records, or lists of them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@runtime_checkable
 class Tokenizer(Protocol):
     """Turns signals into the tokens of one modality and back. Everything about a modality lives in its tokenizer.
 
@@ -145,12 +154,14 @@ class Tokenizer(Protocol):
     def from_state(cls, config: dict[str, Any], arrays: dict[str, np.ndarray], card: dict[str, Any]) -> Tokenizer: ...
 
 
+@runtime_checkable
 class WritesOut(Protocol):
     """A tokenizer with a `kind`: its signals can be written out in a text."""
 
     def from_text(self, text: str) -> Any: ...
 
 
+@runtime_checkable
 class ChecksParts(Protocol):
     """A tokenizer of answers, which are lists of texts, points and boxes."""
 
@@ -158,6 +169,7 @@ class ChecksParts(Protocol):
         """One part of an answer; ValueError if it is none."""
 
 
+@runtime_checkable
 class CanAverage(Protocol):
     """A tokenizer whose signals have a mean, for ensembles."""
 
@@ -169,10 +181,11 @@ def image_size(tokenizer: Tokenizer) -> int:
     return tokenizer.recipe.image_size  # ty: ignore[missing-attribute]  those of images have a recipe
 
 
+@runtime_checkable
 class Recipe(Protocol):
     """How to get a tokenizer: a frozen dataclass in a config. `modality` is known before anything is fitted."""
 
     modality: Modality
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> Tokenizer:
+    def fit(self, source: Examples, *, seed: int) -> Tokenizer:
         """Fits (and trains) on raw examples; the tokenizer's card says how well it went."""

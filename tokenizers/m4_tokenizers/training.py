@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from m4.command_line import finishing
 from m4.distributed.constraints import BATCH
 from m4.distributed.mesh import MeshConfig
 from m4.files import naming, write_atomically
-from m4.tokens.tokenizer import Tokenizer, load_tokenizer
+from m4.tokens.tokenizer import Examples, Tokenizer, load_tokenizer
 from m4.training.metrics import EventFile
 from m4.training.trainer import random_key
 from m4_tokenizers.networks.autoencoder import VQ, check_finite
@@ -45,6 +45,7 @@ NUM_SHOWN = 6  # examples in TensorBoard
 TILE = 128  # pixels
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """What training reads of a recipe; vq.VQRecipe says what each means."""
 
@@ -78,7 +79,7 @@ class Trainable(Protocol):
 class TrainingArrays:
     """The arrays of chosen examples, checked: what cannot be trained on is reported with its number and file."""
 
-    def __init__(self, recipe: Trainable, source: Seq[dict[str, Any]], chosen: np.ndarray):
+    def __init__(self, recipe: Trainable, source: Examples, chosen: np.ndarray):
         self.recipe, self.source, self.chosen = recipe, source, chosen
         if not len(chosen):
             raise ValueError(f"tokenizer {recipe.name} has no examples to learn from: the source has {len(source)}")
@@ -109,7 +110,7 @@ class TrainingArrays:
                 raise
         return np.concatenate(parts)
 
-    def _arrays(self, examples: Seq[dict[str, Any]]) -> np.ndarray:
+    def _arrays(self, examples: Examples) -> np.ndarray:
         arrays = self.recipe.to_arrays([self.recipe.signal_of(example) for example in examples])
         check_finite(arrays)
         return arrays
@@ -303,7 +304,7 @@ class Log:
         self.events.close()
 
 
-def sheet(tokenizers: Seq[Tokenizer], examples: Seq[dict[str, Any]]) -> np.ndarray:
+def sheet(tokenizers: Seq[Tokenizer], examples: Examples) -> np.ndarray:
     """Rows of tiles: the signals of the examples, and below what the tokens of each tokenizer decode to."""
     given = [tokenizers[0].signal_of(example) for example in examples]
     backgrounds = [example["rgb"] for example in examples] if "rgb" in examples[0] else [None] * len(examples)

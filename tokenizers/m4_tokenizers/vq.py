@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 
 from m4.registry import from_json, to_json
 from m4.tokens.modality import Grid
+from m4.tokens.tokenizer import Examples
 from m4_tokenizers import training
 from m4_tokenizers.losses import SquaredError
 from m4_tokenizers.modalities.reading import Reader
@@ -150,7 +151,7 @@ class VQRecipe:
         """How good reconstructions are, by the field's measures."""
         raise NotImplementedError
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int, folder: Path | None = None) -> "VQTokenizer":
+    def fit(self, source: Examples, *, seed: int, folder: Path | None = None) -> "VQTokenizer":
         """Trains on raw examples. With a folder: checkpoints, from which a killed run resumes, and TensorBoard."""
         start = time.perf_counter()
         order = np.random.default_rng(seed).permutation(len(source))
@@ -225,7 +226,7 @@ class VQTokenizer(Reader):
             return self.recipe.mean_signal(arrays)
         return self.recipe.to_signals(arrays.mean(0, keepdims=True))[0]
 
-    def evaluate(self, examples: Seq[dict[str, Any]], *, mean: Any) -> dict[str, Any]:
+    def evaluate(self, examples: Examples, *, mean: Any) -> dict[str, Any]:
         """The card: what the tokens are, and how well they reconstruct these examples, beside `mean` (a signal)."""
         given = [self.recipe.signal_of(example) for example in examples]
         self.decode(self.encode(given[:1]))  # compiles

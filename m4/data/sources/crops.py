@@ -5,13 +5,14 @@ Axes: H rows and W columns of a picture, h and w of its part, n boxes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
 from PIL import Image
+
+from m4.tokens.tokenizer import Examples
 
 # The signals that are pictures whatever their size, with their kinds of numbers and of axes. Else they hold tokens.
 PICTURES = {"rgb": ("u", 3), "depth": ("f", 2), "normals": ("f", 3), "semseg": ("iu", 2), "instance": ("iu", 2)}
@@ -45,7 +46,7 @@ class Crops:
         if not 0 < self.min_visible <= 1:
             raise ValueError(f"min_visible is {self.min_visible}, but must be above 0 and at most 1")
 
-    def of(self, examples: Sequence[dict[str, Any]], *, seed: int) -> "Cropped":
+    def of(self, examples: Examples, *, seed: int) -> "Cropped":
         """Crops of all examples, `num` of each."""
         return Cropped(examples, self, seed)
 
@@ -123,7 +124,7 @@ class Cropped:
     mirrored, since their crop is not known. Crops depend on (seed, i, number of the crop) and their sizes alone.
     """
 
-    examples: Sequence[dict[str, Any]]
+    examples: Examples
     crops: Crops
     seed: int
 

@@ -21,7 +21,7 @@ class CaptionAttributes:
 
     metric = "micro-F1 of (object, attribute) pairs"
 
-    def score(self, predictions: Sequence[str], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         counts = [attribute_counts(p, e["caption"]) for p, e in zip(predictions, examples, strict=True)]
         return {"value": micro_f1(counts), "exact": float(np.mean([tp == n == t for tp, n, t in counts]))}
 
@@ -37,7 +37,7 @@ class ObjectColours:
 
     metric = "F1 of object colours read from pixels"
 
-    def score(self, predictions: Sequence[np.ndarray], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         counts = []
         for p, e in zip(predictions, examples, strict=True):
             found, truth = read_colours(p), {o["colour"] for o in e["objects"]}
@@ -56,7 +56,7 @@ class ForegroundOverlap:
 
     metric = "foreground IoU"
 
-    def score(self, predictions: Sequence[np.ndarray], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         return self._overlap([segment_objects(p) for p in predictions], examples)
 
     def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -66,7 +66,7 @@ class BoxAccuracy:
 
     metric = "class-aware mAP@0.5"
 
-    def score(self, predictions: Sequence[Boxes], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         return {"value": mean_average_precision(predictions, [e["boxes"] for e in examples])}
 
     def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:

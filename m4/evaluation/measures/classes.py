@@ -24,7 +24,7 @@ class ClassAccuracy:
     def metric(self) -> str:
         return f"accuracy of {self.signal}"
 
-    def score(self, predictions: Sequence[str], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         return {"value": float(np.mean([p == e[self.signal] for p, e in zip(predictions, examples, strict=True)]))}
 
     def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -45,7 +45,7 @@ class ClassMapAccuracy:
     def metric(self) -> str:
         return f"accuracy of {self.signal} on objects"
 
-    def score(self, predictions: Sequence[np.ndarray], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         found, truth = np.stack(predictions), np.stack([e[self.signal] for e in examples])
         objects = (found > 0) | (truth > 0)
         count = max(int(objects.sum()), 1)

@@ -24,7 +24,7 @@ class DepthAccuracy:
 
     metric = "delta1 on object pixels"
 
-    def score(self, predictions: Sequence[np.ndarray], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         where = [o & (e["depth"] > 0) for o, e in zip(object_pixels(examples), examples, strict=True)]
         if not any(w.any() for w in where):  # objects without depth, or none: all that has depth
             where = [e["depth"] > 0 for e in examples]

@@ -26,7 +26,7 @@ class MapAccuracy:
     def metric(self) -> str:
         return f"share of {self.signal} within {self.tolerance:g}"
 
-    def score(self, predictions: Sequence[np.ndarray], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         where = object_pixels(examples)
         error = np.concatenate(
             [np.abs(p - e[self.signal])[w].ravel() for p, e, w in zip(predictions, examples, where, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -74,7 +75,7 @@ class Grounding(SceneTask):
         return overlap(answer["bbox"][0], episode.query.outputs["boxes"]["bbox"][0]) > 0.5
 
 
-def overlap(first: np.ndarray, second: np.ndarray) -> float:
+def overlap(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
     """Intersection over union of two boxes (ymin, xmin, ymax, xmax)."""
     area = lambda box: float(np.prod(np.maximum(box[2:] - box[:2], 0)))  # noqa: E731
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)

@@ -175,7 +175,7 @@ class VLICL:
             ) from error
         return np.asarray(picture.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
-    def correct(self, answer: str, episode: Episode) -> bool:
+    def correct(self, answer: Any, episode: Episode) -> bool:
         """Exact match, as the benchmark has it for short answers. Its pictures are judged by a model, not here."""
         if self.output == "rgb":
             raise ValueError(f"{self.name}: the benchmark has a vision-language model judge pictures, which m4 has not")

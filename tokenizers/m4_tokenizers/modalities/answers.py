@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from m4.errors import closest
 from m4.registry import from_json, to_json
 from m4.tokens.modality import Sequence
+from m4.tokens.tokenizer import Examples
 from m4_tokenizers.modalities.boxes import AS_TOKENS, canvas, draw_box, draw_label, hue
 from m4_tokenizers.modalities.reading import Reader
 from m4_tokenizers.modalities.text import ALPHABET, EOS, NUM_COORDINATES, Layout, TextRecipe, TextTokenizer, fit_pieces
@@ -109,7 +110,7 @@ class AnswerRecipe:
             return [(0, 2**self.strip)] * (self.mask_size**2 // self.strip)
         return [(axis, self.num_bins) for axis in range({"box": 4, "point": 2, "depth": 1}[kind])]
 
-    def signal_of(self, example: Mapping[str, Any]) -> Answer | None:
+    def signal_of(self, example: Mapping[str, Any]) -> Any:
         """The answer of a raw example: its own or, without one, its boxes, named by their labels."""
         if self.signal in example:
             return example[self.signal]
@@ -118,7 +119,7 @@ class AnswerRecipe:
         pairs = zip(example["boxes"]["bbox"], example["boxes"]["label"], strict=True)
         return [{"concept": label, "kind": "box", "target": box} for box, label in pairs]
 
-    def checked(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def checked(self, item: Any) -> dict[str, Any]:
         """The item, its target as an array (depth: a float); ValueError unless it is as it must be."""
         if not isinstance(item, Mapping) or not {"concept", "kind", "target"} <= item.keys():
             raise ValueError(f"an item of an answer needs concept, kind and target, but one is {str(item)[:60]}")
@@ -143,12 +144,12 @@ class AnswerRecipe:
         cast = float(target) if kind == "depth" else target.astype(bool if kind == "mask" else np.float32)
         return {"concept": concept, "kind": kind, "target": cast}
 
-    def check(self, signal: Answer) -> None:
+    def check(self, signal: Any) -> None:
         """ValueError for an answer that `encode` refuses, whatever the words of its concepts."""
         for item in signal:
             self.checked(item)
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "AnswerTokenizer":
+    def fit(self, source: Examples, *, seed: int) -> "AnswerTokenizer":
         start = time.perf_counter()
         signals = [self.signal_of(source[i]) for i in range(min(len(source), self.num_examples))]
         answers = [answer for answer in signals if answer is not None]
@@ -184,7 +185,7 @@ class AnswerTokenizer(Reader):
         self._kinds = {first + i: kind for i, kind in enumerate(KINDS) if kind in recipe.kinds}  # of declarations
         self._bytes = [bytes(BYTES[character] for character in piece) for piece in text.pieces]
 
-    def checked(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def checked(self, item: Any) -> dict[str, Any]:
         return self.recipe.checked(item)
 
     def _bins(self, kind: str, target: Any) -> np.ndarray:
@@ -213,7 +214,7 @@ class AnswerTokenizer(Reader):
     def _powers(self) -> np.ndarray:
         return 2 ** np.arange(self.recipe.strip)[::-1]  # the first cell is the highest bit
 
-    def encode(self, signals: Seq[Answer]) -> list[np.ndarray]:
+    def encode(self, signals: Seq[Any]) -> list[np.ndarray]:
         """int32 [n] each, closed by [EOS]; ValueError if an answer is not as it must be, or too long."""
         answers = [[self.checked(item) for item in answer] for answer in signals]
         declarations = {kind: id for id, kind in self._kinds.items()}
@@ -235,7 +236,7 @@ class AnswerTokenizer(Reader):
             encoded.append(np.array([*ids, EOS], np.int32))
         return encoded
 
-    def parse(self, ids: Seq[int]) -> Answer:
+    def parse(self, ids: Seq[int] | np.ndarray) -> Answer:
         """The answer that these ids are; ValueError tells the first that cannot stand where it does, and what can."""
         ids, items, i = np.asarray(ids, np.int64).ravel().tolist(), [], 0
         while i < len(ids) and ids[i] != EOS:
@@ -247,7 +248,7 @@ class AnswerTokenizer(Reader):
             raise self._unexpected(ids, i + 1, "nothing after [EOS]")
         return items
 
-    def decode(self, ids: Seq[np.ndarray]) -> list[Answer]:
+    def decode(self, ids: Seq[Seq[int] | np.ndarray]) -> list[Answer]:
         """The items that are whole, up to the first [EOS]; what is broken is dropped."""
         answers = []
         for row in ids:

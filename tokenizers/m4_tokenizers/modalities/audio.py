@@ -24,6 +24,7 @@ from scipy.signal import get_window
 
 from m4.data.sources.sounds import Sound, of_length
 from m4.data.sources.spoken import RATE
+from m4.tokens.tokenizer import Examples
 from m4_tokenizers.modalities.image import check_arrays, write_image
 from m4_tokenizers.modalities.maps import shade
 from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
@@ -215,7 +216,7 @@ class AudioRecipe(VQRecipe):
 class AudioTokenizer(VQTokenizer):
     component = "audio"
 
-    def evaluate(self, examples: Seq[dict[str, Any]], *, mean: Any) -> dict[str, Any]:
+    def evaluate(self, examples: Examples, *, mean: Any) -> dict[str, Any]:
         """The card; measures `_of_spectrogram` are of the way there and back without tokens: their bound."""
         given = [self.signal_of(example) for example in examples]
         back = [self.recipe.to_signals(self.recipe.to_arrays([sound]))[0] for sound in given]

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from m4.tokens.modality import Sequence
+from m4.tokens.tokenizer import Examples
 from m4_tokenizers.modalities.reading import Reader
 from m4_tokenizers.modalities.text import (
     ALPHABET,
@@ -117,7 +118,7 @@ class BoxRecipe:
     def modality(self) -> Sequence:
         return self.text.modality
 
-    def check(self, signal: Boxes) -> None:
+    def check(self, signal: Any) -> None:
         """ValueError for boxes that `encode` refuses, whatever the words of their labels."""
         boxes, labels = np.asarray(signal["bbox"], np.float32).reshape(-1, NUM_COORDINATES), signal["label"]
         if len(boxes) != len(labels):
@@ -129,7 +130,7 @@ class BoxRecipe:
         for label in labels:
             check_text(label, "a label")
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "BoxTokenizer":
+    def fit(self, source: Examples, *, seed: int) -> "BoxTokenizer":
         start = time.perf_counter()
         count = min(len(source), self.num_examples)
         signals = [source[i][self.signal] for i in range(count)]

@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 
 from m4.errors import closest
 from m4.tokens.modality import Grid
+from m4.tokens.tokenizer import Examples
 from m4_tokenizers.modalities.reading import Reader
 from m4_tokenizers.modalities.text import draw_text
 
@@ -38,7 +39,7 @@ class ClassRecipe:
     def modality(self) -> Grid:
         return Grid(name=self.name, signal=self.signal, vocab_size=len(self.classes), shape=(1,))
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "ClassTokenizer":
+    def fit(self, source: Examples, *, seed: int) -> "ClassTokenizer":
         """Nothing is fitted."""
         return ClassTokenizer(recipe=self, card={"component": "classes", "num_classes": len(self.classes)})
 
@@ -66,7 +67,7 @@ class ClassTokenizer(Reader):
     def decode(self, ids: Seq[np.ndarray]) -> list[str]:
         return [self.recipe.classes[int(row[0])] for row in ids]
 
-    def check(self, signal: str) -> None:
+    def check(self, signal: Any) -> None:
         self.encode([signal])
 
     def write(self, signal: str, folder: Path, *, image: np.ndarray | None) -> None:

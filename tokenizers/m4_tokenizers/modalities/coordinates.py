@@ -20,6 +20,7 @@ from PIL import Image
 
 from m4.registry import from_json, to_json
 from m4.tokens.modality import Sequence
+from m4.tokens.tokenizer import Examples
 from m4_tokenizers.modalities.reading import Reader
 from m4_tokenizers.modalities.text import EOS, NUM_COORDINATES, Layout, WordPieceRecipe, as_sequence
 
@@ -90,7 +91,7 @@ class CoordinateRecipe:
         """ValueError for a signal that `encode` refuses."""
         self.tokenizer_class(recipe=self, card={}).encode([signal])
 
-    def measured(self, tokenizer: Any, source: Seq[dict[str, Any]], *, seed: int) -> Any:
+    def measured(self, tokenizer: Any, source: Examples, *, seed: int) -> Any:
         """The tokenizer, its card filled; nothing is fitted, so the seed is only noted."""
         start = time.perf_counter()
         if self.wordpiece:
@@ -146,7 +147,7 @@ class CoordinateTokenizer(Reader):
             encoded.append(np.array([*ids, EOS], np.int32))
         return encoded
 
-    def decode(self, ids: Seq[np.ndarray]) -> list[Any]:
+    def decode(self, ids: Seq[Seq[int] | np.ndarray]) -> list[Any]:
         """What can be read up to the first [EOS]; other ids never raise."""
         signals = []
         for row in ids:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, UInt8, UInt16
 from PIL import Image
 from scipy import ndimage
 
 from m4.tokens.modality import Features
+from m4.tokens.tokenizer import Examples
 from m4_tokenizers.modalities.reading import Reader
 from m4_tokenizers.networks.patches import to_patches, to_pixels
 from m4_tokenizers.networks.perceptual import perceptual_quality
@@ -38,7 +39,7 @@ def peak_ratio(error: np.ndarray) -> float:
     return round(float(-10 * np.log10(max(error.mean(), 1e-10))), 2)
 
 
-def write_image(image: Pixels, folder: Path, name: str) -> None:
+def write_image(image: Pixels | UInt8[np.ndarray, "H W"] | UInt16[np.ndarray, "H W"], folder: Path, name: str) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(Path(folder) / name)
 
@@ -154,7 +155,7 @@ class PixelPatchesRecipe:
             dtype="uint8",
         )
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "PixelPatches":
+    def fit(self, source: Examples, *, seed: int) -> "PixelPatches":
         card = {
             "component": "pixels",
             "signal": self.signal,

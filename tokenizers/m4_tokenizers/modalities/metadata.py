@@ -20,9 +20,8 @@ import json
 import math
 import numbers
 from collections.abc import Mapping
-from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -31,6 +30,7 @@ from PIL import Image, ImageDraw, ImageStat
 from m4.errors import closest
 from m4.files import parse_json
 from m4.tokens.modality import Sequence
+from m4.tokens.tokenizer import Examples
 from m4_tokenizers.modalities.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture
 from m4_tokenizers.modalities.text import EOS
 
@@ -38,6 +38,7 @@ Metadata = dict[str, int | float]  # {field: number}
 FIELD, VALUE = 1, 0  # axes
 
 
+@runtime_checkable
 class Field(Protocol):
     """A number's name and bins. `bin` takes any finite number, and bin(value(index)) == index for all num_bins."""
 
@@ -197,13 +198,13 @@ class MetadataRecipe(CoordinateRecipe):
     def num_bins(self) -> int:
         return max([len(self.fields), *(field.num_bins for field in self.fields)])
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "MetadataTokenizer":
+    def fit(self, source: Examples, *, seed: int) -> "MetadataTokenizer":
         card = {"component": "metadata", "values": f"numbers of {len(self.fields)} fields"}
         return self.measured(MetadataTokenizer(recipe=self, card=card), source, seed=seed)
 
 
 class MetadataTokenizer(CoordinateTokenizer):
-    def to_pairs(self, signal: Metadata) -> list[Pair]:
+    def to_pairs(self, signal: Any) -> list[Pair]:
         """ValueError on anything but a dict of known fields and finite numbers."""
         if not isinstance(signal, Mapping):
             raise ValueError(f"{type(signal).__name__} was given; allowed: a dict of field names and numbers")

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
-from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageColor
 
 from m4.data.sources.files import from_text
+from m4.tokens.tokenizer import Examples
 from m4_tokenizers.modalities.coordinates import CoordinateRecipe, CoordinateTokenizer, Pair, as_picture
 from m4_tokenizers.modalities.image import write_image
 from m4_tokenizers.modalities.text import EOS
@@ -31,7 +31,7 @@ COUNT, VALUE = 1, 0  # axes
 SWATCH = 64  # pixels
 
 
-def extract_palette(image: UInt8[np.ndarray, "H W 3"], num_colors: int) -> Palette:
+def extract_palette(image: Any, num_colors: int) -> Palette:
     """At most `num_colors` colours, most frequent first: median cut, then k-means from there until nothing moves.
 
     Nothing is random. An image of no more distinct colours than that gives exactly those. ValueError unless the image
@@ -83,13 +83,13 @@ class PaletteRecipe(CoordinateRecipe):
             own = example["rgb"]
         return own if own is None or np.ndim(own) != 3 else extract_palette(own, self.num_colors)
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "PaletteTokenizer":
+    def fit(self, source: Examples, *, seed: int) -> "PaletteTokenizer":
         card = {"component": "palette", "values": f"1 to {self.max_colors} RGB colours, uint8"}
         return self.measured(PaletteTokenizer(recipe=self, card=card), source, seed=seed)
 
 
 class PaletteTokenizer(CoordinateTokenizer):
-    def to_pairs(self, signal: Palette) -> list[Pair]:
+    def to_pairs(self, signal: Any) -> list[Pair]:
         """ValueError unless the palette has 1 to max_colors rows of three whole numbers in [0, 255]."""
         palette = np.asarray(signal)
         if palette.ndim != 2 or palette.shape[1] != 3 or not 1 <= len(palette) <= self.recipe.max_colors:

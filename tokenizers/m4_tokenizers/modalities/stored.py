@@ -23,7 +23,7 @@ from m4.errors import closest
 from m4.registry import config_in, from_json, to_json
 from m4.tokens.modality import Features, Grid, Modality
 from m4.tokens.records import encode
-from m4.tokens.tokenizer import Tokenizer, load_tokenizer, tokenizer_hash
+from m4.tokens.tokenizer import Examples, Tokenizer, load_tokenizer, tokenizer_hash
 from m4_tokenizers.modalities.reading import Reader
 
 TILE = 128  # pixels
@@ -59,7 +59,7 @@ class TokenizerFile:
         """Anything: nothing is fitted."""
         return example
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> Tokenizer:
+    def fit(self, source: Examples, *, seed: int) -> Tokenizer:
         tokenizer = load_tokenizer(Path(self.path))
         if (found := tokenizer_hash(tokenizer)) != self.digest:
             raise ValueError(f"{self.path} holds another tokenizer ({found}) than when it was chosen ({self.digest})")
@@ -89,7 +89,7 @@ class IdsRecipe:
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
         return example[self.modality.name] if self.modality.name in example else None
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "Ids":
+    def fit(self, source: Examples, *, seed: int) -> "Ids":
         card = {"component": "ids", "signal": self.modality.signal, "vocab_size": self.modality.vocab_size}
         return Ids(modality=self.modality, card=card)
 
@@ -124,7 +124,7 @@ class Ids(Reader):
     def decode(self, ids: Seq[np.ndarray]) -> list[np.ndarray]:
         return [np.asarray(row, np.int32) for row in ids]
 
-    def check(self, signal: np.ndarray) -> None:
+    def check(self, signal: Any) -> None:
         """ValueError for what training would not take as ids (or vectors) of the modality."""
         encode([{self.modality.name: signal}], {self.modality.name: self})
 

@@ -30,6 +30,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m4.files import check_strings
 from m4.tokens.modality import Sequence
+from m4.tokens.tokenizer import Examples
 from m4_tokenizers.modalities.reading import Reader
 
 Text = str | tuple[str | int, ...]
@@ -156,11 +157,11 @@ class TextRecipe:
             layout=self.layout,
         )
 
-    def check(self, signal: Text) -> None:
+    def check(self, signal: Any) -> None:
         """ValueError for what no tokenizer of text can encode."""
         check_text(signal)
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "TextTokenizer":
+    def fit(self, source: Examples, *, seed: int) -> "TextTokenizer":
         texts = [source[i][self.signal] for i in range(min(len(source), self.num_examples))]
         return self.fit_texts(texts, split_words=True, seed=seed)
 
@@ -187,7 +188,7 @@ class TextRecipe:
         return tokenizer
 
 
-def check_text(signal: Text, what: str = "a text") -> None:
+def check_text(signal: Any, what: str = "a text") -> None:
     """ValueError unless a signal is text (or parts of it, between declarations) that UTF-8 can hold."""
     for part in (signal,) if isinstance(signal, str) else signal if isinstance(signal, tuple | list) else (None,):
         if not isinstance(part, str | int):
@@ -332,7 +333,7 @@ class WordPieceRecipe:
             layout=self.layout,
         )
 
-    def fit(self, source: Seq[dict[str, Any]], *, seed: int) -> "WordPieceTokenizer":
+    def fit(self, source: Examples, *, seed: int) -> "WordPieceTokenizer":
         """Reads the file; nothing is fitted. ValueError if it is missing or another tokenizer."""
         try:
             file = Path(self.path).read_text(encoding="utf-8")

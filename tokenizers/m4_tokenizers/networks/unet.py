@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from m4.model.attention import attend
 from m4.model.layers import Linear
@@ -39,7 +39,7 @@ def step_features(t: Int[Array, " B"], size: int) -> Float[Array, "B E"]:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def nearest(x: Float[Array, "B h w *D"], shape: tuple[int, int]) -> Float[Array, "B H W *D"]:
+def nearest(x: Shaped[Array, "B h w *D"], shape: tuple[int, int]) -> Shaped[Array, "B H W *D"]:
     """The nearest token of each place of a finer (or coarser) grid, as torch counts."""
     rows, columns = (np.arange(n) * size // n for n, size in zip(shape, x.shape[1:3], strict=True))
     return x[:, rows][:, :, columns]
@@ -75,7 +75,7 @@ class ResBlock(nnx.Module):
         self.conv_2 = convolution(num_out, num_out, zero=True, rngs=rngs)
         self.shortcut = Linear(num_in, num_out, bias=True, rngs=rngs) if num_in != num_out else None
 
-    def __call__(self, x: Float[Array, "B H W C"], step: Float[Array, "B E"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B H W C"], step: Float[Array, "B E"]) -> Float[Array, "B H W c"]:
         y = self.conv_1(jax.nn.silu(self.norm_1(x))) + self.step(jax.nn.silu(step))[:, None, None]
         y = self.conv_2(jax.nn.silu(self.norm_2(y)))
         return (x if self.shortcut is None else self.shortcut(x)) + y
@@ -98,7 +98,7 @@ class Down(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.conv = convolution(width, width, stride=2, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B H W C"], step: Float[Array, "B E"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B H W C"], step: Float[Array, "B E"]) -> Float[Array, "B h w C"]:
         return self.conv(x)
 
 
@@ -106,7 +106,7 @@ class Up(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.conv = convolution(width, width, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B H W C"], step: Float[Array, "B E"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B H W C"], step: Float[Array, "B E"]) -> Float[Array, "B h w C"]:
         return self.conv(einops.repeat(x, "b h w c -> b (h p) (w q) c", p=2, q=2))
 
 
