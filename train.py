@@ -19,7 +19,6 @@ from m4.evaluation.conditional_generation import check_evaluations, evaluate, sa
 from m4.registry import to_json
 from m4.tokens.tokenizer import tokenizer_hash
 from m4.training import flops
-from m4.training.distillation import load_teacher
 from m4.training.health import Health
 from m4.training.metrics import Metrics
 from m4.training.trainer import Trainer, TrainState
@@ -33,7 +32,7 @@ def main(c, end: contextlib.ExitStack) -> None:
     check_sizes(c.batch_size, c.masking.num_targets, c.micro_batches, c.model.width, mesh)
     part, num_parts = part_of_batch(mesh)
     trainer = Trainer(c, mesh)
-    teacher = load_teacher(trainer) if c.teacher else None
+    loaded = trainer.load()
     num_trained = trainer.num_trained
     end.enter_context(use_workdir(c))
     save_or_check(c)
@@ -41,8 +40,9 @@ def main(c, end: contextlib.ExitStack) -> None:
     # Raw data, tokenizers, token shards: each is skipped when it is there.
     team = WorkerGroup(index=jax.process_index(), count=jax.process_count())
     saved = Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every, c.skip_damaged)
-    sources = [source for source in (c.init_from, c.teacher) if source and not saved.latest]
-    if sources:
+    sources = [c.init_from] if c.init_from else []
+    sources += [source for objective in c.objectives for source in objective.sources]
+    if sources and not saved.latest:
         tokenizers = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, splits=(), team=team).tokenizers
         for source in sources:
             check_tokenizers(source, tokenizers)
@@ -51,8 +51,7 @@ def main(c, end: contextlib.ExitStack) -> None:
         check_evaluations(c)
 
     # The model, its optimizer and the example stream: from the last checkpoint, else from the start.
-    if teacher is not None:
-        teacher = teacher.on(mesh)
+    loaded = trainer.place(loaded)
     stream = Stream(
         prepared.shards("train"), c.datasets, c.masking, c.modalities, batch_size=c.batch_size, seed=c.seed,
         process_index=part, process_count=num_parts, num_workers=c.num_workers,
@@ -103,7 +102,7 @@ def main(c, end: contextlib.ExitStack) -> None:
             health.reads(step, stream.next_example, c.batch_size)
             batch = metrics.wait_for(stream)
             with jax.set_mesh(mesh):
-                state, scalars = trainer.step(state, batch, step, teacher)
+                state, scalars = trainer.step(state, batch, step, loaded)
             if step == c.profile[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()

@@ -17,6 +17,7 @@ from m4.evaluation.retrieval import Retrieval
 from m4.masking.dirichlet import Masking, Strategy
 from m4.model.config import ModelConfig
 from m4.objectives.contrastive import Contrast
+from m4.objectives.masked_modeling import MaskedModeling
 from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.modalities.boxes import BoxRecipe
 from m4_tokenizers.modalities.depth import DepthRecipe
@@ -59,7 +60,7 @@ config = Config(
         unroll=3,
         position_base=30.0,
     ),
-    contrast=Contrast(a=("rgb_pixels",), b=("caption",)),
+    objectives=(MaskedModeling(), Contrast(a=("rgb_pixels",), b=("caption",))),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
     batch_size=64,
     num_steps=1500,

@@ -21,6 +21,8 @@ from m4.in_context.tasks.renamed_signal import Renamed
 from m4.in_context.tasks.source import EpisodeSource
 from m4.masking.dirichlet import Strategy
 from m4.masking.episodes import ShotMasking
+from m4.objectives.masked_modeling import MaskedModeling
+from m4.objectives.word_prediction import WordPrediction
 from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.modalities.stored import tokenizers_of
 from m4_tokenizers.modalities.text import TextRecipe
@@ -67,7 +69,7 @@ config = dataclasses.replace(
     masking=dataclasses.replace(quickstart.masking, num_inputs=352, num_targets=18),
     model=dataclasses.replace(quickstart.model, num_independent_blocks=2, match_size=32, match_words="caption"),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
-    loss="token",
+    objectives=(MaskedModeling(weighting="token"), WordPrediction(text="caption")),
     batch_size=32,
     num_steps=800,
     evaluations=(),

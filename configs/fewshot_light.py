@@ -16,6 +16,7 @@ from m4.evaluation.few_shot import FewShot
 from m4.in_context.tasks.fast_binding import FastBinding
 from m4.in_context.tasks.source import EpisodeSource
 from m4.masking.episodes import ShotMasking
+from m4.objectives.masked_modeling import MaskedModeling
 
 fewshot = load_config("configs/fewshot.py")
 in_text = load_config("configs/fewshot.py", "in_text")
@@ -33,6 +34,7 @@ config = dataclasses.replace(
     datasets=(episodes(FastBinding(ways=1, max_shots=3)), episodes(FastBinding(max_shots=3))),
     masking=dataclasses.replace(fewshot.masking, num_inputs=140),
     model=dataclasses.replace(fewshot.model, shot_depth=1, match_words=""),
+    objectives=(MaskedModeling(weighting="token"),),
     optimizer=dataclasses.replace(fewshot.optimizer, train=("shot_encoder*", "matching*"), learning_rate=3e-3),
     num_steps=300,
     fewshot=FewShot(tasks=(in_text(FastBinding()),), num_tokens=16),

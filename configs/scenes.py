@@ -21,6 +21,7 @@ from m4.inference.parallel import MaskGIT
 from m4.inference.scheme import Stage
 from m4.masking.dirichlet import Masking, Strategy
 from m4.model.config import ModelConfig
+from m4.objectives.masked_modeling import MaskedModeling
 from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.modalities.boxes import BoxRecipe
 from m4_tokenizers.modalities.depth import DepthRecipe
@@ -72,7 +73,7 @@ config = Config(
         position_base=30.0,
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
-    loss="token",
+    objectives=(MaskedModeling(weighting="token"),),
     average_decay=0.995,
     batch_size=64,
     num_steps=5000,

@@ -16,6 +16,7 @@ from m4.data.dataset import Dataset
 from m4.evaluation.retrieval import Retrieval
 from m4.masking.dirichlet import Strategy
 from m4.objectives.contrastive import Contrast
+from m4.objectives.masked_modeling import MaskedModeling
 from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.modalities.stored import tokenizers_of
 
@@ -45,7 +46,7 @@ config = dataclasses.replace(
         dataclasses.replace(quickstart.datasets[0], name="rehearsal", strategies=rehearsed),
     ),
     masking=dataclasses.replace(quickstart.masking, num_inputs=num_inputs),
-    contrast=Contrast(a=("rgb_pixels",), b=("audio_tokens",)),
+    objectives=(MaskedModeling(), Contrast(a=("rgb_pixels",), b=("audio_tokens",))),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
     num_steps=1000,
     evaluations=tuple(dataclasses.replace(d, dataset="rehearsal") for d in quickstart.evaluations),

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from m4.checkpoints.hub import packaged
+from m4.checkpoints.hub import check_source
 from m4.data.dataset import Dataset
 from m4.distributed.mesh import MeshConfig
 from m4.errors import check_numbers, closest
@@ -25,10 +25,9 @@ from m4.files import locked, remove_leftovers, write_json
 from m4.inference.prompts import check_plan
 from m4.masking.dirichlet import Masking
 from m4.model.config import ModelConfig
-from m4.objectives.contrastive import Contrast
-from m4.objectives.cross_entropy import Weighting
-from m4.registry import PACKAGES, RENAMED, RENAMED_FIELDS, classes, config_in, to_json
-from m4.tokens.modality import Modalities, Sequence
+from m4.objectives.masked_modeling import MaskedModeling
+from m4.registry import PACKAGES, RENAMED, RENAMED_FIELDS, REPLACED_FIELDS, classes, config_in, to_json
+from m4.tokens.modality import Modalities
 from m4.training.optimizer import OptimizerConfig
 
 logger = logging.getLogger(__name__)
@@ -53,18 +52,10 @@ class Config:
     init_from: str = ""
     """Run folder, model file or packaged model whose weights are loaded before the first step; "" starts from random
     ones."""
-    loss: Weighting = "modality"
-    """How tokens are averaged: every "modality" counts alike, or every "token"; 4m_modality and 4m_token as in 4M."""
+    objectives: tuple[Any, ...] = (MaskedModeling(),)
+    """Summands of the loss, of different classes of m4.objectives."""
     average_decay: float = 0.0
     """Decay of a moving average of the parameters, in [0, 1), which is then what is evaluated; 0 is none."""
-    z_loss: float = 0.0
-    """Weight of the squared log-partition of each token's logits, which keeps logits small; 0 is none."""
-    teacher: str = ""
-    """Run folder, model file or packaged model whose predicted distributions are learned; "" is none."""
-    distill: float = 1.0
-    """Share of the teacher's loss in the whole, in (0, 1]; the rest is that of the data."""
-    contrast: Contrast | None = None
-    """A second loss, between embeddings of two groups of inputs (m4.objectives.contrastive); None leaves it out."""
     model: ModelConfig = ModelConfig()
     """Sizes and options of the encoder-decoder."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -125,17 +116,13 @@ class Config:
         for field in ("micro_batches", "num_steps", "keep_last", "max_skipped", "num_eval_samples"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        for field in ("num_workers", "z_loss", "keep_every", "gallery_every"):
+        for field in ("num_workers", "keep_every", "gallery_every"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay={self.average_decay} must be at least 0 and less than 1")
-        for field in ("init_from", "teacher"):
-            if (wanted := getattr(self, field)) and not Path(wanted).exists() and wanted not in packaged():
-                beside = [*sorted(str(p) for p in Path(wanted).parent.glob("*")), *packaged()]
-                raise ValueError(f"{field}={wanted!r} is not there; {closest(wanted, beside)}")
-        if not 0 < self.distill <= 1:
-            raise ValueError(f"distill={self.distill} must be above 0 and at most 1; for none of it, teacher is empty")
+        if self.init_from:
+            check_source("init_from", self.init_from)
         if not 0 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile={self.profile} must be the first and the last step, in this order")
         if self.gallery_every and not (self.evaluations and any(d.source is not None for d in self.datasets)):
@@ -143,21 +130,11 @@ class Config:
         if not self.eval_splits or len(set(self.eval_splits)) < len(self.eval_splits):
             raise ValueError(f"eval_splits={self.eval_splits} must be different names, at least one")
         self.masking.check(self.modalities)
-        if words := self.model.match_words:
-            texts = [m.name for m in self.modalities if isinstance(m, Sequence) and m.is_target]
-            if words not in texts:
-                raise ValueError(f"match_words: unknown text modality {words!r}; {closest(words, texts)}")
-        if self.contrast is not None:
-            self.contrast.check(self.modalities)
-            mixtures = [*self.masking.strategies, *(s for d in self.datasets for s in d.strategies)]
-            groups = self.contrast.a, self.contrast.b
-            if not any(all({*names} & {*s.inputs} for names in groups) for s in mixtures):
-                raise ValueError(f"contrast: no masking strategy has inputs of both {groups[0]} and {groups[1]}")
-            if self.micro_batches > 1:
-                raise ValueError(
-                    f"contrast compares rows of the whole batch, which micro_batches={self.micro_batches} would cut; "
-                    "allowed: 1, perhaps with --model.remat blocks"
-                )
+        kinds = [objective.name for objective in self.objectives]
+        if not kinds or len({*kinds}) < len(kinds):
+            raise ValueError(f"objectives={kinds} must be different ones, at least one")
+        for objective in self.objectives:
+            objective.check(self)
         labels = [d.label for d in self.datasets]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"a run needs data sets of different names, and has {labels}; set Dataset(name=...)")
@@ -240,10 +217,10 @@ def load_config(path: str, attribute: str = "config") -> Any:
         what = words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}".rstrip(": ")
         if isinstance(error, ImportError) and (lines := _moved(file)):
             what = "; ".join([what, "files have moved since m4 0.1, write", *lines])
-        for fields in RENAMED_FIELDS.values():
-            for old, new in fields.items():
-                if isinstance(error, TypeError) and f"'{old}'" in what:
-                    what += f"; since m4 0.2 it is {new}"
+        renamed = {old: new for fields in (*RENAMED_FIELDS.values(), REPLACED_FIELDS) for old, new in fields.items()}
+        for old, new in renamed.items():
+            if isinstance(error, TypeError) and f"'{old}'" in what:
+                what += f"; since m4 0.2 it is {new}"
         raise ValueError(f"{path}{_line_in(file, error)}: {what}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"{path} defines no `{attribute}`; it has {', '.join(n for n in vars(module) if n[0] != '_')}")

@@ -44,6 +44,16 @@ def classes() -> dict[str, str]:
 # Names of 0.1 for classes and fields that have others now.
 RENAMED = {"Direction": "ConditionalTask"}
 RENAMED_FIELDS = {"ModelConfig": {"separate_depth": "num_independent_blocks"}}
+# What makes the fields of today from those of 0.1; imported when a file needs it.
+UPGRADES = {"Config": "m4.interchange.version_0_1:config_fields"}
+# Python code with these is told what to write instead.
+REPLACED_FIELDS = {
+    "loss": "objectives=(MaskedModeling(weighting=...),)",
+    "z_loss": "objectives=(MaskedModeling(z_loss=...),)",
+    "teacher": "objectives=(Distillation(teacher=...),)",
+    "distill": "objectives=(Distillation(teacher=..., share=...),)",
+    "contrast": "objectives=(MaskedModeling(), Contrast(...))",
+}
 
 
 def component_class(name: Any) -> type:
@@ -94,6 +104,9 @@ def from_json(value: Any) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
     renamed = RENAMED_FIELDS.get(cls.__name__, {})
     given = {renamed.get(k, k): from_json(v) for k, v in value.items() if k != "component"}
+    if cls.__name__ in UPGRADES:
+        module, _, function = UPGRADES[cls.__name__].partition(":")
+        given = getattr(importlib.import_module(module), function)(given)
     hints = _hints(cls)
     for key, item in given.items():
         if key not in fields:

@@ -187,8 +187,8 @@ def pytest_terminal_summary(terminalreporter):
     )
 
 
-def command(*args: str) -> list[str]:
-    return [sys.executable, "train.py", "tests/tiny_config.py", *args]
+def command(*args: str, config: str | Path = "tests/tiny_config.py") -> list[str]:
+    return [sys.executable, "train.py", str(config), *args]
 
 
 def environment() -> dict[str, str]:
@@ -196,8 +196,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}
 
 
-def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+def run(*args: str, config: str | Path = "tests/tiny_config.py") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*args, config=config), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
+    )
 
 
 def called(main, *args: str) -> subprocess.CompletedProcess:

@@ -25,6 +25,7 @@ from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.model.pooling import encoder_outputs
 from m4.objectives.contrastive import Contrast, group_embeddings, info_nce
+from m4.objectives.masked_modeling import MaskedModeling
 from m4.registry import from_json, to_json
 from m4.tokens.batch import normalized
 from m4.tokens.modality import Modalities
@@ -91,6 +92,9 @@ def test_what_all_rows_of_a_group_share_counts_nothing():
     assert info_nce(p + 30 * shared, q - 5 * shared, jnp.asarray(THERE))[0] == pytest.approx(float(loss), rel=1e-4)
 
 
+CONTRAST = Contrast(a=("rgb_pixels", "depth_tokens"), b=("caption",), weight=0.5)
+
+
 @pytest.fixture(scope="module")
 def config(modalities, small_model):
     strategy = Strategy(inputs={m.name: 1.0 for m in modalities}, targets={"rgb_tokens": 1.0, "caption": 1.0})
@@ -100,7 +104,7 @@ def config(modalities, small_model):
         tokenizers=tuple(IdsRecipe(modality=m) for m in modalities),
         masking=Masking(num_inputs=16, num_targets=16, strategies=(strategy,)),
         model=dataclasses.replace(small_model, num_registers=2, encoder_depth=1, decoder_depth=1),
-        contrast=Contrast(a=("rgb_pixels", "depth_tokens"), b=("caption",), weight=0.5),
+        objectives=(MaskedModeling(), CONTRAST),
         batch_size=16,
         num_steps=4,
     )
@@ -122,16 +126,16 @@ def test_each_group_is_encoded_by_itself(config, batch, modalities):
     batch = normalized(jax.tree.map(jnp.asarray, batch), modalities)
     is_caption = batch.inputs.modality == modalities.index("caption")
     other = batch._replace(inputs=batch.inputs._replace(ids=jnp.where(is_caption, 7, batch.inputs.ids)))
-    before, has = group_embeddings(model, batch, config.contrast.a)
-    np.testing.assert_array_equal(before, group_embeddings(model, other, config.contrast.a)[0])
-    of_a = np.isin(batch.inputs.modality, [modalities.index(n) for n in config.contrast.a]) & batch.inputs.valid
+    before, has = group_embeddings(model, batch, CONTRAST.a)
+    np.testing.assert_array_equal(before, group_embeddings(model, other, CONTRAST.a)[0])
+    of_a = np.isin(batch.inputs.modality, [modalities.index(n) for n in CONTRAST.a]) & batch.inputs.valid
     np.testing.assert_array_equal(has, of_a.any(1))
     assert not has.all() and (np.asarray(before)[~has] == 0).all()
     in_place = batch.inputs._replace(valid=batch.inputs.valid & is_caption)  # among empty slots, not without them
     expected = encoder_outputs(model, in_place, batch.features)[1]
     np.testing.assert_allclose(group_embeddings(model, batch, ("caption",))[0], expected, atol=1e-5)
     examples = batch._replace(inputs=batch.inputs._replace(shot=batch.inputs.shot + 1))
-    assert not group_embeddings(model, examples, config.contrast.a)[1].any()  # in-context examples are not the query
+    assert not group_embeddings(model, examples, CONTRAST.a)[1].any()  # in-context examples are not the query
     captions = [np.asarray(group_embeddings(model, b, ("caption",))[0]) for b in (batch, other)]
     assert np.abs(captions[0] - captions[1]).max() > 1e-2
 
@@ -140,11 +144,12 @@ def test_each_group_is_encoded_by_itself(config, batch, modalities):
 def test_eight_devices_equal_one(weighted, axes, config, batch, modalities, monkeypatch):
     """Rows are compared over the whole batch, whatever the cut."""
     monkeypatch.setattr(sharding, "MIN_SIZE_TO_CUT", 1)
-    contrast = dataclasses.replace(config.contrast, weighted=weighted)
+    contrast = dataclasses.replace(CONTRAST, weighted=weighted)
     graph, params = nnx.split(Model(config.model, modalities, rngs=nnx.Rngs(0)), nnx.Param)
 
     def loss(params, batch):
-        return contrast(nnx.merge(graph, params), normalized(batch, modalities))
+        part = normalized(batch, modalities)
+        return contrast(nnx.merge(graph, params).outputs(part), part, None, None)
 
     def on(mesh):
         placed = jax.device_put(params, sharding.shardings(params, mesh))
@@ -179,13 +184,13 @@ def test_what_cannot_be_asked_is_named(config):
         (Contrast(a=("rgb",), b=("caption",)), "unknown input modality 'rgb'"),
     ):
         with pytest.raises(ValueError, match=message):
-            dataclasses.replace(config, contrast=contrast).check()
+            dataclasses.replace(config, objectives=(MaskedModeling(), contrast)).check()
     with pytest.raises(ValueError, match="which micro_batches=2 would cut; allowed: 1"):
         dataclasses.replace(config, micro_batches=2).check()
     for fields in ({"a": ()}, {"a": ("caption",)}, {"weight": 0.0}, {"temperature": -1.0}):
         with pytest.raises(ValueError, match="contrast: "):
-            dataclasses.replace(config.contrast, **fields)
-    assert from_json(json.loads(json.dumps(to_json(config.contrast)))) == config.contrast
+            dataclasses.replace(CONTRAST, **fields)
+    assert from_json(json.loads(json.dumps(to_json(CONTRAST)))) == CONTRAST
 
 
 # ---- Retrieval ------------------------------------------------------------------------------------------------------

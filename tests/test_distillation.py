@@ -21,8 +21,9 @@ from m4.masking.dirichlet import Masking, Strategy
 from m4.model.encoder_decoder import Model
 from m4.objectives import cross_entropy as losses
 from m4.objectives.cross_entropy import TeacherOutputs
+from m4.objectives.distillation import Distillation
+from m4.objectives.masked_modeling import MaskedModeling
 from m4.tokens.modality import Features, Grid, Modalities
-from m4.training.distillation import load_teacher
 from m4.training.trainer import Trainer
 from m4_tokenizers.modalities.stored import IdsRecipe
 
@@ -113,12 +114,14 @@ def config(modalities, small_model, teacher, tmp_path_factory):
         tokenizers=tuple(IdsRecipe(modality=m) for m in modalities),
         masking=Masking(num_inputs=16, num_targets=16, strategies=(strategy,)),
         model=dataclasses.replace(small_model, encoder_depth=1, decoder_depth=1),
-        teacher=str(file),
-        distill=0.7,
-        z_loss=1e-3,
+        objectives=(Distillation(teacher=str(file), share=0.7, z_loss=1e-3),),
         batch_size=16,
         num_steps=4,
     )
+
+
+def with_distillation(config, **fields):
+    return dataclasses.replace(config, objectives=(dataclasses.replace(config.objectives[0], **fields),))
 
 
 def on(axes: dict[str, int]):
@@ -129,14 +132,14 @@ def on(axes: dict[str, int]):
 def train(config, mesh, make_example):
     """(parameters, losses, those of the teacher) after some steps."""
     trainer, found = Trainer(config, mesh), []
-    teacher, state = load_teacher(trainer).on(mesh), trainer.init()
+    loaded, state = trainer.place(trainer.load()), trainer.init()
     for step in range(1, 5):
         examples = [make_example(i) for i in range(16 * step, 16 * step + 16)]
         batch = config.masking(examples, config.modalities, mask_keys(16, seed=step))
         with jax.set_mesh(mesh):
-            state, scalars = trainer.step(state, sharding.shard_batch(batch, mesh), step, teacher)
+            state, scalars = trainer.step(state, sharding.shard_batch(batch, mesh), step, loaded)
         found.append(float(scalars["loss"]))
-    return *(jax.tree.map(np.asarray, jax.tree.leaves(x)) for x in (state.params, teacher[1])), found
+    return *(jax.tree.map(np.asarray, jax.tree.leaves(x)) for x in (state.params, loaded[0][1])), found
 
 
 def test_eight_devices_in_micro_batches_equal_one(config, make_example, teacher, monkeypatch):
@@ -158,7 +161,7 @@ def test_the_program_is_made_without_the_teachers_numbers(config):
     """They are its arguments, not constants in it."""
     mesh = on({"data": 2, "fsdp": 4})
     trainer = Trainer(config, mesh)
-    abstract = load_teacher(trainer).abstract(mesh)
+    abstract = trainer.abstract(trainer.load())
     assert {type(x) for x in jax.tree.leaves(abstract)} == {jax.ShapeDtypeStruct}
     args = trainer.abstract_state, abstract_batch(config, mesh), jax.ShapeDtypeStruct((), np.int32), abstract
     with jax.set_mesh(mesh):
@@ -168,15 +171,19 @@ def test_the_program_is_made_without_the_teachers_numbers(config):
 def test_what_does_not_fit_is_named(config, modalities, teacher, tmp_path):
     config.check()
     for fields, message in (
-        ({"teacher": config.teacher + "x"}, "teacher=.* is not there.*Did you mean '.*teacher.safetensors'"),
-        ({"distill": 0.0}, "distill=0.0 must be above 0"),
-        ({"distill": 1.5}, "distill=1.5 must be above 0 and at most 1"),
+        (
+            {"teacher": config.objectives[0].teacher + "x"},
+            "teacher=.* is not there.*Did you mean '.*teacher.safetensors'",
+        ),
+        ({"teacher": ""}, "teacher='' is not there"),
+        ({"share": 0.0}, "share=0.0 must be above 0"),
+        ({"share": 1.5}, "share=1.5 must be above 0 and at most 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            dataclasses.replace(config, **fields).check()
+            with_distillation(config, **fields).check()
 
     def load(c, axes={"data": 1}):  # noqa: B006
-        return load_teacher(Trainer(c, on(axes)))
+        return Trainer(c, on(axes)).load()
 
     larger = dataclasses.replace(modalities[2], vocab_size=9)
     for items, message in (
@@ -191,7 +198,8 @@ def test_what_does_not_fit_is_named(config, modalities, teacher, tmp_path):
     inputs = Modalities([*modalities, Grid(name="in", signal="in", vocab_size=3, shape=(2,), is_target=False)])
     save_model(Model(config.model, inputs, rngs=nnx.Rngs(0)), tmp_path / "t.safetensors")
     other = dataclasses.replace(
-        config, teacher=str(tmp_path / "t.safetensors"), tokenizers=tuple(IdsRecipe(modality=m) for m in inputs),
+        with_distillation(config, teacher=str(tmp_path / "t.safetensors")),
+        tokenizers=tuple(IdsRecipe(modality=m) for m in inputs),
         model=dataclasses.replace(config.model, embeddings="separate"),
     )  # fmt: skip
     with pytest.raises(ValueError, match="embeddings='shared', this model 'separate'"):
@@ -203,15 +211,22 @@ def test_a_run_is_distilled_and_resumed(data_dir, tmp_path):
     tiny = load_config(str(ROOT / "tests/tiny_config.py"))
     save_model(Model(tiny.model, tiny.modalities, rngs=nnx.Rngs(3)), tmp_path / "teacher.safetensors")
     options = ["--data-dir", str(data_dir), "--num-steps", "4", "--save-every", "2", "--num-eval-samples", "2"]
-    options += ["--teacher", str(tmp_path / "teacher.safetensors"), "--model.width", "16"]
+    options += ["--model.width", "16"]
     options += ["--workdir", str(tmp_path / "w")]
-    done = run(*options)
+    (tmp_path / "student.py").write_text(
+        "import dataclasses\n"
+        "from m4.config import load_config\n"
+        "from m4.objectives.distillation import Distillation\n"
+        f"taught = Distillation(teacher={str(tmp_path / 'teacher.safetensors')!r})\n"
+        "config = dataclasses.replace(load_config('tests/tiny_config.py'), objectives=(taught,))\n"
+    )
+    done = run(*options, config=tmp_path / "student.py")
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoints, whole = tmp_path / "w" / "checkpoints", load_run(tmp_path / "w")
     saved = {p.name for p in (checkpoints / "4").iterdir() if p.is_dir()}
     assert saved == {"params", "optimizer", "counters", "data", "config"}
     shutil.rmtree(checkpoints / "4")
-    done = run(*options)
+    done = run(*options, config=tmp_path / "student.py")
     assert done.returncode == 0 and "resumed from step 2" in done.stdout, done.stderr[-3000:]
     for a, b in zip(
         *(jax.tree.leaves(nnx.state(x.model, nnx.Param)) for x in (whole, load_run(tmp_path / "w"))), strict=True
@@ -219,7 +234,7 @@ def test_a_run_is_distilled_and_resumed(data_dir, tmp_path):
         np.testing.assert_array_equal(a, b)
 
     write_run(whole, tmp_path / "exported")
-    assert load_run(tmp_path / "exported").config.teacher == ""
+    assert load_run(tmp_path / "exported").config.objectives == (MaskedModeling(),)
     check_tokenizers(tmp_path / "w", whole.tokenizers)
     swapped = {**whole.tokenizers, "rgb_tokens": whole.tokenizers["depth_tokens"]}
     with pytest.raises(ValueError, match="has another tokenizer of rgb_tokens.*tokenizers_of"):

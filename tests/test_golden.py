@@ -31,8 +31,10 @@ from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.model.lora import LoRA
 from m4.objectives.contrastive import Contrast
+from m4.objectives.distillation import Distillation
+from m4.objectives.masked_modeling import MaskedModeling
+from m4.objectives.word_prediction import WordPrediction
 from m4.tokens.modality import Features, Grid, Sequence
-from m4.training.distillation import load_teacher
 from m4.training.optimizer import OptimizerConfig
 from m4.training.trainer import Trainer
 from m4_tokenizers.modalities.stored import IdsRecipe
@@ -62,7 +64,7 @@ PLAIN = Config(
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5),
     batch_size=BATCH_SIZE,
     num_steps=NUM_STEPS,
-    z_loss=1e-3,
+    objectives=(MaskedModeling(z_loss=1e-3),),
     average_decay=0.9,
 )
 
@@ -93,10 +95,14 @@ def configs(folder: Path) -> dict[str, Config]:
     return {
         "plain": PLAIN,
         "fewshot": dataclasses.replace(
-            PLAIN, model=matching, datasets=(episodes,)
+            PLAIN, model=matching, datasets=(episodes,), objectives=(*PLAIN.objectives, WordPrediction())
         ),
-        "contrast": dataclasses.replace(PLAIN, contrast=Contrast(a=("rgb_pixels",), b=("caption",))),
-        "distillation": dataclasses.replace(PLAIN, teacher=str(teacher), distill=0.7, micro_batches=2),
+        "contrast": dataclasses.replace(
+            PLAIN, objectives=(*PLAIN.objectives, Contrast(a=("rgb_pixels",), b=("caption",)))
+        ),
+        "distillation": dataclasses.replace(
+            PLAIN, objectives=(Distillation(teacher=str(teacher), share=0.7, z_loss=1e-3),), micro_batches=2
+        ),
         "lora": dataclasses.replace(
             PLAIN, model=dataclasses.replace(PLAIN.model, lora=LoRA(rank=2, routed=True)),
             optimizer=dataclasses.replace(PLAIN.optimizer, train=("*.lora.*",), learning_rate=0.1),
@@ -108,14 +114,14 @@ def train(config: Config) -> dict[str, list[float]]:
     """The losses of all steps, and the sum of squares of the parameters behind them."""
     mesh = MeshConfig(data=1).make(jax.devices()[:1])
     trainer, losses = Trainer(config, mesh), []
-    teacher = load_teacher(trainer).on(mesh) if config.teacher else None
+    loaded = trainer.place(trainer.load())
     mask, state = ApplyMasking(config.masking, config.datasets, config.modalities, seed=3), trainer.init()
     records = 3 if config.datasets[0].shots else 0
     for step in range(1, NUM_STEPS + 1):
         numbers = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         batch = [(i, (0, [example(9 * i + k) for k in range(records)] if records else example(i))) for i in numbers]
         with jax.set_mesh(mesh):
-            state, scalars = trainer.step(state, sharding.shard_batch(mask(batch), mesh), step, teacher)
+            state, scalars = trainer.step(state, sharding.shard_batch(mask(batch), mesh), step, loaded)
         losses.append(float(scalars["loss"]))
     squares = [float(np.square(np.asarray(x, np.float64)).sum()) for x in jax.tree.leaves(state.params)]
     return {"losses": losses, "squares": [sum(squares)]}

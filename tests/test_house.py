@@ -14,9 +14,9 @@ FLOORS = """
   < registry tensor_file pictures distributed
   < tokens
   < masking model
-  < data checkpoints objectives
-  < training inference interchange adaptation
-  < representations in_context demo config
+  < data checkpoints
+  < training inference adaptation objectives
+  < representations in_context interchange demo config
   < evaluation
   < commands
 """

@@ -22,7 +22,8 @@ from m4.distributed.mesh import MeshConfig
 from m4.masking.dirichlet import Masking, Strategy
 from m4.model.encoder_decoder import Model
 from m4.objectives import cross_entropy as losses
-from m4.tokens.batch import normalized
+from m4.objectives.masked_modeling import MaskedModeling
+from m4.tokens.batch import normalized, token_counts
 from m4.tokens.modality import Features
 from m4.training.optimizer import OptimizerConfig
 from m4.training.trainer import Trainer, TrainState
@@ -44,7 +45,7 @@ def config(modalities, small_model):
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
         batch_size=16,
         num_steps=NUM_STEPS,
-        z_loss=1e-3,
+        objectives=(MaskedModeling(z_loss=1e-3),),
         average_decay=0.9,
     )
 
@@ -113,7 +114,7 @@ def test_the_formula_of_each_rank_would_depend_on_the_cut(config, batches):
     modalities = config.modalities
     graph, params = nnx.split(Model(config.model, modalities, rngs=nnx.Rngs(0)), nnx.Param)
     batch = normalized(jax.tree.map(jax.numpy.asarray, batches[0]), modalities)
-    whole = losses.token_counts(batch.targets, len(modalities))
+    whole = token_counts(batch.targets, len(modalities))
 
     def gradient(num_parts, counts):
         def loss(params):

@@ -29,7 +29,8 @@ from m4.masking.episodes import Shot, ShotMasking, joined, pack_shots, raw_examp
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.model.similarity_prior import Words, same_text
-from m4.objectives.word_prediction import captioned, words_loss
+from m4.objectives.masked_modeling import MaskedModeling
+from m4.objectives.word_prediction import WordPrediction, captioned, words_loss
 from m4.tokens.batch import NUM_SHOTS, Targets, Tokens, normalized
 from m4.tokens.modality import Modalities
 from m4.tokens.packing import ANSWER, coarse_to_fine, pack
@@ -603,6 +604,7 @@ def test_micro_batches_and_meshes_learn_the_same_words(by_words, tokenizers, own
     config = Config(
         name="words", datasets=(), tokenizers=tuple(t.recipe for t in tokenizers.values()), masking=masking,
         model=by_words.config, batch_size=4, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+        objectives=(MaskedModeling(), WordPrediction()),
     )  # fmt: skip
     results = []
     for micro_batches, devices in ((1, 1), (2, 1), (1, 2)):
@@ -643,9 +645,12 @@ def test_words_of_no_text_are_refused(own, by_words, tokenizers):
     masking = Masking(strategies=(Strategy(inputs={"caption": 1.0}, targets={"caption": 1.0}),))
     config = Config(
         name="words", datasets=(), tokenizers=tuple(t.recipe for t in tokenizers.values()), masking=masking,
-        model=dataclasses.replace(by_words.config, match_words="captions"),
+        model=by_words.config, objectives=(WordPrediction(text="captions"),),
     )  # fmt: skip
     with pytest.raises(ValueError, match="unknown text modality 'captions'; allowed: caption. Did you"):
         config.check()
+    with pytest.raises(ValueError, match="the model's match_words is ''"):
+        other = dataclasses.replace(by_words.config, match_words="")
+        dataclasses.replace(config, model=other, objectives=(WordPrediction(),)).check()
     with pytest.raises(ValueError, match="needs a match_size"):
         ModelConfig(match_words="caption")

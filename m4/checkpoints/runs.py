@@ -202,7 +202,8 @@ def replacing_run(run: TrainedModel, out: str | Path, *, dtype: str) -> Iterator
     """A temporary folder with a model (see `export`), whose files replace those of `out` together, with what else is
     written there."""
     out, given = Path(out), type(run.config)
-    config = dataclasses.replace(run.config, workdir="", data_dir=given.data_dir, init_from="", teacher="")
+    config = dataclasses.replace(run.config, workdir="", data_dir=given.data_dir, init_from="")
+    config = dataclasses.replace(config, objectives=tuple(objective.exported() for objective in config.objectives))
     remove_leftovers(out)
     with replacing_together(out) as folder:
         for m in run.model.modalities:

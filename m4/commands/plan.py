@@ -31,7 +31,6 @@ from m4.interchange import fourm
 from m4.tokens.batch import MaskedBatch, Targets, Tokens
 from m4.tokens.modality import Features, Grid, Modalities
 from m4.training import flops
-from m4.training.distillation import load_teacher
 from m4.training.trainer import Trainer
 
 TPU_KINDS = {
@@ -144,7 +143,7 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
     check_sizes(config.batch_size, config.masking.num_targets, config.micro_batches, config.model.width, mesh)
     trainer = Trainer(config, mesh)
     state, batch = trainer.abstract_state, abstract_batch(config, mesh)
-    teacher = load_teacher(trainer).abstract(mesh) if config.teacher else None
+    loaded = trainer.abstract(trainer.load())
     kind = devices[0].device_kind
     data = flops.device_data(kind)
     model_flops = config.batch_size * flops.model_flops(
@@ -159,7 +158,7 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
         AS_4M: fourm.num_parameters(config.model, config.modalities),
         "bytes_per_device": {
             "weights": _held(state.params), "optimizer": _held(state.optimizer), "average": _held(state.average),
-            "teacher": _held(teacher),
+            "objectives": _held(loaded),
         },
         "model_flops_per_step": model_flops,
         "tokens_per_step": config.batch_size * (config.masking.num_inputs + config.masking.num_targets),
@@ -167,7 +166,7 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
     limit = data[1] if data else None
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        traced = trainer.step.trace(state, batch, jax.ShapeDtypeStruct((), np.int32), teacher)
+        traced = trainer.step.trace(state, batch, jax.ShapeDtypeStruct((), np.int32), loaded)
         compiled, why = _compiled(traced.lower(lowering_platforms=(devices[0].platform,)))
     if compiled is None:
         return {**result, "fits": False, "why": why, "advice": _advice(config, mesh)}

@@ -52,6 +52,14 @@ class Encoded(NamedTuple):
     route: Float[Array, "B C R"] | None = None
 
 
+class Outputs(NamedTuple):
+    """What objectives read: the model, hidden vectors of all targets, and what the decoder read of the inputs."""
+
+    model: Model
+    hidden: Float[Array, "B M D"]
+    context: Encoded
+
+
 class Decoding(NamedTuple):
     """The decoder as autoregressive decoding reads it: by block, keys and values of the context, of earlier tokens."""
 
@@ -117,13 +125,13 @@ class Model(nnx.Module):
 
     def __call__(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> Float[Array, "B M D"]:
         """Hidden vectors of all targets. A key turns stochastic depth on."""
-        return self.forward(batch, key)[0]
+        return self.outputs(batch, key).hidden
 
-    def forward(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> tuple[Float[Array, "B M D"], Encoded]:
+    def outputs(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> Outputs:
         """The same, and what the decoder read of the inputs."""
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         context = self.encode(batch.inputs, batch.features, encoder_key)
-        return self.decode(batch.targets, context, batch.inputs.valid, decoder_key), context
+        return Outputs(self, self.decode(batch.targets, context, batch.inputs.valid, decoder_key), context)
 
     def _address(self, t: Tokens | Targets, modality_table, modality_rows, position_embedding, position_rows) -> Array:
         """The part of an embedding that says where a token belongs: float32 [B L D]."""

@@ -8,7 +8,7 @@ Each group is encoded by itself, as m4.representations.embed does, so that what 
 Its mean over the rows is taken off before cosines: what all rows share, nearly everything at the start, tells no two of
 them apart. Rows are those of the whole batch, whatever the mesh; of in-context examples the query alone counts.
 
-    dataclasses.replace(config, contrast=Contrast(a=("rgb_pixels",), b=("caption",)))
+    dataclasses.replace(config, objectives=(MaskedModeling(), Contrast(a=("rgb_pixels",), b=("caption",))))
 
 B rows, N input slots, D width
 """
@@ -17,20 +17,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from m4.errors import closest
-from m4.model.encoder_decoder import Model
+from m4.model.encoder_decoder import Model, Outputs
 from m4.model.pooling import encoder_outputs
+from m4.objectives.base import Objective
 from m4.tokens.batch import MaskedBatch, Tokens
-from m4.tokens.modality import Modalities
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Contrast:
+class Contrast(Objective):
     """InfoNCE in both directions over the rows whose inputs have tokens of both groups of modalities.
 
     van den Oord et al. 2018, section 2.3; symmetric as in Radford et al. 2021, section 2.3.
@@ -47,24 +48,34 @@ class Contrast:
     weighted: bool = False
     """Count every pair by how alike its two rows are within group a (Srinivasa et al. 2023, section 2)."""
 
+    name = "contrast"
+
     def __post_init__(self):
         if not self.a or not self.b or {*self.a} & {*self.b}:
             raise ValueError(f"contrast: a={self.a} and b={self.b} must name modalities, and none of them twice")
         if not (self.weight > 0 and self.temperature > 0):
             raise ValueError(f"contrast: weight={self.weight} and temperature={self.temperature} must be above 0")
 
-    def check(self, modalities: Modalities) -> None:
-        """ValueError unless all are input modalities."""
-        inputs = [m.name for m in modalities if m.is_input]
+    def check(self, config: Any) -> None:
+        """ValueError unless all are input modalities, which some strategy reads together, in one micro-batch."""
+        inputs = [m.name for m in config.modalities if m.is_input]
         for name in (*self.a, *self.b):
             if name not in inputs:
                 raise ValueError(f"contrast: unknown input modality {name!r}; {closest(name, inputs)}")
+        mixtures = [*config.masking.strategies, *(s for d in config.datasets for s in d.strategies)]
+        if not any(all({*names} & {*s.inputs} for names in (self.a, self.b)) for s in mixtures):
+            raise ValueError(f"contrast: no masking strategy has inputs of both {self.a} and {self.b}")
+        if config.micro_batches > 1:
+            raise ValueError(
+                f"contrast compares rows of the whole batch, which micro_batches={config.micro_batches} would cut; "
+                "allowed: 1, perhaps with --model.remat blocks"
+            )
 
-    def __call__(self, model: Model, batch: MaskedBatch) -> tuple[Float[Array, ""], dict[str, Array]]:
+    def __call__(self, outputs: Outputs, part: MaskedBatch, totals: Any, loaded: Any):
         """The loss times its weight; and scalars: the loss, the share of rows that find their partner first (NaN
         without any), and the number of rows that have both groups. Chance finds one row in that number."""
-        p, has_p = group_embeddings(model, batch, self.a)
-        q, has_q = group_embeddings(model, batch, self.b)
+        p, has_p = group_embeddings(outputs.model, part, self.a)
+        q, has_q = group_embeddings(outputs.model, part, self.b)
         loss, accuracy, count = info_nce(p, q, has_p & has_q, self.temperature, self.weighted)
         scalars = {"contrast/loss": loss, "contrast/accuracy": accuracy, "contrast/pairs": count}
         return self.weight * loss, scalars

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from m4.distributed.constraints import BATCH
 from m4.model.encoder_decoder import Model
-from m4.tokens.batch import Targets
+from m4.tokens.batch import Targets, token_counts
 
 NUM_SIZES = 4  # of the block for what is left
 TABLE = ("fsdp", "tensor")  # axes of a mesh over which the columns of tables are cut
@@ -42,12 +42,6 @@ class TeacherOutputs(NamedTuple):
     hidden: Float[Array, "B M T"]
     table: Float[Array, "V T"]
     share: Float[Array, ""]
-
-
-def token_counts(targets: Targets, num_modalities: int) -> Int[Array, " modalities"]:
-    """Numbers of targets by modality."""
-    modality = jnp.where(targets.valid, targets.modality, -1).reshape(-1, 1)
-    return (modality == jnp.arange(num_modalities)[None]).sum(0)
 
 
 def cross_entropy(

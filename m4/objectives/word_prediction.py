@@ -1,20 +1,56 @@
-"""Prediction of each example's words from its image."""
+"""Prediction of each example's words from its image: a bottleneck of concepts (Koh et al. 2020, section 3)."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from m4.errors import closest
+from m4.model.encoder_decoder import Model, Outputs
+from m4.objectives.base import Objective
 from m4.tokens.batch import NUM_SHOTS, MaskedBatch, Targets
 from m4.tokens.modality import Modalities, Sequence
 from m4.tokens.spans import is_sentinel
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordPrediction(Objective):
+    """How often each word of a caption is said of an image, as the model's similarity prior estimates it."""
+
+    text: str = "caption"
+    """Text modality whose words are predicted, that of the similarity prior."""
+
+    name = "words"
+
+    def check(self, config: Any) -> None:
+        texts = [m.name for m in config.modalities if isinstance(m, Sequence) and m.is_target]
+        if self.text not in texts:
+            raise ValueError(f"words: unknown text modality {self.text!r}; {closest(self.text, texts)}")
+        if config.model.match_words != self.text:
+            raise ValueError(
+                f"words of {self.text!r} are to be predicted, but the model's match_words is "
+                f"{config.model.match_words!r}; allowed: the same text for both"
+            )
+
+    def totals(self, batch: MaskedBatch, model: Model) -> Array:
+        return jnp.maximum(captioned(batch, model.modalities, self.text).sum(), 1)
+
+    def __call__(self, outputs: Outputs, part: MaskedBatch, totals: Any, loaded: Any):
+        modalities = outputs.model.modalities
+        in_part, matches = captioned(part, modalities, self.text), outputs.context.matches
+        assert matches is not None and matches.words is not None, "check() comes first"
+        error = words_loss(matches.words, part.targets, modalities.index(self.text), in_part)
+        return error / totals, {"words/loss": error / totals}
+
+
 def captioned(batch: MaskedBatch, modalities: Modalities, name: str) -> Bool[Array, "B S"]:
     """Addresses of which all of a text is asked, by images alone and without examples: it is a caption."""
     m, index = modalities.named(name), modalities.index(name)
-    assert isinstance(m, Sequence), "ModelConfig.match_words names a text"
+    assert isinstance(m, Sequence), "words are those of a text"
     of = lambda t, where: (where[..., None] * jax.nn.one_hot(t.shot, NUM_SHOTS)).any(1)  # noqa: E731
     t, x = batch.targets, batch.inputs
     asked = t.valid & (t.modality == index)

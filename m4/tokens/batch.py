@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int, Num
 
@@ -54,6 +55,12 @@ class MaskedBatch(NamedTuple):
     inputs: Tokens
     targets: Targets
     features: Mapping[str, Num[Array, "*B K F"]]
+
+
+def token_counts(targets: Targets, num_modalities: int) -> Int[jax.Array, " modalities"]:
+    """How many targets each modality has."""
+    modality = jnp.where(targets.valid, targets.modality, -1).reshape(-1, 1)
+    return (modality == jnp.arange(num_modalities)[None]).sum(0)
 
 
 def normalized(batch: MaskedBatch, modalities: Modalities) -> MaskedBatch:

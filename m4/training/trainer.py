@@ -24,9 +24,7 @@ from jax.sharding import PartitionSpec as P
 from m4.distributed.constraints import BATCH, shard_constraint
 from m4.distributed.mesh import shardings
 from m4.model.encoder_decoder import Model
-from m4.objectives.cross_entropy import TeacherOutputs, cross_entropy, token_counts
-from m4.objectives.word_prediction import captioned, words_loss
-from m4.tokens.batch import MaskedBatch, normalized
+from m4.tokens.batch import MaskedBatch, normalized, token_counts
 from m4.training.optimizer import where_trained
 
 
@@ -111,6 +109,20 @@ class Trainer:
         average = state.average and jax.tree.map(jnp.copy, params)
         return state._replace(params=params, average=average)
 
+    def load(self) -> Any:
+        """What the config's objectives read besides the batch, on the host. ValueError for what does not fit."""
+        return tuple(objective.load(self.c, self.model, self.mesh) for objective in self.c.objectives)
+
+    def abstract(self, loaded: Any) -> Any:
+        """Shapes, dtypes and places of what was loaded."""
+        places = shardings(loaded, self.mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), loaded, places)
+
+    def place(self, loaded: Any) -> Any:
+        """What was loaded, where the rules of meshes put it."""
+        put = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: np.asarray(x)[index])  # noqa: E731
+        return jax.tree.map(put, loaded, shardings(loaded, self.mesh))
+
     def _model(self) -> Model:
         return Model(self.c.model, self.c.modalities, rngs=nnx.Rngs(random_key(self.c.seed)))
 
@@ -154,22 +166,22 @@ class Trainer:
 
     @functools.cached_property
     def step(self):
-        """(state, batch, number, teacher) -> (state, scalars); the old state's memory is used again.
+        """(state, batch, number, loaded) -> (state, scalars); the old state's memory is used again.
 
-        teacher: (graph, parameters) of the config's (m4.training.distillation), which stay as they are; none without
-        one.
+        loaded: what the objectives read besides, as `place` gives it, which stays unchanged; None for nothing.
         """
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         whole = NamedSharding(self.mesh, P())
         return jax.jit(self._step, donate_argnums=0, out_shardings=(places, whole), compiler_options=self._options)
 
     def _step(
-        self, state: TrainState, batch: MaskedBatch, number: jax.Array, teacher: Any = None
+        self, state: TrainState, batch: MaskedBatch, number: jax.Array, loaded: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
         c = self.c
         key = jax.random.fold_in(random_key(c.seed), number)
         counts = token_counts(batch.targets, len(c.modalities))
-        (loss, detail), grads = self._gradients(self._loss(batch, counts, key, teacher), state.params, batch)
+        loaded = (None,) * len(c.objectives) if loaded is None else loaded
+        (loss, detail), grads = self._gradients(self._loss(batch, key, loaded), state.params, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = self._updated(state, grads, finite, number)
@@ -182,42 +194,27 @@ class Trainer:
             "skipped_in_a_row": new.num_skipped_in_a_row,
             "slots/inputs": batch.inputs.valid.mean(),
             "slots/targets": batch.targets.valid.mean(),
-            **detail["contrast"],
-            **detail["words"],
-            **{f"loss/{k}": v for k, v in detail["loss"].items()},
+            **detail,
             **{f"targets/{m.name}": counts[i] for i, m in enumerate(c.modalities) if m.is_target},
         }
         return new, scalars
 
-    def _loss(self, batch: MaskedBatch, counts: jax.Array, key: jax.Array, teacher: Any) -> Callable:
-        """The loss of a part of the batch, by its parameters, the part and the part's index, and its summands. Parts
-        add up to the batch: what is divided by is counted over the whole batch."""
+    def _loss(self, batch: MaskedBatch, key: jax.Array, loaded: Any) -> Callable:
+        """The loss of a part of the batch, by its parameters, the part and the part's index, and scalars. Parts add up
+        to the batch: what objectives divide by is counted over the whole batch."""
         c, graph, is_trained = self.c, self._split[0], self._is_trained
-        words = c.model.match_words
-        num_captioned = jnp.maximum(captioned(batch, c.modalities, words).sum(), 1) if words else None
+        totals = [objective.totals(batch, self.model) for objective in c.objectives]
 
         def loss_fn(params, part, index):
             params = jax.tree.map(lambda p, t: jax.lax.stop_gradient(p) if t is False else p, params, is_trained)
-            model = nnx.merge(graph, params)
             part = normalized(part, c.modalities)
-            hidden, context = model.forward(part, jax.random.fold_in(key, index))
-            taught = None
-            if c.teacher:
-                guide = nnx.merge(*teacher)
-                taught = TeacherOutputs(guide(part), guide.output_table, jnp.float32(c.distill))
-            loss, detail = cross_entropy(
-                model, hidden, part.targets, weighting=c.loss, counts=counts, z_loss=c.z_loss, taught=taught
-            )
-            detail["contrast"], detail["words"] = {}, {}
-            if num_captioned is not None:
-                in_part = captioned(part, c.modalities, words)
-                error = words_loss(context.matches.words, part.targets, c.modalities.index(words), in_part)
-                loss += error / num_captioned
-                detail["words"] = {"words/loss": error / num_captioned}
-            if c.contrast is not None:
-                more, detail["contrast"] = c.contrast(model, part)
-                loss += more
-            return loss, detail
+            outputs = nnx.merge(graph, params).outputs(part, jax.random.fold_in(key, index))
+            losses, scalars = [], {}
+            for objective, total, own in zip(c.objectives, totals, loaded, strict=True):
+                loss, more = objective(outputs, part, total, own)
+                losses.append(loss)
+                scalars |= more
+            return sum(losses[1:], losses[0]), scalars
 
         return loss_fn
 
