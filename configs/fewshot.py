@@ -14,6 +14,8 @@ import dataclasses
 from m4.config import load_config
 from m4.data.dataset import Dataset
 from m4.evaluation.few_shot import FewShot
+from m4.in_context.independent_items import IndependentItems
+from m4.in_context.similarity_prior import SimilarityPrior
 from m4.in_context.tasks.counting import Counting
 from m4.in_context.tasks.fast_binding import FastBinding
 from m4.in_context.tasks.operators import OperatorInduction
@@ -32,8 +34,10 @@ pretrained = "runs/quickstart"
 
 # Answers are spelled in bytes, in a modality of their own: names that nobody has used before, and numbers.
 text = TextRecipe(name="text", signal="text", max_length=12, num_sentinels=3, num_bins=0, vocab_size=4 + 3 + 32 + 256)
-# Of captions it learns by which words examples may be alike (m4/model/similarity_prior.py).
+# Of captions it learns by which words examples may be alike (m4/in_context/similarity_prior.py).
 captions = Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0}, keep="all")
+# Each example is read by itself at first; then those like the query are compared with it.
+extensions = (IndependentItems(num_blocks=2), SimilarityPrior(size=32, words="caption"))
 
 
 def in_text(task):
@@ -67,7 +71,7 @@ config = dataclasses.replace(
     ),
     tokenizers=(*tokenizers_of(pretrained), text),
     masking=dataclasses.replace(quickstart.masking, num_inputs=352, num_targets=18),
-    model=dataclasses.replace(quickstart.model, num_independent_blocks=2, match_size=32, match_words="caption"),
+    model=dataclasses.replace(quickstart.model, extensions=extensions),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
     objectives=(MaskedModeling(weighting="token"), WordPrediction(text="caption")),
     batch_size=32,

@@ -13,6 +13,9 @@ import dataclasses
 from m4.config import load_config
 from m4.data.dataset import Dataset
 from m4.evaluation.few_shot import FewShot
+from m4.in_context.example_encoder import ExampleEncoder
+from m4.in_context.independent_items import IndependentItems
+from m4.in_context.similarity_prior import SimilarityPrior
 from m4.in_context.tasks.fast_binding import FastBinding
 from m4.in_context.tasks.source import EpisodeSource
 from m4.masking.episodes import ShotMasking
@@ -20,6 +23,7 @@ from m4.objectives.masked_modeling import MaskedModeling
 
 fewshot = load_config("configs/fewshot.py")
 in_text = load_config("configs/fewshot.py", "in_text")
+extensions = (IndependentItems(num_blocks=2), ExampleEncoder(depth=1), SimilarityPrior(size=32))
 masking = ShotMasking(num_examples=4, outputs=("text",), labelled=(1, 3), num_tokens=(16,), ask_all=True)
 
 
@@ -33,7 +37,7 @@ config = dataclasses.replace(
     name="fewshot_light",
     datasets=(episodes(FastBinding(ways=1, max_shots=3)), episodes(FastBinding(max_shots=3))),
     masking=dataclasses.replace(fewshot.masking, num_inputs=140),
-    model=dataclasses.replace(fewshot.model, shot_depth=1, match_words=""),
+    model=dataclasses.replace(fewshot.model, extensions=extensions),
     objectives=(MaskedModeling(weighting="token"),),
     optimizer=dataclasses.replace(fewshot.optimizer, train=("shot_encoder*", "matching*"), learning_rate=3e-3),
     num_steps=300,

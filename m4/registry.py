@@ -44,8 +44,10 @@ def classes() -> dict[str, str]:
 # Names of 0.1 for classes and fields that have others now.
 RENAMED = {"Direction": "ConditionalTask"}
 RENAMED_FIELDS = {"ModelConfig": {"separate_depth": "num_independent_blocks"}}
-# What makes the fields of today from those of 0.1; imported when a file needs it.
-UPGRADES = {"Config": "m4.interchange.version_0_1:config_fields"}
+# What makes the fields of today from those of 0.1; imported when a file needs it, after renaming.
+UPGRADES = {
+    "Config": "m4.interchange.version_0_1:config_fields", "ModelConfig": "m4.interchange.version_0_1:model_fields"
+}  # fmt: skip
 # Python code with these is told what to write instead.
 REPLACED_FIELDS = {
     "loss": "objectives=(MaskedModeling(weighting=...),)",
@@ -53,6 +55,14 @@ REPLACED_FIELDS = {
     "teacher": "objectives=(Distillation(teacher=...),)",
     "distill": "objectives=(Distillation(teacher=..., share=...),)",
     "contrast": "objectives=(MaskedModeling(), Contrast(...))",
+    "lora": "extensions=(LoRA(...),)",
+    "adapter_size": "extensions=(Bottleneck(size=...),)",
+    "num_registers": "extensions=(Registers(num=...),)",
+    "separate_depth": "extensions=(IndependentItems(num_blocks=...),)",
+    "num_independent_blocks": "extensions=(IndependentItems(num_blocks=...),)",
+    "match_size": "extensions=(SimilarityPrior(size=...),)",
+    "match_words": "extensions=(SimilarityPrior(size=..., words=...),)",
+    "shot_depth": "extensions=(ExampleEncoder(depth=...),)",
 }
 
 
@@ -106,7 +116,11 @@ def from_json(value: Any) -> Any:
     given = {renamed.get(k, k): from_json(v) for k, v in value.items() if k != "component"}
     if cls.__name__ in UPGRADES:
         module, _, function = UPGRADES[cls.__name__].partition(":")
-        given = getattr(importlib.import_module(module), function)(given)
+        upgrade = getattr(importlib.import_module(module), function)
+        try:
+            given = upgrade(given)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{name} cannot be made of these values: {error}") from error
     hints = _hints(cls)
     for key, item in given.items():
         if key not in fields:

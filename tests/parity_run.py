@@ -86,14 +86,14 @@ def masked_batch(folder: Path, meta: dict, model: Model) -> MaskedBatch:
 def forward(model: Model, meta: dict, batch: MaskedBatch) -> dict[str, np.ndarray]:
     """All stages of one forward pass. Slots without a token hold zeros where the original has zeros."""
     inputs, targets = batch.inputs, batch.targets
-    registers = ((0, 0), (model.config.num_registers, 0))
+    registers = ((0, 0), (model.config.num_prefix_tokens, 0))
     ids = np.array([meta["modality_ids"].get(m.name, -1) for m in model.modalities], np.int32)
     graph, params = nnx.split(model)
 
     @jax.jit
     def stages(params):
         model = nnx.merge(graph, params)
-        valid = model.context_valid(inputs.valid)
+        valid = model.context_info(inputs).valid
         encoder_input = jnp.where(valid[..., None], model.encoder_input(inputs, batch.features), 0)
         address = jnp.where(inputs.valid[..., None], model.input_address(inputs), 0)
         encoded = model.run_encoder(encoder_input, inputs)

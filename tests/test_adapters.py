@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 from m4.adaptation.adapter_files import load_adapter, save_adapter
-from m4.adaptation.lora import merge_lora
+from m4.adaptation.bottleneck import Bottleneck
+from m4.adaptation.lora import LoRA
+from m4.adaptation.merge import merge_extensions
 from m4.config import Config
 from m4.distributed.mesh import MeshConfig
 from m4.model.encoder_decoder import Model
-from m4.model.lora import LoRA
 from m4.model.parameters import parameters
 from m4.tensor_file import TensorFile
 from m4.training.optimizer import OptimizerConfig
@@ -21,10 +22,10 @@ from m4.training.trainer import Trainer
 from m4_tokenizers.modalities.stored import IdsRecipe
 
 KINDS = {
-    "lora": {"lora": LoRA(rank=2)},
-    "routed": {"lora": LoRA(rank=2, routed=True)},
-    "adapter": {"adapter_size": 3},
-    "gelu": {"lora": LoRA(rank=2, routed=True), "mlp": "gelu"},
+    "lora": {"extensions": (LoRA(rank=2),)},
+    "routed": {"extensions": (LoRA(rank=2, routed=True),)},
+    "adapter": {"extensions": (Bottleneck(size=3),)},
+    "gelu": {"extensions": (LoRA(rank=2, routed=True),), "mlp": "gelu"},
 }
 
 
@@ -69,13 +70,13 @@ def test_blocks_have_pairs_of_their_own(small_model, modalities):
 
 def test_merging_is_exact(small_model, modalities, batch):
     model = trained(model_with(small_model, modalities, **KINDS["lora"]))
-    without = merge_lora(model)
-    assert without.config.lora is None
+    without = merge_extensions(model)
+    assert without.config.extensions == ()
     np.testing.assert_allclose(without(batch), model(batch), atol=1e-5)
     with pytest.raises(ValueError, match="only LoRA that is the same for all modalities"):
-        merge_lora(model_with(small_model, modalities, **KINDS["routed"]))
-    with pytest.raises(ValueError, match="lora=None"):
-        merge_lora(without)
+        merge_extensions(model_with(small_model, modalities, **KINDS["routed"]))
+    with pytest.raises(ValueError, match="extensions="):
+        merge_extensions(without)
 
 
 def test_each_token_takes_the_pair_of_its_modality(small_model, modalities, batch):
@@ -123,8 +124,8 @@ def test_rows_travel_with_lora(small_model, modalities, batch, tmp_path):
     assert all(".lora." in name or name.endswith(f"[{modalities.names[1]}]") for name in arrays)
     loaded = load_adapter(model_with(small_model, modalities, **KINDS["lora"]), tmp_path / "small.safetensors")
     np.testing.assert_array_equal(loaded(batch), tuned(batch))
-    other = model_with(small_model, modalities, lora=LoRA(rank=2, alpha=1.0))
-    with pytest.raises(ValueError, match="was trained with lora="):
+    other = model_with(small_model, modalities, extensions=(LoRA(rank=2, alpha=1.0),))
+    with pytest.raises(ValueError, match="was trained with LoRA"):
         load_adapter(other, tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match=r"nothing.\* fits no parameter"):
         save_adapter(tuned, tmp_path / "none.safetensors", ("*.lora.*", "nothing.*"))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from m4.adaptation.registers import Registers
 from m4.distributed.constraints import BATCH
 from m4.distributed.mesh import MeshConfig
 from m4.model import kernels
@@ -96,7 +97,7 @@ def test_kernels_on_a_mesh(targets, visibility_of, heads):
 def test_a_model_with_splash(small_model, modalities, make_batch, monkeypatch):
     """Loss and gradients through scanned blocks that are computed again, with registers and padding."""
     batch = jax.tree.map(jnp.asarray, make_batch(3))
-    config = dataclasses.replace(small_model, remat="blocks", num_registers=3, qk_norm=True)
+    config = dataclasses.replace(small_model, remat="blocks", extensions=(Registers(num=3),), qk_norm=True)
     graph, params = nnx.split(Model(config, modalities, rngs=nnx.Rngs(0)), nnx.Param)
 
     def run():

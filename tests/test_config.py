@@ -12,6 +12,7 @@ import m4
 from m4.checkpoints.hub import packaged
 from m4.config import from_cli, load_config
 from m4.data.dataset import Dataset
+from m4.in_context.independent_items import IndependentItems
 from m4.registry import component_class, from_json, to_json
 from m4.tokens.modality import Features, Grid, Modalities
 
@@ -69,13 +70,18 @@ def test_a_config_of_0_1_is_told_where_classes_have_gone(tmp_path):
 def test_old_names_of_classes_and_fields(tmp_path):
     """Are read in files, and named in configs."""
     old = {"component": "m4.model:ModelConfig", "separate_depth": 2, "encoder_depth": 3}
-    assert from_json(old).num_independent_blocks == 2
+    assert from_json(old).extensions == (IndependentItems(num_blocks=2),)
+    old = {"component": "m4.model:ModelConfig", "lora": {"component": "m4.lora:LoRA", "rank": 2}, "adapter_size": 3}
+    new = from_json({**old, "num_registers": 4, "match_size": 8, "match_words": "caption", "shot_depth": 1})
+    assert {type(e).__name__ for e in new.extensions} == {
+        "LoRA", "Bottleneck", "Registers", "SimilarityPrior", "ExampleEncoder",
+    }  # fmt: skip
     assert component_class("m4.evals.suite:Direction").__name__ == "ConditionalTask"
     (tmp_path / "a.py").write_text("from m4.evals.suite import Direction\n")
     (tmp_path / "b.py").write_text("from m4.model.config import ModelConfig\nconfig = ModelConfig(separate_depth=2)\n")
     with pytest.raises(ValueError, match="import ConditionalTask"):
         load_config(str(tmp_path / "a.py"))
-    with pytest.raises(ValueError, match="since m4 0.2 it is num_independent_blocks"):
+    with pytest.raises(ValueError, match="since m4 0.2 it is extensions=.IndependentItems"):
         load_config(str(tmp_path / "b.py"))
 
 

@@ -11,6 +11,7 @@ from conftest import mask_keys
 from flax import nnx
 from PIL import Image
 
+from m4.adaptation.registers import Registers
 from m4.checkpoints.runs import TrainedModel, write_run
 from m4.config import Config
 from m4.data.dataset import Dataset
@@ -103,7 +104,7 @@ def config(modalities, small_model):
         datasets=(Dataset(tokens="nothing"),),
         tokenizers=tuple(IdsRecipe(modality=m) for m in modalities),
         masking=Masking(num_inputs=16, num_targets=16, strategies=(strategy,)),
-        model=dataclasses.replace(small_model, num_registers=2, encoder_depth=1, decoder_depth=1),
+        model=dataclasses.replace(small_model, extensions=(Registers(num=2),), encoder_depth=1, decoder_depth=1),
         objectives=(MaskedModeling(), CONTRAST),
         batch_size=16,
         num_steps=4,

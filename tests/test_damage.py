@@ -439,8 +439,15 @@ def test_claims_that_no_file_can_hold_are_refused_before_anything_is_made(tmp_pa
     changes = [
         {"model": {**about["model"], key: value}} for value in huge for key in ("encoder_depth", "decoder_depth")
     ]
+    changes += [{"model": {**about["model"], "hidden": value}} for value in huge]
     changes += [
-        {"model": {**about["model"], key: value}} for value in huge for key in ("hidden", "num_registers", "shot_depth")
+        {"model": {**about["model"], "extensions": [{"component": name, field: value}]}}
+        for value in (*huge, -1, "x", None)
+        for name, field in (("Registers", "num"), ("ExampleEncoder", "depth"), ("SimilarityPrior", "size"))
+    ]
+    old = {key: value for key, value in about["model"].items() if key != "extensions"}
+    changes += [
+        {"model": {**old, field: value}} for value in (*huge, -1, "x") for field in ("num_registers", "shot_depth")
     ]
     changes += [{"model": {**about["model"], "width": value * 8}} for value in huge]
     changes += [

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, mask_keys, run
 from flax import nnx
 
+from m4.adaptation.registers import Registers
 from m4.checkpoints.model_file import save_model
 from m4.checkpoints.runs import check_tokenizers, load_run, write_run
 from m4.commands.plan import abstract_batch
@@ -31,7 +32,9 @@ from m4_tokenizers.modalities.stored import IdsRecipe
 @pytest.fixture(scope="module")
 def teacher(small_model, modalities):
     """Of another width and depth."""
-    larger = dataclasses.replace(small_model, width=24, hidden=32, encoder_depth=1, decoder_depth=1, num_registers=3)
+    larger = dataclasses.replace(
+        small_model, width=24, hidden=32, encoder_depth=1, decoder_depth=1, extensions=(Registers(num=3),)
+    )
     return Model(larger, modalities, rngs=nnx.Rngs(5))
 
 

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 import m4
+from m4.adaptation.registers import Registers
 from m4.evaluation import probes
 from m4.inference.sampler import Sampler
 from m4.model.config import ModelConfig
@@ -21,7 +22,9 @@ def sampler():
     source = [{"rgb": np.zeros((64, 64, 3), np.uint8), "caption": "a red cube"}]
     tokenizers = {r.modality.name: r.fit(source, seed=0) for r in (PixelPatchesRecipe(), TextRecipe(max_length=12))}
     modalities = Modalities([t.modality for t in tokenizers.values()])
-    config = ModelConfig(width=16, num_heads=2, encoder_depth=2, decoder_depth=1, hidden=16, num_registers=2)
+    config = ModelConfig(
+        width=16, num_heads=2, encoder_depth=2, decoder_depth=1, hidden=16, extensions=(Registers(num=2),)
+    )
     return Sampler(Model(config, modalities, rngs=nnx.Rngs(0)), tokenizers, batch_size=4, devices=jax.devices()[:1])
 
 

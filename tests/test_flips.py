@@ -22,6 +22,7 @@ from flax import nnx
 
 from m4 import files
 from m4.adaptation.adapter_files import load_adapter, save_adapter
+from m4.adaptation.lora import LoRA
 from m4.checkpoints.model_file import load_model, save_model
 from m4.checkpoints.numbered import Checkpoints
 from m4.checkpoints.runs import export, load_run
@@ -32,7 +33,6 @@ from m4.data.sources.texts import Texts
 from m4.data.token_shards import TokenShards
 from m4.distributed.mesh import MeshConfig
 from m4.model.encoder_decoder import Model
-from m4.model.lora import LoRA
 from m4.tokens.tokenizer import load_tokenizer
 from m4.training.trainer import Trainer
 
@@ -92,7 +92,7 @@ def of_run(root: Path, config: Any) -> dict[str, Kind]:
     export(root / "run", root / "exported")
     (root / "file").mkdir()
     save_model(trained.model, root / "file" / "model.safetensors")
-    small = dataclasses.replace(trained.model.config, lora=LoRA(rank=2))
+    small = dataclasses.replace(trained.model.config, extensions=(LoRA(rank=2),))
     (root / "small").mkdir()
     save_adapter(Model(small, trained.model.modalities, rngs=nnx.Rngs(0)), root / "small" / "lora.safetensors")
 

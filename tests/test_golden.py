@@ -19,17 +19,20 @@ import pytest
 from conftest import environment
 from flax import nnx
 
+from m4.adaptation.lora import LoRA
+from m4.adaptation.registers import Registers
 from m4.checkpoints.model_file import save_model
 from m4.config import Config
 from m4.data.dataset import Dataset
 from m4.data.stream import ApplyMasking
 from m4.distributed import mesh as sharding
 from m4.distributed.mesh import MeshConfig
+from m4.in_context.independent_items import IndependentItems
+from m4.in_context.similarity_prior import SimilarityPrior
 from m4.masking.dirichlet import Masking, Strategy
 from m4.masking.episodes import ShotMasking
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
-from m4.model.lora import LoRA
 from m4.objectives.contrastive import Contrast
 from m4.objectives.distillation import Distillation
 from m4.objectives.masked_modeling import MaskedModeling
@@ -85,10 +88,7 @@ def configs(folder: Path) -> dict[str, Config]:
     save_model(Model(dataclasses.replace(PLAIN.model, width=24), PLAIN.modalities, rngs=nnx.Rngs(5)), teacher)
     matching = dataclasses.replace(
         PLAIN.model,
-        num_independent_blocks=1,
-        match_size=8,
-        match_words="caption",
-        num_registers=2,
+        extensions=(Registers(num=2), IndependentItems(num_blocks=1), SimilarityPrior(size=8, words="caption")),
         embedding_scale=14.0,
     )
     episodes = Dataset(tokens="none", shots=ShotMasking(num_examples=3, labelled=(1, 2)))
@@ -104,7 +104,7 @@ def configs(folder: Path) -> dict[str, Config]:
             PLAIN, objectives=(Distillation(teacher=str(teacher), share=0.7, z_loss=1e-3),), micro_batches=2
         ),
         "lora": dataclasses.replace(
-            PLAIN, model=dataclasses.replace(PLAIN.model, lora=LoRA(rank=2, routed=True)),
+            PLAIN, model=dataclasses.replace(PLAIN.model, extensions=(LoRA(rank=2, routed=True),)),
             optimizer=dataclasses.replace(PLAIN.optimizer, train=("*.lora.*",), learning_rate=0.1),
         ),
     }  # fmt: skip

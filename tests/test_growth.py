@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from m4.adaptation.lora import LoRA
 from m4.checkpoints.model_file import save_model
 from m4.checkpoints.runs import load_run
 from m4.checkpoints.warm_start import load_weights
@@ -18,7 +19,6 @@ from m4.inference.parallel import MaskGIT
 from m4.inference.sampler import Sampler
 from m4.inference.scheme import Stage
 from m4.model.encoder_decoder import Model
-from m4.model.lora import LoRA
 from m4.model.parameters import parameters
 from m4.tokens.modality import Features, Grid, Modalities, Sequence
 from m4.training.optimizer import OptimizerConfig
@@ -64,7 +64,7 @@ def test_old_rows_and_outputs_are_the_same_bits(kind, small_model, modalities, m
 
 def test_routed_pairs_follow_their_modalities(small_model, modalities, masking, make_batch, tmp_path):
     """LoRA by modality, grown by a modality that comes first: each keeps its own pairs."""
-    routed = dataclasses.replace(small_model, lora=LoRA(rank=2, routed=True))
+    routed = dataclasses.replace(small_model, extensions=(LoRA(rank=2, routed=True),))
     old = Model(routed, modalities, rngs=nnx.Rngs(7))
     b = old.decoder.mlp.down.lora.b
     b[...] = jax.random.normal(jax.random.key(0), b.shape)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from m4.adaptation.bottleneck import Bottleneck
 from m4.adaptation.interpolation import interpolate
+from m4.adaptation.lora import LoRA
 from m4.checkpoints.runs import load_run
 from m4.commands.merge import sweep
 from m4.evaluation import conditional_generation as suite
 from m4.files import read_json, write_json
 from m4.model.encoder_decoder import Model
-from m4.model.lora import LoRA
 from m4.model.parameters import parameters
 from m4.tokens.modality import Grid, Modalities
 
@@ -50,13 +51,15 @@ def test_lora_is_merged_before(small_model, modalities, make_batch):
     """The ends are the two models' functions; what one has by its own has no middle."""
     batch = jax.tree.map(jnp.asarray, make_batch(2))
     a = Model(small_model, modalities, rngs=nnx.Rngs(0))
-    b = Model(dataclasses.replace(small_model, lora=LoRA(rank=2)), modalities, rngs=nnx.Rngs(0))
+    b = Model(dataclasses.replace(small_model, extensions=(LoRA(rank=2),)), modalities, rngs=nnx.Rngs(0))
     pair = b.decoder.mlp.down.lora.b
     pair[...] = jax.random.normal(jax.random.key(0), pair.shape)
     for alpha, end in ((0.0, a), (1.0, b)):
         np.testing.assert_allclose(interpolate(a, b, alpha)(batch), end(batch), atol=1e-5)
-    with_adapters = Model(dataclasses.replace(small_model, adapter_size=2), modalities, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="different adapter_size"):
+    with_adapters = Model(
+        dataclasses.replace(small_model, extensions=(Bottleneck(size=2),)), modalities, rngs=nnx.Rngs(0)
+    )
+    with pytest.raises(ValueError, match="different extensions"):
         interpolate(a, with_adapters, 0.5)
     other = Model(dataclasses.replace(small_model, num_heads=4), modalities, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="different num_heads"):

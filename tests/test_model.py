@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from m4.adaptation.registers import Registers
 from m4.inference.autoregressive import Autoregressive
 from m4.inference.parallel import ROAR, MaskGIT
 from m4.inference.prompts import in_buckets
@@ -27,7 +28,7 @@ VARIANTS = {
     "default": {},
     "released": {"embeddings": "separate", "share_modality_embeddings": False, "qk_norm": True},
     "gelu": {
-        "embeddings": "encoder_decoder", "mlp": "gelu", "num_registers": 3,
+        "embeddings": "encoder_decoder", "mlp": "gelu", "extensions": (Registers(num=3),),
         "qkv_bias": True, "proj_bias": True, "mlp_bias": True, "norm_bias": True,
     },
 }  # fmt: skip
@@ -211,7 +212,7 @@ def test_a_sample_does_not_depend_on_its_batch(model, modalities, make_example, 
 
 def test_embedding_only_selected_tokens_needs_no_full_grid(model, batch):
     """An example's encoder length is its number of slots, whatever the modalities could hold."""
-    length = model.config.num_registers + batch.inputs.ids.shape[1]
+    length = model.config.num_prefix_tokens + batch.inputs.ids.shape[1]
     assert model.encode(batch.inputs, batch.features).tokens.shape[1] == length
     assert isinstance(batch, MaskedBatch) and isinstance(batch.inputs, Tokens)
 
@@ -220,7 +221,7 @@ def test_stacked_blocks_are_those_made_one_after_another(small_model):
     rngs, one_by_one = nnx.Rngs(0), nnx.Rngs(0)
     stacked = nnx.state(stack(DecoderBlock, small_model, 0, 3, rngs))
     for i in range(3):
-        block = nnx.state(DecoderBlock(small_model, 0, rngs=one_by_one))
+        block = nnx.state(DecoderBlock(small_model, rngs=one_by_one))
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), stacked, block)
     assert rngs.params.count[...] == one_by_one.params.count[...]
 

@@ -12,14 +12,19 @@ from conftest import mask_keys
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from m4.model.similarity_prior import Words, same_text
 
+from m4.adaptation.registers import Registers
 from m4.config import Config
 from m4.data.dataset import Dataset
 from m4.data.stream import ApplyMasking
 from m4.distributed.mesh import MeshConfig
 from m4.in_context import prompting as in_context
+from m4.in_context.example_encoder import ExampleEncoder
+from m4.in_context.independent_items import IndependentItems
 from m4.in_context.prompting import answer, score
 from m4.in_context.shots import encode, read_shots
+from m4.in_context.similarity_prior import SimilarityPrior
 from m4.inference.parallel import MaskGIT
 from m4.inference.prompts import in_buckets, make_prompt
 from m4.inference.sampler import Sampler
@@ -28,7 +33,6 @@ from m4.masking.dirichlet import Masking, Strategy
 from m4.masking.episodes import Shot, ShotMasking, joined, pack_shots, raw_examples
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
-from m4.model.similarity_prior import Words, same_text
 from m4.objectives.masked_modeling import MaskedModeling
 from m4.objectives.word_prediction import WordPrediction, captioned, words_loss
 from m4.tokens.batch import NUM_SHOTS, Targets, Tokens, normalized
@@ -265,16 +269,12 @@ def test_no_gradient_from_one_examples_answer_to_another(model, episode_batch):
     x = model.decoder_input(b.targets)
 
     def at(x, address):
+        from m4.model.block_inputs import BlockInputs
         from m4.model.visibility import Visible
 
-        hidden = model._run(
-            model.decoder,
-            x,
-            None,
-            visible,
-            context.tokens,
-            Visible.keys(model.context_valid(b.inputs.valid)),
-        )
+        info = model.context_info(b.inputs)
+        inputs = BlockInputs(visible, model.info(b.targets), context.tokens, info, Visible.keys(info.valid))
+        hidden, _ = model.run_blocks(model.decoder, x, inputs)
         return (hidden * (b.targets.valid & (b.targets.shot == address))[..., None] ** 2).sum()
 
     for address in (0, 1):
@@ -306,7 +306,9 @@ def digest(params) -> dict[str, str]:
 
 def test_the_shot_encoder_alone_is_trained(own, tokenizers, episode_batch):
     """The backbone keeps its bytes; without examples the model is the backbone, bit for bit."""
-    light = ModelConfig(width=16, num_heads=2, encoder_depth=2, decoder_depth=2, hidden=24, shot_depth=1)
+    light = ModelConfig(
+        width=16, num_heads=2, encoder_depth=2, decoder_depth=2, hidden=24, extensions=(ExampleEncoder(depth=1),)
+    )
     c = Config(
         name="light", datasets=(), tokenizers=tuple(t.recipe for t in tokenizers.values()),
         masking=Masking(num_inputs=96, num_targets=40, strategies=()), model=light, batch_size=4, num_steps=4,
@@ -324,7 +326,7 @@ def test_the_shot_encoder_alone_is_trained(own, tokenizers, episode_batch):
     changed = {name for name in before if before[name] != after[name]}
     assert changed and all("shot_encoder" in name for name in changed)
     tuned = trainer.trained(state)
-    plain = Model(dataclasses.replace(light, shot_depth=0), own, rngs=nnx.Rngs(0))
+    plain = Model(light.without(ExampleEncoder), own, rngs=nnx.Rngs(0))
     backbone = [(p, x) for p, x in nnx.to_flat_state(nnx.state(tuned, nnx.Param)) if "shot_encoder" not in p[0]]
     nnx.update(plain, nnx.from_flat_state(backbone))
     b = episode_batch
@@ -448,16 +450,21 @@ def test_shots_from_a_file(tmp_path):
 @pytest.fixture(scope="module")
 def matching(own):
     config = ModelConfig(
-        width=16, num_heads=2, encoder_depth=2, decoder_depth=2, hidden=24, embedding_scale=14.0, num_registers=2,
-        num_independent_blocks=1, match_size=8,
+        width=16, num_heads=2, encoder_depth=2, decoder_depth=2, hidden=24, embedding_scale=14.0,
+        extensions=(Registers(num=2), IndependentItems(num_blocks=1), SimilarityPrior(size=8)),
     )  # fmt: skip
     return Model(config, own, rngs=nnx.Rngs(0))
+
+
+def with_words(config, words):
+    prior = dataclasses.replace(config.extension(SimilarityPrior), words=words)
+    return dataclasses.replace(config, extensions=(*config.without(SimilarityPrior).extensions, prior))
 
 
 @pytest.fixture(scope="module")
 def by_words(own, matching):
     """Compares by words too, of which it has learned something."""
-    model = Model(dataclasses.replace(matching.config, match_words="caption"), own, rngs=nnx.Rngs(0))
+    model = Model(with_words(matching.config, "caption"), own, rngs=nnx.Rngs(0))
     model.matching.words.out_kernel[...] = 0.3 * jax.random.normal(
         jax.random.key(1), model.matching.words.out_kernel.shape
     )
@@ -476,7 +483,7 @@ def test_matches_compare_images_of_labelled_examples(matching, tokenizers, own):
     single, _ = pack_shots([encode(same, tokenizers, own)], own, budget=999)
     rows = [type(row).join([row, more], own) for more in (context, single)]
     inputs, features = jax.tree.map(jnp.asarray, in_buckets(rows, own))
-    matches = matching.encode(inputs, features).matches
+    matches = matching.encode(inputs, features).observed["SimilarityPrior"]
     cosine = np.asarray(jnp.einsum("br,bcr->bc", matches.examples[:, 0], matches.keys))
     address, valid = np.asarray(inputs.shot), np.asarray(inputs.valid)
     alike, unlike = (np.unique(cosine[0][valid[0] & (address[0] == a)].round(4)) for a in (2, 1))
@@ -490,7 +497,9 @@ def test_a_weight_of_zero_is_plain_attention(by_words, episode_batch):
     plain.matching.weight[...] = plain.matching.words.weight[...] = jnp.zeros(2)
     context = plain.encode(b.inputs, b.features)
     kept = np.asarray(b.targets.valid)
-    expected = plain.decode(b.targets, context._replace(matches=None), b.inputs.valid)
+    expected = Model(plain.config.without(SimilarityPrior), plain.modalities, rngs=nnx.Rngs(0)).decode(
+        b.targets, context, b.inputs.valid
+    )
     np.testing.assert_allclose(np.asarray(plain(b))[kept], np.asarray(expected)[kept], atol=2e-6)
     assert np.abs(np.asarray(matching(b)) - np.asarray(expected))[kept].max() > 1e-3
 
@@ -500,11 +509,13 @@ def test_examples_are_read_separately_at_first(matching, episode_batch):
     b = episode_batch
     x = matching.encoder_input(b.inputs, b.features)
     address = np.asarray(jnp.pad(b.inputs.shot, ((0, 0), (2, 0))))
-    valid = np.asarray(matching.context_valid(b.inputs.valid))
+    valid = np.asarray(matching.context_info(b.inputs).valid)
     one = address[0].max()
 
     def of_one(x):
-        return (matching.encode_items_independently(x, b.inputs, None)[0] * (address[0] == one)[:, None]).std()
+        first, _, num = matching._first_blocks(x, matching.context_info(b.inputs), None)
+        assert num == 1
+        return (first[0] * (address[0] == one)[:, None]).std()
 
     gradient = np.abs(np.asarray(jax.grad(of_one)(x))).sum(-1)[0]
     assert (gradient[valid[0] & (address[0] == one)] > 0).all() and (gradient[address[0] != one] == 0).all()
@@ -575,7 +586,7 @@ def test_words_are_learned_from_whole_captions_of_pictures(by_words, tokenizers,
     fits = np.array([len(r["caption"]) < 12 for r in rows])
     assert fits.tolist() == [True, False, True]
     np.testing.assert_array_equal(there, fits[:, None] & (np.arange(NUM_SHOTS) == 0))
-    words = np.asarray(by_words.encode(batch.inputs, batch.features).matches.words)
+    words = np.asarray(by_words.encode(batch.inputs, batch.features).observed["SimilarityPrior"].words)
     said = np.stack([np.bincount(r["caption"], minlength=words.shape[-1]) for r in rows])
     expected = ((words[:, 0] - said) ** 2).sum(-1)[fits].sum()
     index = own.index("caption")
@@ -631,7 +642,10 @@ def test_what_words_say_is_added_at_labels(by_words, tokenizers, own):
     row = pack([{**encode(query, tokenizers, own)[0], "caption": sentinel}], [0], own)
     context, _ = pack_shots([encode(s, tokenizers, own) for s in examples], own, budget=999)
     inputs, features = jax.tree.map(jnp.asarray, in_buckets([type(row).join([row, context], own)], own))
-    found, size = by_words.encode(inputs, features).matches, by_words.config.match_size
+    found, size = (
+        by_words.encode(inputs, features).observed["SimilarityPrior"],
+        by_words.config.extension(SimilarityPrior).size,
+    )
     assert found.weight.shape == (2, size + NUM_SHOTS)
     added = np.asarray(found.examples[0, 0, size:] @ found.keys[0, :, size:].T)
     address, is_label = np.asarray(inputs.shot)[0], np.asarray(inputs.modality)[0] == own.index("caption")
@@ -649,8 +663,6 @@ def test_words_of_no_text_are_refused(own, by_words, tokenizers):
     )  # fmt: skip
     with pytest.raises(ValueError, match="unknown text modality 'captions'; allowed: caption. Did you"):
         config.check()
-    with pytest.raises(ValueError, match="the model's match_words is ''"):
-        other = dataclasses.replace(by_words.config, match_words="")
+    with pytest.raises(ValueError, match="by words of"):
+        other = with_words(by_words.config, "")
         dataclasses.replace(config, model=other, objectives=(WordPrediction(),)).check()
-    with pytest.raises(ValueError, match="needs a match_size"):
-        ModelConfig(match_words="caption")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from m4.adaptation.lora import merge_lora
+from m4.adaptation.merge import merge_extensions
 from m4.model.encoder_decoder import Model
 from m4.model.parameters import by_modality, with_parameters
 
@@ -19,7 +19,7 @@ MAY_DIFFER = ("dtype", "mimetic_init", "encoder_drop_path", "decoder_drop_path",
 
 def interpolate(a: Model, b: Model, alpha: float) -> Model:
     """A model like b. ValueError if one has parameters that the other lacks, but for b's further modalities."""
-    a, b = (model if model.config.lora is None else merge_lora(model) for model in (a, b))
+    a, b = (merge_extensions(m) if any(e.can_merge for e in m.config.extensions) else m for m in (a, b))
     theirs, own = by_modality(a), by_modality(b)
     for f in dataclasses.fields(a.config):
         if f.name not in MAY_DIFFER and getattr(a.config, f.name) != getattr(b.config, f.name):

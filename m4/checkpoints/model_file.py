@@ -55,9 +55,11 @@ def read_description(file: TensorFile) -> tuple[ModelConfig, Modalities]:
 def check_sizes(c: ModelConfig, modalities: Modalities, file: TensorFile) -> None:
     """ValueError where a config claims more than its file can hold, before anything of that size is made."""
     num_tensors, numbers = len(file.entries), sum(math.prod(e.shape) for e in file.entries.values())
-    blocks = {name: getattr(c, name) for name in ("encoder_depth", "decoder_depth", "shot_depth")}
-    sizes = {name: getattr(c, name) for name in ("width", "hidden", "num_registers", "match_size", "adapter_size")}
-    sizes["lora.rank"] = 0 if c.lora is None else c.lora.rank
+    blocks = {name: getattr(c, name) for name in ("encoder_depth", "decoder_depth")}
+    sizes = {"width": c.width, "hidden": c.hidden}
+    for extension in c.extensions:
+        for name, value in extension.sizes().items():
+            (blocks if name.endswith("depth") else sizes)[name] = value
     positions = {}
     for m in modalities:
         rows = (

@@ -15,8 +15,8 @@ from flax import nnx
 from m4.checkpoints.model_file import load_model
 from m4.checkpoints.runs import load_run
 from m4.model.encoder_decoder import Model
-from m4.model.parameters import parameters
-from m4.model.stack import STACKS
+from m4.model.parameters import is_by_modality, parameters
+from m4.model.stack import is_stack
 
 
 @dataclasses.dataclass
@@ -64,12 +64,12 @@ class _Matching:
         self.names, self.rows = model.modalities.names, model.table_rows
         self.other_names, self.other_rows = other.modalities.names, other.table_rows
         self.theirs = {name: np.asarray(x) for name, x in parameters(nnx.state(other, nnx.Param)).items()}
-        self.routed = all(m.config.lora is not None and m.config.lora.routed for m in (model, other))
+        self.configs = model.config, other.config
         self.report, self.used = LoadedWeights([], [], [], []), set()
 
     def parameter(self, path: tuple, x: jax.Array) -> jax.Array:
         name = ".".join(map(str, path))
-        if path[0] in STACKS:
+        if is_stack(path[0]):
             for i in range(x.shape[0]):
                 x = self._block(path, i, x)
             return x
@@ -108,7 +108,7 @@ class _Matching:
             return x
         self.used.add(name)
         value = self.theirs[name]
-        if self.routed and path[-2] == "lora" and value.shape[1:] == x.shape[2:]:  # a pair for each modality
+        if all(is_by_modality(c, name) for c in self.configs) and value.shape[1:] == x.shape[2:]:
             value = np.array(jax.device_get(x[i]))
             for row, modality in enumerate(self.names):
                 if modality in self.other_names:

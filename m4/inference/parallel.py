@@ -154,8 +154,7 @@ class _Parallel(TokenSampling):
         (batch, num), (shuffle, by_step) = prompt.given.shape, arrays
         inputs, features = prompt.rows()
         row, index = jnp.arange(batch)[:, None], model.modalities.index(modality.name)
-        address = model.input_address(inputs)
-        embedded = model.read_shots(model.input_content(inputs, features) + address, inputs)
+        embedded, address = model.embed(inputs, features)
         logits_of = model.logits_of(modality.name)
         by_confidence = self.by_confidence and replay.order is None
         known, order = prompt.given >= 0, self._order(prompt, shuffle, replay)

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from m4.adaptation.registers import Registers
 from m4.checkpoints.model_file import check_names, check_sizes, describe, read_description
 from m4.errors import closest
 from m4.files import remove_leftovers
@@ -120,7 +121,7 @@ def _model_config(config: dict[str, Any], mlp: Literal["swiglu", "gelu"], tied: 
         hidden=2 * hidden // 3 if config["gated_mlp"] else hidden,
         mlp=mlp,
         embeddings="encoder_decoder" if tied else "separate",
-        num_registers=config["num_register_tokens"],
+        extensions=(Registers(num=num),) if (num := config["num_register_tokens"]) else (),
         decoder_causal=config["decoder_causal_mask"],
         decoder_within_modality=config["decoder_sep_mask"],
         encoder_drop_path=config["drop_path_rate_encoder"],
@@ -163,8 +164,8 @@ def layout(c: ModelConfig, modalities: Modalities) -> dict[str, list[Piece]]:
         tensors.mlp(f"decoder.{i}", f"decoder.{i}")
     tensors.norm("decoder_norm", "decoder_norm", c.width)
     tensors.pieces["mask_token"] = [Piece("mask_token", (0, 1))]
-    if c.num_registers:
-        tensors.pieces["register_tokens"] = [Piece("registers", (0, c.num_registers))]
+    if c.num_prefix_tokens:
+        tensors.pieces["register_tokens"] = [Piece("registers", (0, c.num_prefix_tokens))]
     return tensors.pieces
 
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from m4.adaptation.bottleneck import Bottleneck
+from m4.adaptation.registers import Registers
+from m4.in_context.example_encoder import ExampleEncoder
+from m4.in_context.independent_items import IndependentItems
+from m4.in_context.similarity_prior import SimilarityPrior
 from m4.objectives.distillation import Distillation
 from m4.objectives.masked_modeling import MaskedModeling
 from m4.objectives.word_prediction import WordPrediction
@@ -19,8 +24,35 @@ def config_fields(old: dict[str, Any]) -> dict[str, Any]:
     objectives: list[Any] = [
         Distillation(teacher=teacher, share=share, **masked) if teacher else MaskedModeling(**masked)
     ]
-    if words := getattr(new.get("model"), "match_words", ""):
-        objectives.append(WordPrediction(text=words))
+    prior = new["model"].extension(SimilarityPrior) if "model" in new else None
+    if prior is not None and prior.words:
+        objectives.append(WordPrediction(text=prior.words))
     if contrast is not None:
         objectives.append(contrast)
     return {**new, "objectives": tuple(objectives)}
+
+
+def model_fields(old: dict[str, Any]) -> dict[str, Any]:
+    """Extensions had fields of their own, of which 0 or None left them out."""
+    fields = (
+        "num_registers",
+        "num_independent_blocks",
+        "shot_depth",
+        "match_size",
+        "match_words",
+        "lora",
+        "adapter_size",
+    )
+    if "extensions" in old or not {*fields} & {*old}:
+        return old
+    new = dict(old)
+    registers, blocks, depth, size, words, lora, adapter = (new.pop(field, None) for field in fields)
+    extensions = (
+        Registers(num=registers) if registers else None,
+        IndependentItems(num_blocks=blocks) if blocks else None,
+        ExampleEncoder(depth=depth) if depth else None,
+        SimilarityPrior(size=size, words=words or "") if size else None,
+        lora,
+        Bottleneck(size=adapter) if adapter else None,
+    )
+    return {**new, "extensions": tuple(extension for extension in extensions if extension is not None)}

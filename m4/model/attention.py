@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from m4.distributed.constraints import BATCH
 from m4.model import kernels
+from m4.model.block_inputs import AttentionBias, BlockInputs, TokenInfo
 from m4.model.layers import BlockConfig, LayerNorm, Linear, project
 from m4.model.visibility import Visible
 from m4.model.xla import heads_first, tokens_first
@@ -83,9 +84,9 @@ _attend.defvjp(_attend_forward, _attend_backward)
 class Attention(nnx.Module):
     """Multi-head attention of x to `context`, each normalised by the `norm` given with it."""
 
-    def __init__(self, c: BlockConfig, num_routes: int = 1, *, rngs: nnx.Rngs):
+    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
         self.num_heads = c.num_heads
-        linear = functools.partial(Linear, rngs=rngs, lora=c.lora, num_routes=num_routes)
+        linear = functools.partial(Linear, rngs=rngs)
         self.query = linear(c.width, c.width, bias=c.qkv_bias)
         self.key_value = linear(c.width, 2 * c.width, fan_out=c.width, bias=c.qkv_bias)
         if c.mimetic_init:
@@ -94,11 +95,11 @@ class Attention(nnx.Module):
         self.query_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
         self.key_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
 
-    def queries(self, x: Float[Array, "B T D"], norm: LayerNorm, route=None) -> Float[Array, "B T N H"]:
-        return self._queries(self.query(x, norm=norm, route=route))
+    def queries(self, x: Float[Array, "B T D"], norm: LayerNorm, info: TokenInfo | None = None):
+        return self._queries(self.query(x, norm=norm, info=info))
 
-    def keys_values(self, context: Float[Array, "B S D"], norm: LayerNorm, route=None) -> tuple[Array, Array]:
-        return self._keys_values(self.key_value(context, norm=norm, route=route))
+    def keys_values(self, context: Float[Array, "B S D"], norm: LayerNorm, info: TokenInfo | None = None):
+        return self._keys_values(self.key_value(context, norm=norm, info=info))
 
     def _queries(self, q: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         q = rearrange(q, "b t (n h) -> b t n h", n=self.num_heads)
@@ -108,21 +109,22 @@ class Attention(nnx.Module):
         k, v = rearrange(kv, "b s (two n h) -> two b s n h", two=2, n=self.num_heads)
         return (self.key_norm(k) if self.key_norm else k), v
 
-    def self_attention(self, x: Float[Array, "B T D"], norm: LayerNorm, visible: Visible, route=None):
-        q, kv = project((self.query, self.key_value), x, norm=norm, route=route)
-        return self.attend_and_project(self._queries(q), *self._keys_values(kv), visible, route=route)
+    def self_attention(self, x: Float[Array, "B T D"], norm: LayerNorm, inputs: BlockInputs) -> Float[Array, "B T D"]:
+        q, kv = project((self.query, self.key_value), x, norm=norm, info=inputs.info)
+        return self.attend_and_project(self._queries(q), *self._keys_values(kv), inputs.visible, info=inputs.info)
 
     def __call__(
-        self, x: Array, norm: LayerNorm, context: Array, context_norm: LayerNorm, visible: Visible, match=None,
-        route=None, context_route=None,
-    ):  # fmt: skip
-        """`visible`: all queries see the same keys (`Visible.keys`). `match`: see `attend_and_project`."""
+        self, x: Float[Array, "B T D"], norm: LayerNorm, context_norm: LayerNorm, inputs: BlockInputs
+    ) -> Float[Array, "B T D"]:
+        """Cross-attention, in which all queries see the same keys (`Visible.keys`)."""
+        context, visible, bias = inputs.context, inputs.context_visible, inputs.bias
+        assert context is not None and visible is not None, "cross-attention reads a context"
         (_, num_queries, width), num_keys = x.shape, context.shape[1]
-        plain = self.key_value.bias is None and self.key_norm is None and self.key_value.routed is None
-        if plain and match is None and num_queries * (width + self.num_heads * num_keys) < num_keys * width / 2:
+        plain = self.key_value.bias is None and self.key_norm is None and not self.key_value.per_token
+        if plain and bias is None and num_queries * (width + self.num_heads * num_keys) < num_keys * width / 2:
             return self.few_queries(self.queries(x, norm), context_norm(context), visible)
-        q, (k, v) = self.queries(x, norm, route), self.keys_values(context, context_norm, context_route)
-        return self.attend_and_project(q, k, v, visible, match, route)
+        q, (k, v) = self.queries(x, norm, inputs.info), self.keys_values(context, context_norm, inputs.context_info)
+        return self.attend_and_project(q, k, v, visible, bias, inputs.info)
 
     def few_queries(self, q: Float[Array, "B T N H"], context: Float[Array, "B S D"], visible: Visible):
         """For few queries it is less work to map these to the context's width than all of the context to keys and
@@ -138,13 +140,12 @@ class Attention(nnx.Module):
         return self.out(rearrange(values, "b t n h -> b t (n h)"), "float32")
 
     def attend_and_project(
-        self, q: Array, k: Array, v: Array, visible: Visible, match=None, route=None
-    ) -> Float[Array, "B T D"]:
-        """`match`: vectors of queries [B T R] and keys [B S R], whose products add to the logits by each head's
-        weights [N R]."""
+        self, q: Array, k: Array, v: Array, visible: Visible, bias: AttentionBias | None = None,
+        info: TokenInfo | None = None,
+    ) -> Float[Array, "B T D"]:  # fmt: skip
         width = q.shape[-1]
-        if match is not None:
-            q, k = append_bias_features(q, k, *match)
+        if bias is not None:
+            q, k = append_bias_features(q, k, *bias)
             v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - width)))  # kernels want one width
         mixed = rearrange(attend(q, k, v, visible)[..., :width], "b t n h -> b t (n h)")
-        return self.out(mixed, "float32", route=route)
+        return self.out(mixed, "float32", info=info)

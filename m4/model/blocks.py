@@ -10,9 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from m4.model.attention import Attention
-from m4.model.bottleneck import Adapter
+from m4.model.block_inputs import BlockInputs, TokenInfo
 from m4.model.layers import BlockConfig, LayerNorm, Linear
-from m4.model.visibility import Visible
 from m4.model.xla import computed_after
 
 
@@ -47,86 +46,100 @@ silu_gate_matmul.defvjp(_silu_gate_forward, _silu_gate_backward)
 class MLP(nnx.Module):
     """(silu(x A) * x B) C with A and B side by side in one kernel, or gelu(x B) C."""
 
-    def __init__(self, c: BlockConfig, num_routes: int = 1, *, rngs: nnx.Rngs):
+    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
         self.gated = c.mlp == "swiglu"
-        linear = functools.partial(Linear, rngs=rngs, bias=c.mlp_bias, lora=c.lora, num_routes=num_routes)
+        linear = functools.partial(Linear, rngs=rngs, bias=c.mlp_bias)
         self.up = linear(c.width, c.hidden * (1 + self.gated), fan_out=c.hidden)
         self.down = linear(c.hidden, c.width)
 
-    def __call__(self, x: Float[Array, "*B D"], norm: LayerNorm | None = None, route=None) -> Float[Array, "*B D"]:
-        wide = self.up(x, norm=norm, route=route)
+    def __call__(self, x: Float[Array, "*B D"], norm: LayerNorm | None = None, info: TokenInfo | None = None):
+        wide = self.up(x, norm=norm, info=info)
         if not self.gated:
             wide = jax.nn.gelu(wide.astype(jnp.float32), approximate=False).astype(wide.dtype)
-        elif self.down.routed is not None:
+        elif self.down.per_token:
             a, b = jnp.split(wide.astype(jnp.float32), 2, axis=-1)
             wide = (jax.nn.silu(a) * b).astype(wide.dtype)
         else:
             y = silu_gate_matmul(wide.reshape(-1, wide.shape[-1]), self.down.weight.astype(wide.dtype))
             return (y if self.down.bias is None else y + self.down.bias[...][None]).reshape(*x.shape[:-1], -1)
-        return self.down(wide, "float32", route=route)
+        return self.down(wide, "float32", info=info)
 
 
-def residual(x: Float[Array, "B T D"], y: Float[Array, "B T D"], keep: Float[Array, " B"] | None):
-    """x + y, where stochastic depth (Huang et al. 2016) gives each example's y the factor `keep`: 0, or 1 / (1 - p)."""
-    return x + (y if keep is None else y * keep[:, None, None])
+def residual(x: Float[Array, "B T D"], y: Float[Array, "B T D"], inputs: BlockInputs, branch: int):
+    """x + y, where stochastic depth gives each example's y a factor."""
+    return x + (y if inputs.branch_scale is None else y * inputs.branch_scale[branch][:, None, None])
 
 
-class EncoderBlock(nnx.Module):
+class Block(nnx.Module):
+    """x [B T D] -> x, and auxiliary values by name, such as a loss of experts."""
+
+    num_branches: int
+
+    def __init__(self):
+        self.added: tuple[str, ...] = ()
+
+    def add(self, name: str, part: nnx.Module) -> None:
+        """A part of an extension: part(x, inputs) takes the block's result and gives another."""
+        setattr(self, name, part)
+        self.added += (name,)
+
+    def _after(self, x: Float[Array, "B T D"], inputs: BlockInputs) -> Float[Array, "B T D"]:
+        for name in self.added:
+            x = getattr(self, name)(x, inputs)
+        return x
+
+
+class EncoderBlock(Block):
     """Self-attention, then the MLP, each normalised before and added."""
 
     num_branches = 2
 
-    def __init__(self, c: BlockConfig, num_routes: int = 1, *, rngs: nnx.Rngs):
+    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+        super().__init__()
         self.attention_norm = LayerNorm(c)
-        self.attention = Attention(c, num_routes, rngs=rngs)
+        self.attention = Attention(c, rngs=rngs)
         self.mlp_norm = LayerNorm(c)
-        self.mlp = MLP(c, num_routes, rngs=rngs)
-        self.adapter = Adapter(c, rngs=rngs) if c.adapter_size else None
+        self.mlp = MLP(c, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], visible: Visible, route=None, keep=(None, None)):
-        x = residual(x, self.attention.self_attention(x, self.attention_norm, visible, route), keep[0])
-        x = residual(x, self.mlp(x, self.mlp_norm, route), keep[1])
-        return x if self.adapter is None else self.adapter(x)
+    def __call__(self, x: Float[Array, "B T D"], inputs: BlockInputs) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        x = residual(x, self.attention.self_attention(x, self.attention_norm, inputs), inputs, 0)
+        x = residual(x, self.mlp(x, self.mlp_norm, inputs.info), inputs, 1)
+        return self._after(x, inputs), {}
 
 
-class DecoderBlock(nnx.Module):
+class DecoderBlock(Block):
     """Self-attention, cross-attention to the encoder's context, then the MLP."""
 
     num_branches = 3
 
-    def __init__(self, c: BlockConfig, num_routes: int = 1, *, rngs: nnx.Rngs):
+    def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
+        super().__init__()
         self.self_norm = LayerNorm(c)
-        self.self_attention = Attention(c, num_routes, rngs=rngs)
+        self.self_attention = Attention(c, rngs=rngs)
         self.query_norm = LayerNorm(c)
         self.context_norm = LayerNorm(c)
-        self.cross_attention = Attention(c, num_routes, rngs=rngs)
+        self.cross_attention = Attention(c, rngs=rngs)
         self.mlp_norm = LayerNorm(c)
-        self.mlp = MLP(c, num_routes, rngs=rngs)
-        self.adapter = Adapter(c, rngs=rngs) if c.adapter_size else None
+        self.mlp = MLP(c, rngs=rngs)
 
-    def __call__(
-        self, x, visible, context, context_visible, match=None, route=None, context_route=None,
-        keep=(None, None, None),
-    ) -> Float[Array, "B T D"]:  # fmt: skip
-        x = residual(x, self.self_attention.self_attention(x, self.self_norm, visible, route), keep[0])
-        norms, routes = (self.query_norm, self.context_norm), (route, context_route)
-        y = self.cross_attention(x, norms[0], context, norms[1], context_visible, match, *routes)
-        x = residual(x, y, keep[1])
-        x = residual(x, self.mlp(x, self.mlp_norm, route), keep[2])
-        return x if self.adapter is None else self.adapter(x)
+    def __call__(self, x: Float[Array, "B T D"], inputs: BlockInputs) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        x = residual(x, self.self_attention.self_attention(x, self.self_norm, inputs), inputs, 0)
+        x = residual(x, self.cross_attention(x, self.query_norm, self.context_norm, inputs), inputs, 1)
+        x = residual(x, self.mlp(x, self.mlp_norm, inputs.info), inputs, 2)
+        return self._after(x, inputs), {}
 
-    def step(
-        self, x: Float[Array, "B 1 D"], cache, context_keys_values, index, visible, context_visible, match=None,
-        route=None,
-    ):  # fmt: skip
+    def step(self, x: Float[Array, "B 1 D"], cache, context_keys_values, index, inputs: BlockInputs):
         """One position of autoregressive decoding: writes its key and value at `index` of the cache and reads all."""
-        new = self.self_attention.keys_values(x, self.self_norm, route)
+        new = self.self_attention.keys_values(x, self.self_norm, inputs.info)
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(c, n, index, axis=1) for c, n in zip(cache, new, strict=True)
         )
-        q = self.self_attention.queries(x, self.self_norm, route)
-        x = x + self.self_attention.attend_and_project(q, keys, values, visible, route=route)
-        q = self.cross_attention.queries(x, self.query_norm, route)
-        x = x + self.cross_attention.attend_and_project(q, *context_keys_values, context_visible, match, route)
-        x = x + self.mlp(x, self.mlp_norm, route)
-        return x if self.adapter is None else self.adapter(x), (keys, values)
+        q = self.self_attention.queries(x, self.self_norm, inputs.info)
+        x = x + self.self_attention.attend_and_project(q, keys, values, inputs.visible, info=inputs.info)
+        assert inputs.context_visible is not None, "cross-attention reads a context"
+        q = self.cross_attention.queries(x, self.query_norm, inputs.info)
+        x = x + self.cross_attention.attend_and_project(
+            q, *context_keys_values, inputs.context_visible, inputs.bias, inputs.info
+        )
+        x = x + self.mlp(x, self.mlp_norm, inputs.info)
+        return self._after(x, inputs), (keys, values)

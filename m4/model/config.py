@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeVar
 
 from m4.model.layers import BlockConfig
+
+ExtensionClass = TypeVar("ExtensionClass")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,20 +29,6 @@ class ModelConfig(BlockConfig):
     position_base: float = 10_000.0
     """Longest wavelength of the sine-cosine positions over 2 pi. A smaller one tells neighbours in small grids apart
     sooner."""
-    num_registers: int = 0
-    """Learned tokens before all inputs of the encoder (Darcet et al. 2023); 0 is none."""
-    num_independent_blocks: int = 0
-    """First blocks of the encoder in which the query and each in-context example (each image of it) see only
-    themselves, as in pretraining; later blocks see all. Less than encoder_depth."""
-    match_size: int = 0
-    """Values in the vectors by which in-context examples are compared, for the decoder to copy from those like the
-    query (m4.model.similarity_prior); 0 is none."""
-    match_words: str = ""
-    """Text modality by whose words examples are compared too, such as "caption"; images with captions in the data teach
-    them. "" is none."""
-    shot_depth: int = 0
-    """Blocks that read the in-context examples before the encoder does: a light module to train beside a frozen model
-    (Chen et al. 2023, M2IXT, section 3); 0 is none."""
     decoder_within_modality: bool = True
     """Targets see only targets of their own modality; if false, those of earlier modalities too."""
     decoder_causal: bool = False
@@ -59,15 +47,25 @@ class ModelConfig(BlockConfig):
         super().__post_init__()
         if min(self.width, self.num_heads, self.encoder_depth, self.decoder_depth, self.hidden, self.unroll) < 1:
             raise ValueError(f"every size must be at least 1: {self}")
-        extras = ("shot_depth", "match_size", "num_registers", "adapter_size")
-        if wrong := {name: value for name in extras if (value := getattr(self, name)) < 0}:
-            raise ValueError(f"sizes must be at least 0: {wrong}")
-        if self.match_words and not self.match_size:
-            raise ValueError(f"match_words={self.match_words!r} needs a match_size, such as 32")
-        if not 0 <= self.num_independent_blocks < max(self.encoder_depth, 1):
-            raise ValueError(
-                f"num_independent_blocks={self.num_independent_blocks} must be at least 0 and less than encoder_depth="
-                f"{self.encoder_depth}"
-            )
+        kinds = [type(extension).__name__ for extension in self.extensions]
+        if len({*kinds}) < len(kinds):
+            raise ValueError(f"extensions={kinds} must be of different classes")
+        for extension in self.extensions:
+            if wrong := {name: value for name, value in extension.sizes().items() if value < 0}:
+                raise ValueError(f"sizes must be at least 0: {wrong}")
+            extension.check(self, None)
         if not (0 <= self.encoder_drop_path < 1 and 0 <= self.decoder_drop_path < 1):
             raise ValueError(f"encoder_drop_path and decoder_drop_path must lie within [0, 1): {self}")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Learned tokens before all inputs of the encoder."""
+        return sum(extension.num_prefix_tokens for extension in self.extensions)
+
+    def extension(self, cls: type[ExtensionClass]) -> ExtensionClass | None:
+        """The extension of a class, if there is one."""
+        return next((extension for extension in self.extensions if isinstance(extension, cls)), None)
+
+    def without(self, cls: type) -> ModelConfig:
+        """The same without an extension."""
+        return dataclasses.replace(self, extensions=tuple(e for e in self.extensions if not isinstance(e, cls)))

@@ -28,12 +28,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from m4.distributed.constraints import BATCH, lookup, shard_constraint
-from m4.model.blocks import DecoderBlock, EncoderBlock
+from m4.model.block_inputs import AttentionBias, BlockInputs, TokenInfo
+from m4.model.blocks import Block, DecoderBlock, EncoderBlock
 from m4.model.config import ModelConfig
 from m4.model.layers import LayerNorm, Linear
 from m4.model.positions import position_table
-from m4.model.similarity_prior import ExampleMatches, SimilarityPrior, at_address
-from m4.model.stack import STACKS, stack, survival
+from m4.model.stack import is_stack, stack, survival
 from m4.model.visibility import Visible
 from m4.model.xla import param_grads_first
 from m4.tokens.batch import NUM_SHOTS, MaskedBatch, Targets, Tokens
@@ -44,29 +44,32 @@ FeatureVectors = Mapping[str, Float[TokenArray, "B K F"]]  # by modality
 
 
 class Encoded(NamedTuple):
-    """What the decoder reads of the inputs. `matches`: which examples are alike, if the model compares them. `route`:
-    of whose modality's LoRA each is, if that is routed."""
+    """What the decoder reads of the inputs. `observed`: what extensions keep of them, by the name of their class.
+    `auxiliary`: values that the encoder's blocks return besides, [depth ...]."""
 
     tokens: Float[Array, "B C D"]
-    matches: ExampleMatches | None = None
-    route: Float[Array, "B C R"] | None = None
+    info: TokenInfo
+    observed: dict[str, Any]
+    auxiliary: dict[str, Array]
 
 
 class Outputs(NamedTuple):
-    """What objectives read: the model, hidden vectors of all targets, and what the decoder read of the inputs."""
+    """What objectives read: the model, hidden vectors of all targets, what the decoder read of the inputs, and values
+    that the decoder's blocks return besides, [depth ...]."""
 
     model: Model
     hidden: Float[Array, "B M D"]
     context: Encoded
+    auxiliary: dict[str, Array]
 
 
 class Decoding(NamedTuple):
     """The decoder as autoregressive decoding reads it: by block, keys and values of the context, of earlier tokens."""
 
     blocks: list[DecoderBlock]
-    context: list[tuple[Array, Array]]  # [B C N H]
+    keys_values: list[tuple[Array, Array]]  # [B C N H]
     context_visible: Visible
-    matches: ExampleMatches | None
+    context: Encoded
     cache: list[tuple[Array, Array]]  # [B L N H], empty
 
 
@@ -106,22 +109,18 @@ class Model(nnx.Module):
 
         self.shot_embedding = filled(NUM_SHOTS)
         self.mask_token = filled(1)
-        self.registers = table(c.num_registers)
+        self.registers = table(c.num_prefix_tokens)
         self.feature_projections = nnx.Dict(
             {m.name: Linear(m.size, c.width, bias=m.bias, rngs=rngs) for m in modalities if isinstance(m, Features)}
         )
-        routes = len(modalities)
-        self.encoder: EncoderBlock | nnx.List = stack(EncoderBlock, c, routes, c.encoder_depth, rngs)
+        self.encoder: EncoderBlock | nnx.List = stack(EncoderBlock, c, len(modalities), c.encoder_depth, rngs)
         self.encoder_norm = LayerNorm(c)
         self.context_projection = Linear(c.width, c.width, bias=True, rngs=rngs)
-        self.decoder: DecoderBlock | nnx.List = stack(DecoderBlock, c, routes, c.decoder_depth, rngs)
+        self.decoder: DecoderBlock | nnx.List = stack(DecoderBlock, c, len(modalities), c.decoder_depth, rngs)
         self.decoder_norm = LayerNorm(c)
-        self.shot_encoder = stack(EncoderBlock, c, routes, c.shot_depth, rngs) if c.shot_depth else None
-        self.shot_encoder_embedding = table(NUM_SHOTS) if c.shot_depth else None
-        num_words = modalities.named(c.match_words).vocab_size if c.match_words else 0
-        self.matching = (
-            SimilarityPrior(c.width, c.match_size, c.num_heads, num_words, rngs=rngs) if c.match_size else None
-        )
+        for extension in c.extensions:
+            extension.check(c, modalities)
+            extension.add(self, rngs)
 
     def __call__(self, batch: MaskedBatch, key: PRNGKeyArray | None = None) -> Float[Array, "B M D"]:
         """Hidden vectors of all targets. A key turns stochastic depth on."""
@@ -131,7 +130,8 @@ class Model(nnx.Module):
         """The same, and what the decoder read of the inputs."""
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         context = self.encode(batch.inputs, batch.features, encoder_key)
-        return Outputs(self, self.decode(batch.targets, context, batch.inputs.valid, decoder_key), context)
+        hidden, auxiliary = self._decode(batch.targets, context, batch.inputs.valid, decoder_key)
+        return Outputs(self, hidden, context, auxiliary)
 
     def _address(self, t: Tokens | Targets, modality_table, modality_rows, position_embedding, position_rows) -> Array:
         """The part of an embedding that says where a token belongs: float32 [B L D]."""
@@ -180,95 +180,94 @@ class Model(nnx.Module):
     def _after_registers(self, x: Float[Array, "B N D"]) -> Float[Array, "B C D"]:
         if self.registers is None:
             return x
-        c = self.config
-        registers = jnp.broadcast_to(self.registers[...], (len(x), c.num_registers, c.width))
+        registers = jnp.broadcast_to(self.registers[...], (len(x), *self.registers.shape))
         return jnp.concatenate([registers, x], axis=1)
+
+    def embed(self, inputs: Tokens, features: FeatureVectors) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
+        """What the encoder reads of the inputs, and their addresses."""
+        address = self.input_address(inputs)
+        x = self.input_content(inputs, features) + address
+        for extension in self.config.extensions:
+            x = extension.inputs(self, x, inputs)
+        return x, address
 
     def encode(self, inputs: Tokens, features: FeatureVectors, key: PRNGKeyArray | None = None) -> Encoded:
         """What the decoder reads of the inputs."""
-        address = self.input_address(inputs)
-        x = self.read_shots(self.input_content(inputs, features) + address, inputs)
-        return self.encode_embedded(x, address, inputs, key)
+        return self.encode_embedded(*self.embed(inputs, features), inputs, key)
 
     def encode_embedded(
         self, x: Float[Array, "B N D"], address: Float[Array, "B N D"], inputs: Tokens, key=None
     ) -> Encoded:
-        """`encode` of inputs whose content + address is x, in-context examples as `read_shots` hands them on."""
-        c = self.config
+        """`encode` of inputs that are embedded already (see `embed`)."""
+        c, info = self.config, self.context_info(inputs)
         x = self._after_registers(x)
-        keep = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
-        x = self.encode_items_independently(x, inputs, keep)
-        matches = None
-        if self.matching is not None:
-            matches = self.matching(x[:, c.num_registers :], inputs, self.modalities)
-        return Encoded(
-            self.context(self.encode_jointly(x, inputs, keep), address), matches, self._context_route(inputs)
-        )
+        scales = survival(key, EncoderBlock.num_branches, c.encoder_depth, c.encoder_drop_path, len(x))
+        x, first, num = self._first_blocks(x, info, scales)
+        own = x[:, c.num_prefix_tokens :]
+        observed = {type(extension).__name__: extension.observe(self, own, inputs) for extension in c.extensions}
+        x, auxiliary = self._later_blocks(x, info, scales, num)
+        auxiliary = {name: jnp.concatenate([first[name], value]) if num else value for name, value in auxiliary.items()}
+        return Encoded(self.context(x, address), info, observed, auxiliary)
 
     def run_encoder(self, x: Float[Array, "B C D"], inputs: Tokens) -> Float[Array, "B C D"]:
         """Its output for embedded inputs (and registers), normalised."""
-        return self.encode_jointly(self.encode_items_independently(x, inputs, None), inputs, None)
+        info = self.context_info(inputs)
+        x, _, num = self._first_blocks(x, info, None)
+        return self._later_blocks(x, info, None, num)[0]
 
-    def encode_items_independently(
-        self, x: Float[Array, "B C D"], inputs: Tokens, keep: Array | None
-    ) -> Float[Array, "B C D"]:
-        """The first blocks, in which registers go with the query."""
-        depth = self.config.num_independent_blocks
-        if not depth:
-            return x
-        shot = jnp.pad(inputs.shot, ((0, 0), (self.config.num_registers, 0)))
-        own = Visible(shot, 0 * shot, jnp.where(self.context_valid(inputs.valid), shot, -1), 0 * shot)
-        return self._run(self.encoder, x, keep, own, self._context_route(inputs), part=slice(depth))
+    def _first_blocks(self, x: Float[Array, "B C D"], info: TokenInfo, scales: Array | None):
+        """The blocks that an extension wants to see by a rule of its own; what they return besides; their number."""
+        rules = [rule for e in self.config.extensions if (rule := e.first_blocks(info)) is not None]
+        if not rules:
+            return x, {}, 0
+        ((num, visible),) = rules
+        return *self.run_blocks(self.encoder, x, BlockInputs(visible, info), scales, slice(num)), num
 
-    def encode_jointly(self, x: Float[Array, "B C D"], inputs: Tokens, keep: Array | None):
-        visible, part = Visible.keys(self.context_valid(inputs.valid)), slice(self.config.num_independent_blocks, None)
-        return self.encoder_norm(self._run(self.encoder, x, keep, visible, self._context_route(inputs), part=part))
+    def _later_blocks(self, x: Float[Array, "B C D"], info: TokenInfo, scales: Array | None, num: int):
+        inputs = BlockInputs(Visible.keys(info.valid), info)
+        x, auxiliary = self.run_blocks(self.encoder, x, inputs, scales, slice(num, None))
+        return self.encoder_norm(x), auxiliary
 
-    def _route(self, t: Tokens | Targets) -> Float[Array, "B L R"] | None:
-        """Which modality's LoRA each token takes, if that is routed."""
-        lora = self.config.lora
-        return jax.nn.one_hot(t.modality, len(self.modalities)) if lora is not None and lora.routed else None
+    def info(self, t: Tokens | Targets) -> TokenInfo:
+        return TokenInfo(*(jnp.asarray(x) for x in (t.modality, t.position, t.shot, t.valid)))
 
-    def _context_route(self, inputs: Tokens) -> Float[Array, "B C R"] | None:
-        """Registers take none."""
-        route = self._route(inputs)
-        return route if route is None else jnp.pad(route, ((0, 0), (self.config.num_registers, 0), (0, 0)))
+    def context_info(self, inputs: Tokens) -> TokenInfo:
+        """Of registers, which are always valid, and inputs."""
+        none = (-1, 0, 0, True)
+        pad = ((0, 0), (self.config.num_prefix_tokens, 0))
+        return TokenInfo(
+            *(jnp.pad(x, pad, constant_values=value) for x, value in zip(self.info(inputs), none, strict=True))
+        )
 
-    def read_shots(self, x: Float[Array, "B N D"], inputs: Tokens) -> Float[Array, "B N D"]:
-        """Tokens of in-context examples as the shot encoder hands them on; the others as they are."""
-        if self.shot_encoder is None or self.shot_encoder_embedding is None:
-            return x
-        is_shot = inputs.valid & (inputs.shot > 0)
-        y = x + self.shot_encoder_embedding[...][inputs.shot]
-        y = self._run(self.shot_encoder, y, None, Visible.keys(is_shot), self._route(inputs))
-        return jnp.where(is_shot[..., None], y, x)
-
-    def _run(self, blocks: Any, x: Float[Array, "B T D"], keep: Array | None, *args, part: slice = slice(0, None)):
-        """x through a stack of blocks (or an nnx.List of them, unstacked), or a part of it."""
+    def run_blocks(
+        self, blocks: Any, x: Float[Array, "B T D"], inputs: BlockInputs, scales: Array | None = None,
+        part: slice = slice(0, None),
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:  # fmt: skip
+        """x through a stack of blocks (or an nnx.List of them, unstacked), or a part of it; and what they return
+        besides, [depth ...]. `scales`: see `survival`."""
         if isinstance(blocks, nnx.List):
+            values = []
             for block in list(blocks)[part]:
-                x = block(shard_constraint(x, BATCH), *args)
-            return x
+                x, more = block(shard_constraint(x, BATCH), inputs)
+                values.append(more)
+            return x, jax.tree.map(lambda *own: jnp.stack(own), *values) if values else {}
         graph, params = nnx.split(blocks, nnx.Param)
         if part != slice(0, None):
-            params, keep = jax.tree.map(lambda x: x[part], (params, keep))
+            params, scales = jax.tree.map(lambda x: x[part], (params, scales))
         unrolled = self.config.unroll > 1 and jax.sharding.get_abstract_mesh().size <= 1
 
         def run_one(x, layer):
-            params, keep = layer
+            params, scale = layer
             if unrolled:
                 x, params = param_grads_first(x, params)
-            block = nnx.merge(graph, params)
-            return block(
-                shard_constraint(x, BATCH), *args, keep=(None,) * block.num_branches if keep is None else keep
-            ), None
+            return nnx.merge(graph, params)(shard_constraint(x, BATCH), inputs._replace(branch_scale=scale))
 
         step = jax.checkpoint(run_one) if self.config.remat == "blocks" else run_one
-        return jax.lax.scan(step, x, (params, keep), unroll=self.config.unroll)[0]
+        return jax.lax.scan(step, x, (params, scales), unroll=self.config.unroll)
 
     def unstack(self) -> None:
         """Takes the stacks of blocks apart, once for many passes: a scan would copy each block's parameters in each."""
-        for name in [name for name in STACKS if getattr(self, name) is not None]:
+        for name in [name for name, module in vars(self).items() if is_stack(name) and isinstance(module, Block)]:
             graph, params = nnx.split(getattr(self, name), nnx.Param)
             depth = jax.tree.leaves(params)[0].shape[0]
             blocks = (nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], params)) for i in range(depth))
@@ -276,31 +275,33 @@ class Model(nnx.Module):
 
     def context(self, encoded: Float[Array, "B C D"], address: Float[Array, "B N D"]) -> Float[Array, "B C D"]:
         """The encoder's output projected, and the addresses of the inputs once more."""
-        address = jnp.pad(address, ((0, 0), (self.config.num_registers, 0), (0, 0)))
+        address = jnp.pad(address, ((0, 0), (self.config.num_prefix_tokens, 0), (0, 0)))
         return self.context_projection(encoded, "float32") + address
-
-    def context_valid(self, valid: Bool[TokenArray, "B N"]) -> Bool[Array, "B C"]:
-        """Registers are always there."""
-        return jnp.pad(valid, ((0, 0), (self.config.num_registers, 0)), constant_values=True)
 
     def decode(
         self, targets: Targets, context: Encoded, inputs_valid: Bool[TokenArray, "B N"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "B M D"]:
         """Hidden vectors from which `logits` are read, one for each target slot."""
+        return self._decode(targets, context, inputs_valid, key)[0]
+
+    def _decode(self, targets: Targets, context: Encoded, inputs_valid: Bool[TokenArray, "B N"], key):
         c = self.config
         x = self.decoder_input(targets)
-        visible, context_visible = self.decoder_visibility(targets), Visible.keys(self.context_valid(inputs_valid))
-        keep = survival(key, DecoderBlock.num_branches, c.decoder_depth, c.decoder_drop_path, len(x))
-        match, routes = self._match(context.matches, targets), (self._route(targets), context.route)
-        args = visible, context.tokens, context_visible, match, *routes
-        return self.decoder_norm(self._run(self.decoder, x, keep, *args))
+        scales = survival(key, DecoderBlock.num_branches, c.decoder_depth, c.decoder_drop_path, len(x))
+        inputs = BlockInputs(
+            self.decoder_visibility(targets), self.info(targets), context.tokens, context.info,
+            Visible.keys(context.info.valid), self._bias(context, targets),
+        )  # fmt: skip
+        x, auxiliary = self.run_blocks(self.decoder, x, inputs, scales)
+        return self.decoder_norm(x), auxiliary
 
-    def _match(self, matches: ExampleMatches | None, targets: Targets):
-        """What cross-attention adds for targets of examples that are like those of the context."""
-        if matches is None:
+    def _bias(self, context: Encoded, targets: Targets) -> AttentionBias | None:
+        """What extensions add to the logits of cross-attention."""
+        biases = [e.bias(context.observed[type(e).__name__], targets) for e in self.config.extensions]
+        if not (biases := [bias for bias in biases if bias is not None]):
             return None
-        keys = jnp.pad(matches.keys, ((0, 0), (self.config.num_registers, 0), (0, 0)))
-        return at_address(matches.examples, targets.shot), keys, matches.weight
+        queries, keys, weight = (jnp.concatenate(parts, -1) for parts in zip(*biases, strict=True))
+        return AttentionBias(queries, jnp.pad(keys, ((0, 0), (self.config.num_prefix_tokens, 0), (0, 0))), weight)
 
     def decoder_input(self, targets: Targets) -> Float[Array, "B M D"]:
         table = self.token_embedding if self.decoder_embedding is None else self.decoder_embedding
@@ -364,19 +365,20 @@ class Model(nnx.Module):
         """What `decode_step` of an unstacked model needs to decode `length` positions, one after the other."""
         assert isinstance(self.decoder, nnx.List), "unstack() comes first"
         c, blocks = self.config, list(self.decoder)
-        read = context.tokens, context.route
-        context_keys_values = [b.cross_attention.keys_values(read[0], b.context_norm, read[1]) for b in blocks]
+        keys_values = [b.cross_attention.keys_values(context.tokens, b.context_norm, context.info) for b in blocks]
         empty = jnp.zeros((len(context.tokens), length, c.num_heads, c.width // c.num_heads), c.dtype)
         cache = [(empty, empty)] * c.decoder_depth
-        visible = Visible.keys(self.context_valid(inputs_valid))
-        return Decoding(blocks, context_keys_values, visible, context.matches, cache)
+        return Decoding(blocks, keys_values, Visible.keys(context.info.valid), context, cache)
 
     def decode_step(self, target: Targets, decoding: Decoding, cache: list, index: Int[Array, ""]):
         """One sequence position (target slots [B 1]) -> hidden [B 1 D] and the new cache."""
         x = self.decoder_input(target)
-        visible = Visible.keys((jnp.arange(cache[0][0].shape[1]) <= index)[None])
-        new, match, route = [], self._match(decoding.matches, target), self._route(target)
-        for block, context, old in zip(decoding.blocks, decoding.context, cache, strict=True):
-            x, kept = block.step(x, old, context, index, visible, decoding.context_visible, match, route)
+        inputs = BlockInputs(
+            Visible.keys((jnp.arange(cache[0][0].shape[1]) <= index)[None]), self.info(target),
+            context_visible=decoding.context_visible, bias=self._bias(decoding.context, target),
+        )  # fmt: skip
+        new = []
+        for block, keys_values, old in zip(decoding.blocks, decoding.keys_values, cache, strict=True):
+            x, kept = block.step(x, old, keys_values, index, inputs)
             new.append(kept)
         return self.decoder_norm(x), new

@@ -1,20 +1,20 @@
 """Linear maps and layer norms of the encoder-decoder, and the options of its blocks.
 
-B batch, T tokens, D width of what comes in, F of what goes out, R routes
+B batch, T tokens, D width of what comes in, F of what goes out
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from m4.model.lora import LoRA, LowRank
+from m4.model.block_inputs import TokenInfo
 from m4.model.xla import flat_rows
 
 
@@ -48,10 +48,8 @@ class BlockConfig:
     section 3). If false they are drawn apart, as in 4M."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products."""
-    lora: LoRA | None = None
-    """Low-rank updates for fine-tuning; None adds none."""
-    adapter_size: int = 0
-    """Values in the bottleneck behind each feed-forward layer, for fine-tuning (Houlsby et al. 2019); 0 is none."""
+    extensions: tuple[Any, ...] = ()
+    """Changes of the model, each of another class of m4.model.extensions.Extension, such as those of m4.adaptation."""
 
     def __post_init__(self):
         if self.num_heads < 1 or self.width % self.num_heads or self.width % 4:
@@ -63,39 +61,48 @@ class Linear(nnx.Module):
 
     def __init__(
         self, num_in: int, num_out: int, *, rngs: nnx.Rngs, fan_out: int = 0, bias: bool = False,
-        lora: LoRA | None = None, num_routes: int = 1,
     ):  # fmt: skip
         # A fused map (q, k and v in one kernel) is initialised as its parts would be: fan_out of one part.
         limit = (6 / (num_in + (fan_out or num_out))) ** 0.5
         self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (num_in, num_out), minval=-limit, maxval=limit))
         self.bias = nnx.Param(jnp.zeros(num_out)) if bias else None
-        self.lora = LowRank(num_in, num_out, lora, num_routes if lora.routed else 1, rngs=rngs) if lora else None
+        self.added: tuple[str, ...] = ()
+
+    def add(self, name: str, part: nnx.Module) -> None:
+        """A part of an extension: with `per_token` false, change() is added to the kernel; else part(x [T D], info),
+        with x and info in rows of tokens, is added to the result."""
+        setattr(self, name, part)
+        self.added += (name,)
 
     @property
     def weight(self) -> Float[Array, "D F"]:
-        """The kernel, with what a pair for all tokens adds."""
-        return self.kernel[...] if self.lora is None or self.lora.routed else self.kernel[...] + self.lora.change()
+        """The kernel, with what parts for all tokens add."""
+        kernel = self.kernel[...]
+        for part in (getattr(self, name) for name in self.added):
+            kernel = kernel if part.per_token else kernel + part.change()
+        return kernel
 
     @property
-    def routed(self) -> LowRank | None:
-        return self.lora if self.lora is not None and self.lora.routed else None
+    def per_token(self) -> list[Any]:
+        """Parts that change each token by what it is."""
+        return [part for part in (getattr(self, name) for name in self.added) if part.per_token]
 
     def __call__(
         self, x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None,
-        route: Float[Array, "*B R"] | None = None,
+        info: TokenInfo | None = None,
     ):  # fmt: skip
         """[*B F], multiplied in the dtype of x; summed, and given back, in `dtype`."""
-        return project((self,), x, dtype, norm, route)[0]
+        return project((self,), x, dtype, norm, info)[0]
 
 
 def project(
     maps: tuple[Linear, ...], x: Float[Array, "*B D"], dtype: str | None = None, norm: LayerNorm | None = None,
-    route: Float[Array, "*B R"] | None = None,
+    info: TokenInfo | None = None,
 ):  # fmt: skip
     """Each map's [*B F] of x, multiplied in the dtype of x; summed, and given back, in `dtype`.
 
-    `norm` is applied to x first: the backward pass computes its result again, so that only x is kept. `route`: how much
-    of each route's pair a token takes, of maps with LoRA(routed=True).
+    `norm` is applied to x first: the backward pass computes its result again, so that only x is kept. `info`: of the
+    tokens, for parts of the maps that change each token by what it is.
     """
 
     def products(x, kernels):
@@ -109,10 +116,10 @@ def project(
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype or x.dtype)
 
     ys = (jax.checkpoint(products) if norm else products)(x, [m.weight for m in maps])
-    if route is not None and maps[0].routed is not None:
-        flat, rows = (norm(x) if norm else x).reshape(-1, x.shape[-1]), route.reshape(-1, route.shape[-1])
-        routed = [m.routed for m in maps]
-        ys = [y if r is None else y + r(flat, rows).astype(y.dtype) for r, y in zip(routed, ys, strict=True)]
+    if info is not None and any(m.per_token for m in maps):
+        flat = (norm(x) if norm else x).reshape(-1, x.shape[-1])
+        rows = TokenInfo(*(jnp.broadcast_to(part, x.shape[:-1]).reshape(-1) for part in info))
+        ys = [sum((part(flat, rows).astype(y.dtype) for part in m.per_token), y) for m, y in zip(maps, ys, strict=True)]
     ys = [y if m.bias is None else y + m.bias[...].astype(y.dtype)[None] for m, y in zip(maps, ys, strict=True)]
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
-from m4.model.stack import STACKS
+from m4.model.stack import is_stack
 from m4.tokens.modality import Modalities
 
 
@@ -22,7 +23,7 @@ def parameters(state: Any) -> dict[str, Any]:
     found = {}
     for (top, *rest), variable in nnx.to_flat_state(state):
         (x,), rest = jax.tree.leaves(variable), "".join(f".{key}" for key in rest)
-        if top not in STACKS:
+        if not is_stack(top):
             found[f"{top}{rest}"] = x
             continue
         for i in range(x.shape[0]):
@@ -37,14 +38,15 @@ def from_parameters(state: Any, array_of: Callable[[str], ArrayLike]) -> Any:
     for path, variable in nnx.to_flat_state(state):
         (top, *rest), shape = path, variable.shape
         rest = "".join(f".{key}" for key in rest)
-        names = [f"{top}.{i}{rest}" for i in range(shape[0])] if top in STACKS else [f"{top}{rest}"]
+        names = [f"{top}.{i}{rest}" for i in range(shape[0])] if is_stack(top) else [f"{top}{rest}"]
         arrays = [jnp.asarray(array_of(name)) for name in names]
-        flat.append((path, variable.replace(jnp.stack(arrays) if top in STACKS else arrays[0])))
+        flat.append((path, variable.replace(jnp.stack(arrays) if is_stack(top) else arrays[0])))
     return nnx.from_flat_state(flat)
 
 
 def by_modality(model: Model) -> dict[str, Any]:
-    """`parameters` of a model, with the rows of its tables as TABLE[MODALITY], and so the pairs of routed LoRA."""
+    """`parameters` of a model, with rows of tables as TABLE[MODALITY], and so all that extensions have by
+    modality."""
     found = parameters(nnx.state(model, nnx.Param))
     for table, rows in _rows_by_modality(model, found).items():
         x = found.pop(table)
@@ -55,9 +57,13 @@ def by_modality(model: Model) -> dict[str, Any]:
 
 def _rows_by_modality(model: Model, names: Iterable[str]) -> dict[str, Sequence[int]]:
     """Parameters of which each modality has some rows: where those of modality i begin, and the end."""
-    routed = model.config.lora is not None and model.config.lora.routed
-    pairs = [name for name in names if routed and ".lora." in name]
-    return {**model.table_rows, **dict.fromkeys(pairs, range(len(model.modalities) + 1))}
+    own = [name for name in names if is_by_modality(model.config, name)]
+    return {**model.table_rows, **dict.fromkeys(own, range(len(model.modalities) + 1))}
+
+
+def is_by_modality(config: ModelConfig, name: str) -> bool:
+    """Whether an extension's parameter has one part for each modality."""
+    return any(matches_pattern(name, p) for e in config.extensions for p in e.parameters_by_modality)
 
 
 def with_parameters(model: Model, pieces: Mapping[str, Any]) -> Model:

@@ -16,6 +16,8 @@ from m4.tokens.batch import NUM_SHOTS, MaskedBatch, Targets
 from m4.tokens.modality import Modalities, Sequence
 from m4.tokens.spans import is_sentinel
 
+PRIOR = "SimilarityPrior"  # the extension that estimates words (m4.in_context.similarity_prior)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WordPrediction(Objective):
@@ -30,10 +32,11 @@ class WordPrediction(Objective):
         texts = [m.name for m in config.modalities if isinstance(m, Sequence) and m.is_target]
         if self.text not in texts:
             raise ValueError(f"words: unknown text modality {self.text!r}; {closest(self.text, texts)}")
-        if config.model.match_words != self.text:
+        compared = [e.words for e in config.model.extensions if type(e).__name__ == PRIOR]
+        if compared != [self.text]:
             raise ValueError(
-                f"words of {self.text!r} are to be predicted, but the model's match_words is "
-                f"{config.model.match_words!r}; allowed: the same text for both"
+                f"words of {self.text!r} are to be predicted, but the model compares examples by words of {compared}; "
+                f"it needs the extension {PRIOR}(words={self.text!r})"
             )
 
     def totals(self, batch: MaskedBatch, model: Model) -> Array:
@@ -41,9 +44,8 @@ class WordPrediction(Objective):
 
     def __call__(self, outputs: Outputs, part: MaskedBatch, totals: Any, loaded: Any):
         modalities = outputs.model.modalities
-        in_part, matches = captioned(part, modalities, self.text), outputs.context.matches
-        assert matches is not None and matches.words is not None, "check() comes first"
-        error = words_loss(matches.words, part.targets, modalities.index(self.text), in_part)
+        in_part, words = captioned(part, modalities, self.text), outputs.context.observed[PRIOR].words
+        error = words_loss(words, part.targets, modalities.index(self.text), in_part)
         return error / totals, {"words/loss": error / totals}
 
 

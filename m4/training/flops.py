@@ -63,7 +63,7 @@ def model_flops(
 
     Slots that stay empty count as slots: they are computed.
     """
-    c, n, m = config, num_inputs + config.num_registers, num_targets
+    c, n, m = config, num_inputs + config.num_prefix_tokens, num_targets
     mlp = (3 if c.mlp == "swiglu" else 2) * c.width * c.hidden
     square = c.width**2
     encoder = n * (4 * square + mlp) + 2 * n * n * c.width

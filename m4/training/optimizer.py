@@ -32,7 +32,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
     train: tuple[str, ...] = ("*",)
-    """Patterns of the parameters that are trained, such as "shot_encoder*" or "decoder.*"; all others keep their bytes.
+    """Patterns of the parameters that are trained, such as "registers" or "decoder.*"; all others keep their bytes.
     A table's rows are named by modality: "token_embedding[thermal_tokens]"."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that are not trained though `train` names them; () is none."""

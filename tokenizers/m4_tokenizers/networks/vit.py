@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from m4.model.block_inputs import BlockInputs
 from m4.model.blocks import EncoderBlock
 from m4.model.layers import BlockConfig, LayerNorm, Linear
 from m4.model.visibility import Visible
@@ -83,9 +84,9 @@ class Transformer(nnx.Module):
         h, w = x.shape[1:3]
         x = x + resize_table(self.positions[...], (h, w))[None]
         x = einops.rearrange(x, "b h w f -> b (h w) f")
-        visible = Visible.keys(jnp.ones((1, h * w), bool))
+        inputs = BlockInputs(Visible.keys(jnp.ones((1, h * w), bool)))
         for block in self.blocks:
-            x = block(x, visible)
+            x, _ = block(x, inputs)
         x = x if self.post_mlp is None else self.post_mlp(x)
         return einops.rearrange(x, "b (h w) f -> b h w f", h=h)
 

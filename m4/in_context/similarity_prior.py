@@ -22,14 +22,18 @@ B batch, C context slots, M target slots, S addresses, D width, R numbers of a v
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from m4.tokens.batch import NUM_SHOTS, Tokens
+from m4.errors import closest
+from m4.model.block_inputs import AttentionBias
+from m4.model.extensions import Extension
+from m4.tokens.batch import NUM_SHOTS, Targets, Tokens
 from m4.tokens.batch import Array as TokenArray
 from m4.tokens.modality import Modalities, Sequence
 from m4.tokens.spans import is_sentinel
@@ -78,10 +82,45 @@ class Words(nnx.Module):
         return jnp.einsum("bijv,bv->bij", kernels, jax.nn.softmax(self.choice[...] * alignment))
 
 
-class SimilarityPrior(nnx.Module):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimilarityPrior(Extension):
+    """In-context examples are compared with the query, for the decoder to copy from those that are like it."""
+
+    size: int = 32
+    """Values in the vectors by which examples are compared, at least 1."""
+    words: str = ""
+    """Text modality by whose words examples are compared too, such as "caption", where the objective WordPrediction
+    teaches them; "" is none."""
+
+    parameters = ("matching.*",)
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"{self}: size must be at least 1")
+
+    def sizes(self) -> dict[str, int]:
+        return {"similarity_prior.size": self.size}
+
+    def check(self, config: Any, modalities: Modalities | None) -> None:
+        if self.words and modalities is not None:
+            texts = [m.name for m in modalities if isinstance(m, Sequence)]
+            if self.words not in texts:
+                raise ValueError(f"{self}: unknown text modality {self.words!r}; {closest(self.words, texts)}")
+
+    def add(self, model: Any, rngs: nnx.Rngs) -> None:
+        c, num_words = model.config, model.modalities.named(self.words).vocab_size if self.words else 0
+        model.matching = ExampleSimilarity(c.width, self.size, c.num_heads, num_words, rngs=rngs)
+
+    def observe(self, model: Any, x: Float[Array, "B N D"], inputs: Tokens) -> ExampleMatches:
+        return model.matching(x, inputs, model.modalities)
+
+    def bias(self, observed: ExampleMatches, targets: Targets) -> AttentionBias:
+        return AttentionBias(at_address(observed.examples, targets.shot), observed.keys, observed.weight)
+
+
+class ExampleSimilarity(nnx.Module):
     """Examples -> ExampleMatches, from what the encoder's first blocks made of each. num_words: of the text modality
-    by whose
-    words examples are compared (0: of none)."""
+    by whose words examples are compared (0: of none)."""
 
     def __init__(self, width: int, size: int, num_heads: int, num_words: int = 0, *, rngs: nnx.Rngs):
         self.score = nnx.Param(jnp.zeros((width, 1)))
