@@ -79,7 +79,7 @@ class FewShot:
             )
         for task in self.tasks:
             if task.max_shots < max(self.shots):
-                raise ValueError(f"{task.name} has max_shots={task.max_shots}, and shots={self.shots} are asked")
+                raise ValueError(f"{task.name} has max_shots={task.max_shots}, and shots={self.shots} are requested")
             if (max(self.shots) + 1) * max(task.images, 1) > NUM_SHOTS:
                 most = NUM_SHOTS // task.images - 1
                 raise ValueError(f"shots={self.shots}: {task.name} has {task.images} images an example: at most {most}")
@@ -159,7 +159,7 @@ def nearest_mean(
 
 
 def summary(correct: Seq[float] | np.ndarray) -> dict[str, Any]:
-    """Mean, its standard error over queries, and how many there were."""
+    """Mean, its standard error over queries, and their number."""
     correct = np.asarray(correct, float)
     sem = correct.std(ddof=1) / len(correct) ** 0.5 if len(correct) > 1 else 0.0
     return {"mean": float(correct.mean()), "sem": float(sem), "num_queries": len(correct)}

@@ -1,4 +1,4 @@
-"""What a frozen encoder knows from any subset of signals, and what happens when others are missing at test time.
+"""What a frozen encoder knows from any subset of signals, and its accuracy when others are missing at test time.
 
     matrix        linear probes of a label on pooled embeddings (m4.features): rows are subsets of the training samples'
                   signals ("drawn": a random one for each sample), columns subsets of the test samples' signals

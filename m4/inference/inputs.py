@@ -203,10 +203,10 @@ def sample_names(stems: Seq[str]) -> list[str]:
     tells equal names apart.
     """
     names = [_safe(stem) if stem else f"{i:04d}" for i, stem in enumerate(stems)]
-    kept = {stem: i for i, stem in reversed([*enumerate(stems)]) if stem == names[i]}
-    taken = {*kept}
+    unchanged = {stem: i for i, stem in reversed([*enumerate(stems)]) if stem == names[i]}
+    taken = {*unchanged}
     for i, name in enumerate(names):
-        if name in kept and kept[name] == i:
+        if name in unchanged and unchanged[name] == i:
             continue
         number = 2
         while names[i] in taken:

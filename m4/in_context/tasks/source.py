@@ -23,7 +23,7 @@ class EpisodeSource:
 
         {"rgb": image 1, "caption": (1, " ? ", 2, 0, "7")}, {"rgb": image 2}, ...
 
-    Text is (*question, 0, answer), where 0 separates, or question or answer alone if there is no other.
+    Text is (*question, 0, answer), where 0 separates the two; or one of them, if the example has no other.
     """
 
     task: Any
