@@ -43,7 +43,10 @@ def classes() -> dict[str, str]:
 
 # Names of 0.1 for classes and fields that have others now.
 RENAMED = {"Direction": "ConditionalTask"}
-RENAMED_FIELDS = {"ModelConfig": {"separate_depth": "num_independent_blocks"}}
+RENAMED_FIELDS = {
+    "ModelConfig": {"separate_depth": "num_independent_blocks"},
+    "ConditionalTask": {"measure": "metric", "through": "intermediate"},
+}
 
 
 def component_class(name: Any) -> type:
