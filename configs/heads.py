@@ -57,7 +57,7 @@ config = dataclasses.replace(
             inputs=("rgb",),
             target="category",
             scheme=best,
-            measure=ClassAccuracy(),
+            metric=ClassAccuracy(),
             dataset="stamps",
         ),
         ConditionalTask(
@@ -65,7 +65,7 @@ config = dataclasses.replace(
             inputs=("rgb",),
             target="semseg",
             scheme=best,
-            measure=ClassMapAccuracy(),
+            metric=ClassMapAccuracy(),
             dataset="stamps",
         ),
         *(dataclasses.replace(d, dataset="rehearsal") for d in quickstart.evaluations),

@@ -72,31 +72,31 @@ config = Config(
             inputs=("rgb",),
             target="depth",
             scheme=MaskGIT(steps=1, temperature=0),
-            measure=DepthAccuracy(),
+            metric=DepthAccuracy(),
         ),
         ConditionalTask(
             name="rgb_to_caption",
             inputs=("rgb",),
             target="caption",
             scheme=Autoregressive(),
-            measure=CaptionAttributes(),
+            metric=CaptionAttributes(),
         ),
         ConditionalTask(
-            name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), measure=BoxAccuracy()
+            name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), metric=BoxAccuracy()
         ),
         ConditionalTask(
             name="caption_to_rgb",
             inputs=("caption",),
             target="rgb",
             scheme=MaskGIT(steps=8, temperature=1.0, choice_temperature=1000.0),
-            measure=ObjectColours(),
+            metric=ObjectColours(),
         ),
         ConditionalTask(
             name="depth_to_rgb",
             inputs=("depth",),
             target="rgb",
             scheme=MaskGIT(steps=6, temperature=0.5),
-            measure=ForegroundOverlap(),
+            metric=ForegroundOverlap(),
         ),
     ),
 )

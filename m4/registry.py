@@ -43,7 +43,10 @@ def classes() -> dict[str, str]:
 
 # Names of 0.1 for classes and fields that have others now.
 RENAMED = {"Direction": "ConditionalTask"}
-RENAMED_FIELDS = {"ModelConfig": {"separate_depth": "num_independent_blocks"}}
+RENAMED_FIELDS = {
+    "ModelConfig": {"separate_depth": "num_independent_blocks"},
+    "ConditionalTask": {"measure": "metric", "through": "intermediate"},
+}
 # What makes the fields of today from those of 0.1; imported when a file needs it, after renaming.
 UPGRADES = {
     "Config": "m4.interchange.version_0_1:config_fields", "ModelConfig": "m4.interchange.version_0_1:model_fields"

@@ -252,7 +252,9 @@ def schedules(folder: Path, meta: dict) -> dict[str, np.ndarray]:
             out[key] = schedule.ddim_step(*map(jnp.asarray, (output, int(t[1:]), sample)), stride=num_steps // 10)
         else:
             schedule = Schedule(kind="linear", num_steps=num_steps, prediction=rest[0])
-            out[key] = schedule.ddpm_step(output, int(rest[1][1:]), sample, noise, stride=num_steps // 20)
+            out[key] = schedule.ddpm_step(
+                *map(jnp.asarray, (output, int(rest[1][1:]), sample, noise)), stride=num_steps // 20
+            )
     return {key: np.asarray(x) for key, x in out.items()}
 
 

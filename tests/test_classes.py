@@ -59,9 +59,9 @@ def test_the_best_constant_is_a_baseline_of_maps():
 def test_each_direction_has_its_data_set(tmp_path):
     few = {"num_train": 4, "num_validation": 3, "num_test": 5, "num_heldout": 2}
     scheme = MaskGIT(steps=1)
-    depth = ConditionalTask(name="depth", inputs=("rgb",), target="depth", scheme=scheme, measure=DepthAccuracy())
+    depth = ConditionalTask(name="depth", inputs=("rgb",), target="depth", scheme=scheme, metric=DepthAccuracy())
     thermal = MapAccuracy(signal="thermal", tolerance=2)
-    heat = ConditionalTask(name="heat", inputs=("rgb",), target="thermal", scheme=scheme, measure=thermal)
+    heat = ConditionalTask(name="heat", inputs=("rgb",), target="thermal", scheme=scheme, metric=thermal)
     tiny = load_config("tests/tiny_config.py")
     recipe = MapRecipe(signal="thermal", name="thermal_tokens", lowest=0, highest=80)
     config = dataclasses.replace(

@@ -77,8 +77,18 @@ def test_old_names_of_classes_and_fields(tmp_path):
         "LoRA", "Bottleneck", "Registers", "SimilarityPrior", "ExampleEncoder",
     }  # fmt: skip
     assert component_class("m4.evals.suite:Direction").__name__ == "ConditionalTask"
+    task = {"component": "m4.evals.suite:Direction", "name": "one", "inputs": [], "target": "depth", "scheme": 1}
+    assert from_json({**task, "measure": 2, "through": []}).metric == 2
     (tmp_path / "a.py").write_text("from m4.evals.suite import Direction\n")
     (tmp_path / "b.py").write_text("from m4.model.config import ModelConfig\nconfig = ModelConfig(separate_depth=2)\n")
+    known = "name='a', inputs=(), target='b', scheme=1, metric=1"
+    text = (
+        f"from m4.evaluation.conditional_generation import ConditionalTask\nconfig = ConditionalTask({known}, {{}}=1)\n"
+    )
+    for old_name, new_name in (("measure", "metric"), ("through", "intermediate")):
+        (tmp_path / "c.py").write_text(text.format(old_name))
+        with pytest.raises(ValueError, match=f"since m4 0.2 it is {new_name}"):
+            load_config(str(tmp_path / "c.py"))
     with pytest.raises(ValueError, match="import ConditionalTask"):
         load_config(str(tmp_path / "a.py"))
     with pytest.raises(ValueError, match="since m4 0.2 it is extensions=.IndependentItems"):

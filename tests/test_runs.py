@@ -213,7 +213,7 @@ def own(tmp_path_factory, tiny):
 
 def direction(measure, target: str = "depth", **options) -> ConditionalTask:
     return ConditionalTask(
-        name="one", inputs=("rgb",), target=target, scheme=MaskGIT(steps=2), measure=measure, **options
+        name="one", inputs=("rgb",), target=target, scheme=MaskGIT(steps=2), metric=measure, **options
     )
 
 
@@ -225,7 +225,7 @@ def test_measures_are_tried_before_training(own, tmp_path):
     with pytest.raises(ValueError, match="no data set has raw examples with the signals of these evaluations: one"):
         check_evaluations(rgb_alone)
     for measure, name in ((ForegroundOverlap(), "instance"), (BoxAccuracy(), "boxes")):
-        one = ConditionalTask(name="one", inputs=("rgb",), target="rgb_tokens", scheme=MaskGIT(), measure=measure)
+        one = ConditionalTask(name="one", inputs=("rgb",), target="rgb_tokens", scheme=MaskGIT(), metric=measure)
         one = dataclasses.replace(one, inputs=(), target="rgb")
         wrong = dataclasses.replace(rgb_alone, evaluations=(one,))
         words = f"evaluation one: {type(measure).__name__} cannot score rgb on the test split of data set folders"

@@ -38,7 +38,7 @@ UNSEEN = (200, 200, 200)
 
 
 def inspect(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
-    """Prints measures of the first `num_examples` examples of the stream; writes OUT/data.json and OUT/samples.png."""
+    """Prints statistics of the stream's first `num_examples` examples; writes OUT/data.json and OUT/samples.png."""
     prepared = prepare(config.datasets, config.tokenizers, config.data_dir, seed=config.seed)
     shards = prepared.shards("train")
     stream = examples(by_example(shards, config.datasets), [d.weight for d in config.datasets], seed=config.seed)
@@ -60,14 +60,14 @@ def inspect(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
                 "bytes": sum(shard["bytes"] for shard in shards[k].shards.values()),
                 "skipped": shards[k].manifest["skipped"]["num_examples"],
                 "modalities": {
-                    name: facts | counts.of(k, name)
-                    for name, facts in shards[k].manifest["modalities"].items()
-                    if facts["num_examples"] and name in config.modalities.names
+                    name: stored | counts.modality(k, name)
+                    for name, stored in shards[k].manifest["modalities"].items()
+                    if stored["num_examples"] and name in config.modalities.names
                 },
             }
             for k, d in enumerate(config.datasets)
         },
-        "modalities": {name: counts.of(slice(None), name) for name in config.modalities.names},
+        "modalities": {name: counts.modality(slice(None), name) for name in config.modalities.names},
         "slots": counts.slots(),
         "samples_per_s": round(_speed(config, shards), 1),
     }
@@ -101,8 +101,8 @@ class _Counts:
             np.add.at(total, (dataset[row], part.modality[row, slot]), 1)
         self.without_targets += int((~masked.targets.valid.any(1)).sum())
 
-    def of(self, dataset: int | slice, name: str) -> dict[str, Any]:
-        """Of one modality in the stream's examples of one data set, or of all."""
+    def modality(self, dataset: int | slice, name: str) -> dict[str, Any]:
+        """Figures of one modality in the stream's examples of one data set, or of all."""
         j = self.names.index(name)
         present, num_examples = self.present[dataset, j].sum(), self.of_dataset[dataset].sum()
         return {
@@ -114,8 +114,8 @@ class _Counts:
         }
 
     def slots(self) -> dict[str, float]:
-        """Shares of the batch's slots that hold a token (the others are padding, which is computed in vain), and of
-        the examples that leave nothing to predict."""
+        """Shares of the batch's slots that hold a token (the others are padding, a waste of compute), and of the
+        examples without anything to predict."""
         masking, num_examples = self.config.masking, self.of_dataset.sum()
         return {
             "inputs_filled": self.inputs.sum() / num_examples / masking.num_inputs,
@@ -125,7 +125,7 @@ class _Counts:
 
 
 def _speed(config: Config, shards: Seq[Any]) -> float:
-    """Examples a second, read, mixed, masked and batched: median of batches after the first, which start workers."""
+    """Examples a second, read, mixed, masked and batched: without the first batches, which start workers."""
     stream = Stream(
         shards, config.datasets, config.masking, config.modalities, batch_size=config.batch_size, seed=config.seed,
         num_workers=config.num_workers,
@@ -149,12 +149,12 @@ def _print(result: dict[str, Any], config: Config) -> None:
         print(f"{name:<16}{figures}{d['skipped']:>9,}")
     print(f"\n{'modality':<32}{'present':>8}{'tokens':>8}{'longest':>9}{'inputs':>8}{'targets':>9}{'codes used':>22}")
     several = len(result["datasets"]) > 1
-    for name, of_all in result["modalities"].items():
+    for name, total in result["modalities"].items():
         parts = {label: d["modalities"][name] for label, d in result["datasets"].items() if name in d["modalities"]}
-        for label, m in {"": of_all, **(parts if several else {})}.items():
-            facts = parts[label] if label else next(iter(parts.values()), {}) if not several else {}
-            vocab = facts["vocab_size"] if facts else 0
-            used = f"{facts['codes_used']:,} of {vocab:,}" if vocab else ""
+        for label, m in {"": total, **(parts if several else {})}.items():
+            stored = parts[label] if label else next(iter(parts.values()), {}) if not several else {}
+            vocab = stored["vocab_size"] if stored else 0
+            used = f"{stored['codes_used']:,} of {vocab:,}" if vocab else ""
             figures = f"{m['examples_with_it']:>8.3f}{m['mean_tokens']:>8.1f}{m['longest']:>9}"
             title = f"  of {label}" if label else name
             print(f"{title:<32}{figures}{m['input_share']:>8.3f}{m['target_share']:>9.3f}{used:>22}")
@@ -175,7 +175,7 @@ def _records(example: Any) -> list[dict[str, np.ndarray]]:
 
 
 def sheet(batch, masked: MaskedBatch, config: Config, tokenizers: dict[str, Tokenizer]) -> np.ndarray:
-    """uint8 picture: rows = examples of all data sets; columns = modalities: the whole above, then input and target."""
+    """uint8 picture: rows = examples of all data sets; columns = modalities: the example above its input and target."""
     modalities = config.modalities
     of_dataset = [[i for i, (_, (k, _)) in enumerate(batch) if k == d] for d in range(len(config.datasets))]
     shown = [i for i in itertools.chain(*itertools.zip_longest(*of_dataset)) if i is not None][:NUM_SAMPLES]
@@ -186,7 +186,7 @@ def sheet(batch, masked: MaskedBatch, config: Config, tokenizers: dict[str, Toke
     pen.text((3, 3), "below each example: what goes in (blue), what must come out (orange)", fill="black")
     for (row, i), (j, m) in itertools.product(enumerate(shown), enumerate(modalities)):
         dataset, example = batch[i][1]
-        example = _records(example)[-1]  # of an episode: its query
+        example = _records(example)[-1]  # an episode's query
         x, y = left + gap + j * width, header + row * height
         pen.text((x, 18), m.name[:20], fill="black")
         pen.text((3, y), config.datasets[dataset].label[:10], fill="black")
@@ -217,7 +217,7 @@ def _draw(m: Modality, stored: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _picked(m: Modality, positions: np.ndarray, is_input: bool) -> np.ndarray:
-    """uint8 [h w 3]: picked places are blue (inputs) or orange (targets); a sequence fills rows from the left."""
+    """uint8 [h w 3]: blue (inputs) or orange (targets) at these positions; a sequence fills rows from the left."""
     shape = m.shape if isinstance(m, Grid | Features) and len(m.shape) == 2 else None
     if shape is None:
         side = int(np.ceil(np.sqrt(max(m.max_tokens, positions.max(initial=0) + 1))))

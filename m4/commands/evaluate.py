@@ -20,8 +20,8 @@ from m4.evaluation import conditional_generation, few_shot, modality_subsets, pr
 def main(argv: list[str]) -> None:
     parser = parser_of("evaluate", __doc__)
     parser.add_argument("run", help="folder of a run, e.g. runs/quickstart, or a model in the package: scenes")
-    suites = ["directions", "fewshot", "probes", "retrieval", "subsets"]
-    parser.add_argument("--suite", choices=suites, default="directions", help="default: directions")
+    evaluations = ["directions", "fewshot", "probes", "retrieval", "subsets"]
+    parser.add_argument("--suite", choices=evaluations, default="directions", help="default: directions")
     parser.add_argument("--out", default="", metavar="DIR", help="folder of the results (default: RUN)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of generation (default: 0)")
     args = parser.parse_args(argv)

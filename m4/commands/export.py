@@ -10,7 +10,6 @@ from m4.tensor_file import DTYPES
 
 
 def main(argv: list[str]) -> None:
-
     parser = parser_of("export", __doc__)
     parser.add_argument("run", help="folder of a run, e.g. runs/quickstart, or of one of its checkpoints")
     parser.add_argument("out", metavar="OUT", help="folder to write; other commands take it as RUN")

@@ -95,18 +95,18 @@ def run(args: argparse.Namespace) -> None:
     try:
         done, tiles = _generate(job, out, failed)
     except BaseException:
-        with contextlib.suppress(ValueError):  # what ended the run is what is told
+        with contextlib.suppress(ValueError):  # the error that ended the run is the one to report
             _write_reports(out, failed, [])
         raise
     _write_reports(out, failed, tiles if len(job.samples) > 1 else [])
-    _say_what_was_done(out, job, done, failed, time.monotonic() - started)
+    _print_summary(out, job, done, failed, time.monotonic() - started)
     if not done:
         raise ValueError(f"no input could be read; the first: {next(iter(failed.values()))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is asked for, checked. `samples`: one for each result; `masked`: inputs of which some sample has a gap."""
+    """A checked request. `samples`: one for each result; `masked`: inputs that are text with [MASK] in some sample."""
 
     args: argparse.Namespace
     sampler: Sampler
@@ -114,7 +114,7 @@ class Job:
     samples: list[Sample]
     names: list[str]
     masked: set[str]
-    keep: dict[str, str]
+    fixed: dict[str, str]
     shots: list[Shot]
 
     @classmethod
@@ -125,12 +125,12 @@ class Job:
         kinds = {name: kind_of(sampler.input_tokenizer(name)) for name in names}
         samples = beside(samples, table, kinds) if table else samples
         shots = read_shots(Path(args.shots)) if args.shots else []
-        keep = _keep(args)
+        fixed = _fixed(args)
         masked = {n for s in samples for n, v in s.values.items() if isinstance(v, str) and MASK in v}
-        # With examples of a task, an input text that is asked for is a question.
-        asked = {n for n in names if shots and sampler.modalities.as_input(n).signal == stages[0].target}
-        check_plan(stages, [n for n in names if n not in asked], sampler.modalities, [*keep, *masked])
-        if shots and (len(stages) > 1 or keep or masked or args.stream):
+        # With examples of a task, an input text that is also the target is a question.
+        question_inputs = {n for n in names if shots and sampler.modalities.as_input(n).signal == stages[0].target}
+        check_plan(stages, [n for n in names if n not in question_inputs], sampler.modalities, [*fixed, *masked])
+        if shots and (len(stages) > 1 or fixed or masked or args.stream):
             raise ValueError("--shots takes one target, and neither --keep, --stream nor [MASK]")
         if args.stream and len(samples) * args.num_samples > 1:
             raise ValueError(f"--stream prints one sample, and there are {len(samples) * args.num_samples}")
@@ -138,41 +138,42 @@ class Job:
             repeats = range(args.num_samples)
             samples = [dataclasses.replace(s, name=f"{s.name}_{k}") for s in samples for k in repeats]
         return cls(
-            args=args, sampler=sampler, stages=stages, samples=samples, names=names, masked=masked, keep=keep,
+            args=args, sampler=sampler, stages=stages, samples=samples, names=names, masked=masked, fixed=fixed,
             shots=shots,
         )  # fmt: skip
 
     def read(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A sample's signals, and what stays of them; ValueError for whatever is wrong, for other samples to go on."""
+        """A sample's signals, and masks of their fixed parts. All its errors are ValueErrors, so that others go on."""
         if sample.error:
             raise ValueError(sample.error)
         try:
             signals = _read(self.sampler, sample.values, self.args.pad, self.masked)
-            masks = {n: _mask(self.sampler, n, v, sample.values, self.args.pad) for n, v in self.keep.items()}
+            masks = {n: _mask(self.sampler, n, v, sample.values, self.args.pad) for n, v in self.fixed.items()}
         except Exception as error:
             raise ValueError(reason(error)) from error
         return signals, masks
 
     def run(self, signals: Seq[Mapping[str, Any]], masks: Seq[Mapping[str, Any]], first: int) -> Results:
-        """One batch; `first`: how many were done before, so that a bad sample changes no other's random numbers."""
+        """One batch; `first`: index of its first sample in random streams, where bad samples do not count."""
         common: dict[str, Any] = {"seed": self.args.seed, "indices": range(first, first + len(signals))}
         if self.shots:
             queries = [Shot(inputs=inputs) for inputs in signals]
             return answer(
                 self.sampler, queries, self.stages[0], shots=self.shots, num_tokens=self.args.shot_tokens, **common
             )
-        # A line of a table may lack what others have.
+        # A line of a table may lack inputs that others have.
         inputs = {name: [s[name] if name in s else None for s in signals] for name in self.names}
         on_step = _printer(self.sampler) if self.args.stream else None
-        keep = {name: [m[name] for m in masks] for name in self.keep}
+        keep = {name: [m[name] for m in masks] for name in self.fixed}
         return self.sampler(inputs, self.stages, keep=keep, on_step=on_step, **common)
 
 
 def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], Results]]:
-    """Results of all samples that can be read and encoded, in full batches: the others go to `failed`."""
+    """Results of all samples that can be read and encoded, in full batches; errors of the others go to `failed`."""
     waiting = collections.deque(job.samples)
     num_done, batch = 0, []
     while waiting or batch:
+        # 1. Fill the batch with samples that can be read.
         while waiting and len(batch) < job.args.batch_size:
             sample = waiting.popleft()
             try:
@@ -183,13 +184,14 @@ def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], R
                 failed[sample.name] = str(error)
         if not batch:
             return
+        # 2. Samples that cannot be encoded leave it, and it is filled again.
         try:
             results = job.run([signals for _, signals, _ in batch], [masks for *_, masks in batch], num_done)
         except BadSamples as error:
             if len(job.samples) == job.args.num_samples:
                 raise
             for k, (name, message) in error.errors.items():
-                failed[batch[k][0].name] = _of_input(batch[k][0].values, name, message)
+                failed[batch[k][0].name] = _with_input(batch[k][0].values, name, message)
             batch = [item for k, item in enumerate(batch) if k not in error.errors]
             continue
         yield [sample for sample, *_ in batch], results
@@ -197,8 +199,8 @@ def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], R
 
 
 def _generate(job: Job, out: Path, failed: dict[str, str]) -> tuple[list[str], list]:
-    """Writes each sample's folder as it is done; names of those done, and rows of a sheet. Reasons of the others go to
-    `failed`."""
+    """Writes each sample's folder when it is done. Names of these samples, and rows of a contact sheet; errors of the
+    others go to `failed`."""
     from tqdm import tqdm
 
     done, tiles, total = [], [], len(job.samples)
@@ -218,8 +220,8 @@ def _generate(job: Job, out: Path, failed: dict[str, str]) -> tuple[list[str], l
     return done, tiles
 
 
-def _of_input(row: Mapping[str, str | Path], name: str, message: str) -> str:
-    """What is wrong, with the input and its file (or the first of its text)."""
+def _with_input(row: Mapping[str, str | Path], name: str, message: str) -> str:
+    """An error message with the input and its file (or the beginning of its text)."""
     value = shown(row[name]) if name in row else ""
     return message if not value or value in message else f"{name}={value[:200]}: {message}"
 
@@ -228,28 +230,29 @@ def _of_input(row: Mapping[str, str | Path], name: str, message: str) -> str:
 
 
 def _prepare_folder(out: Path, job: Job) -> None:
-    """OUT, without what a killed run left half; ValueError if it cannot be written, or if what is not m4's would go."""
+    """Creates OUT, and removes temporary files of killed runs. ValueError if it cannot be written, or if files that are
+    not m4's would be lost."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
     except OSError as error:
         raise ValueError(f"cannot write into --out {shown(out)}: {error.strerror}") from error
     modalities = job.sampler.modalities
-    ours = tuple(f"{name}{end}" for name in {*modalities.names, *modalities.signals, *SIGNALS} for end in "._")
+    own_prefixes = tuple(f"{name}{end}" for name in {*modalities.names, *modalities.signals, *SIGNALS} for end in "._")
     for name in {sample.name for sample in job.samples}:
         if (out / name).is_symlink() or not (out / name).exists():
             continue
-        inside = sorted(os.listdir(out / name)) if (out / name).is_dir() else [""]
-        foreign = [f for f in inside if not f.startswith(ours) or not (out / name / f).is_file()]
+        files = sorted(os.listdir(out / name)) if (out / name).is_dir() else [""]
+        foreign = [f for f in files if not f.startswith(own_prefixes) or not (out / name / f).is_file()]
         if foreign:
-            what = shown(out / name / foreign[0])
+            first = shown(out / name / foreign[0])
             raise ValueError(
-                f"{what} would be lost, for a sample's folder is replaced; move it, or choose another --out"
+                f"{first} would be lost, for a sample's folder is replaced; move it, or choose another --out"
             )
 
 
 def _write_reports(out: Path, failed: Mapping[str, str], tiles: Seq[tuple[str, Any]]) -> None:
-    """failed.tsv and sheet.png of this run, or none, whatever an earlier run left."""
+    """Writes failed.tsv and sheet.png of this run, or removes those of an earlier run."""
     try:
         rows = "".join(f"{shown(name)}\t{shown(message)}\n" for name, message in failed.items())
         if failed:
@@ -264,17 +267,17 @@ def _write_reports(out: Path, failed: Mapping[str, str], tiles: Seq[tuple[str, A
         raise ValueError(f"{shown(error.filename or out)} cannot be written: {error.strerror}") from error
 
 
-def _say_what_was_done(out: Path, job: Job, done: Seq[str], failed: Mapping[str, str], seconds: float) -> None:
-    say = functools.partial(print, file=sys.stderr)
-    say(
+def _print_summary(out: Path, job: Job, done: Seq[str], failed: Mapping[str, str], seconds: float) -> None:
+    report = functools.partial(print, file=sys.stderr)
+    report(
         f"{len(done)} sample(s) in {shown(out)}, {seconds:.1f} s, {len(done) / seconds:.2f} samples/s, "
         "compilation included"
     )
     if failed:
-        say(f"{len(failed)} sample(s) could not be read, see {shown(out)}/failed.tsv: {', '.join([*failed][:5])}")
+        report(f"{len(failed)} sample(s) could not be read, see {shown(out)}/failed.tsv: {', '.join([*failed][:5])}")
     others = sorted({p.name for p in out.iterdir() if p.is_dir()} - {*done})
     if others:
-        say(f"{len(others)} folder(s) in {shown(out)} are not of this run: {', '.join(map(shown, others[:5]))}")
+        report(f"{len(others)} folder(s) in {shown(out)} are not of this run: {', '.join(map(shown, others[:5]))}")
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
@@ -327,12 +330,12 @@ def _guidance(values: Seq[str]) -> Guidance:
         raise ValueError(f"--guidance takes one finite number, or NAME=WEIGHT ... of each name; got {given}") from error
 
 
-def _keep(args: argparse.Namespace) -> dict[str, str]:
-    """What stays, by input. ValueError for shares and masks that no sample could have."""
+def _fixed(args: argparse.Namespace) -> dict[str, str]:
+    """Share or mask file of the fixed part, by input. ValueError for those that no sample could have."""
     pairs = [pair("--keep", item) for item in args.keep]
-    if len(keep := dict(pairs)) < len(pairs):
+    if len(fixed := dict(pairs)) < len(pairs):
         raise ValueError(f"--keep names an input twice: {' '.join(args.keep)}")
-    for name, value in keep.items():
+    for name, value in fixed.items():
         if not value:
             raise ValueError(f"--keep {name}= needs a picture or a share within [0, 1]")
         try:
@@ -342,22 +345,22 @@ def _keep(args: argparse.Namespace) -> dict[str, str]:
             continue
         if not 0 <= share <= 1:
             raise ValueError(f"--keep {name}={value}: a share must be within [0, 1]")
-    return keep
+    return fixed
 
 
 def _mask(sampler: Sampler, name: str, value: str, row: Mapping[str, str | Path], pad: bool) -> Any:
-    """What stays of an input: a share, or True in a mask, the bright part of a picture that lies on the input's."""
+    """The fixed part of an input: a share, or a mask, True in the bright part of an image that is aligned with it."""
     with contextlib.suppress(ValueError):
         return float(value)
     tokenizer = sampler.tokenizer(name)
     if kind_of(tokenizer) in ALIGNED:
         return read_mask(value, tokenizer, row[name], pad=pad) if name in row else None
-    mask = load_mask(value)  # of what is no picture, such as other grids of tokens
+    mask = load_mask(value)  # for signals that are no images, such as other grids of tokens
     return fit_mask(mask, tokenizer, pad=pad) if hasattr(getattr(tokenizer, "recipe", None), "image_size") else mask
 
 
 def _read(sampler: Sampler, row: Mapping[str, str | Path], pad: bool, masked: Container[str]) -> dict[str, Any]:
-    """The signals of a sample; ValueError for whatever is wrong with one, for other samples to go on."""
+    """The signals of a sample. All errors of a text are ValueErrors with its input."""
     signals = sampler.read_sample(row, pad=pad)
     for name, signal in signals.items():
         tokenizer = sampler.input_tokenizer(name)
@@ -367,28 +370,27 @@ def _read(sampler: Sampler, row: Mapping[str, str | Path], pad: bool, masked: Co
             try:
                 tokenizer.encode(signal.split(MASK) if name in masked else [signal])
             except Exception as error:  # too long, out of range
-                raise ValueError(_of_input(row, name, reason(error))) from error
+                raise ValueError(_with_input(row, name, reason(error))) from error
     return signals
 
 
 def _printer(sampler: Sampler) -> Any:
-    """Prints a text's new letters whenever a token has come."""
-    shown = collections.defaultdict(str)
+    """A callback that prints a text's new letters after each token."""
+    printed = collections.defaultdict(str)
 
     def show(target: str, ids: np.ndarray, known: np.ndarray) -> None:
         m = sampler.modalities.as_target(target)
         if isinstance(m, Sequence):
             text = sampler.tokenizer(target).decode([trim(ids[0][known[0]], m)])[0]
             if isinstance(text, str):
-                whole = text.rstrip("\ufffd")  # a letter of several tokens comes with its last
-                print(whole[len(shown[target]) :], end="", flush=True)
-                shown[target] = whole
+                complete = text.rstrip("\ufffd")  # a letter of several tokens is decoded with its last
+                print(complete[len(printed[target]) :], end="", flush=True)
+                printed[target] = complete
 
     return show
 
 
 def main(argv: list[str]) -> None:
     parser = parser_of("generate", __doc__)
-
     add_arguments(parser)
     run(parser.parse_args(argv))

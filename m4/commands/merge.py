@@ -30,7 +30,7 @@ from m4.inference.sampler import Sampler
 def sweep(
     run_a: str | Path, run_b: str | Path, alphas: Seq[float], out: str | Path
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Normalised scores {"validation", "test": {alpha: {direction: score}}}; see `python -m m4 merge`."""
+    """Normalised scores {"validation", "test": {alpha: {task: score}}}; see `python -m m4 merge`."""
     need("matplotlib", "plots", "the figure of scores against alpha")
     started, out = time.monotonic(), Path(out)
     a, b = load_run(run_a), load_run(run_b)
@@ -39,15 +39,15 @@ def sweep(
     if not b.config.evaluations:
         raise ValueError(f"the config of {run_b} names no evaluations")
     check_tokenizers(run_a, b.tokenizers)
-    interpolate(a.model, b.model, alphas[0])  # says what does not fit before any work
+    interpolate(a.model, b.model, alphas[0])  # ValueError for models that do not fit, before any work
     examples = {split: examples_of(b.config, [split]) for split in ("validation", "test")}
 
     def score(alpha: float, split: str) -> dict[str, float]:
-        sampler, found = Sampler(interpolate(a.model, b.model, alpha), b.tokenizers), {}
-        for directions, splits, train in examples[split]:
-            scores, _ = score_all(sampler, directions, splits, train, 0, f"alpha {alpha:g}, {split}, ")
-            found |= {key: r["normalised"] for key, r in scores.items()}
-        return found
+        sampler, normalised = Sampler(interpolate(a.model, b.model, alpha), b.tokenizers), {}
+        for tasks, splits, train in examples[split]:
+            scores, _ = score_all(sampler, tasks, splits, train, 0, f"alpha {alpha:g}, {split}, ")
+            normalised |= {key: r["normalised"] for key, r in scores.items()}
+        return normalised
 
     results: dict[str, dict[str, dict[str, float]]] = {"validation": {}, "test": {}}
     for alpha in alphas:
@@ -62,14 +62,14 @@ def sweep(
         (folder / "merge.json").write_text(json.dumps(results, indent=1))
         (folder / "merge.md").write_text(table(results))
         curves(results["validation"], folder / "merge.png")
-    took = time.monotonic() - started
-    print(f"{table(results)}\nalpha {best:g} in {out}, with merge.json, .md, .png, in {took:.0f} s", flush=True)
+    seconds = time.monotonic() - started
+    print(f"{table(results)}\nalpha {best:g} in {out}, with merge.json, .md, .png, in {seconds:.0f} s", flush=True)
     return results
 
 
 def table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Markdown: a row for each alpha and split, a column for each direction, their mean last."""
-    rows = [(alpha, split, row) for split, of in results.items() for alpha, row in of.items()]
+    """Markdown: a row for each alpha and split, a column for each task, their mean last."""
+    rows = [(alpha, split, row) for split, by_alpha in results.items() for alpha, row in by_alpha.items()]
     names = list(rows[0][2])
     lines = [f"| alpha | split | {' | '.join(names)} | mean |", "|---" * (len(names) + 3) + "|"]
     for alpha, split, row in rows:

@@ -51,7 +51,7 @@ class CannotTry(ValueError):
 
 
 def devices_of(topology: str) -> list[Any]:
-    """ "cpu:8", "v5e:16x16", or "v5e:16x16*2" for two slices. CannotTry says what is missing."""
+    """Devices of "cpu:8", "v5e:16x16", or "v5e:16x16*2" for two slices. CannotTry names what is missing."""
     name, _, shape = topology.partition(":")
     if name == "cpu":
         if not shape.isdigit() or int(shape) < 1:
@@ -74,23 +74,23 @@ def devices_of(topology: str) -> list[Any]:
 
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    place, _, slices = topology.partition("*")
+    slice_name, _, slices = topology.partition("*")
     try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=place, **({"num_slices": int(slices)} if slices else {})
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=slice_name, **({"num_slices": int(slices)} if slices else {})
         )
     except Exception as error:  # libtpu has errors of its own
         raise CannotTry(f"topology {topology!r}: {str(error).splitlines()[0]}") from error
-    return list(described.devices)
+    return list(description.devices)
 
 
 def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> MaskedBatch:
-    """Shapes, dtypes and places of what masking gives."""
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
+    """Shapes, dtypes and shardings of a masked batch."""
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
     masking = config.masking
 
     def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
 
     def slots(kind, count):
         fields = [array(np.bool_ if name == "valid" else np.int32, count) for name in kind._fields]
@@ -113,8 +113,8 @@ def random_example(modalities: Modalities, rng: np.random.Generator) -> dict[str
         elif isinstance(m, Grid):
             example[m.name] = rng.integers(0, m.vocab_size, m.max_tokens)
         else:
-            words = rng.integers(m.first_sentinel + m.num_sentinels, m.vocab_size, rng.integers(1, m.max_length))
-            example[m.name] = np.append(words, m.end_id)
+            ids = rng.integers(m.first_sentinel + m.num_sentinels, m.vocab_size, rng.integers(1, m.max_length))
+            example[m.name] = np.append(ids, m.end_id)
     return example
 
 
@@ -135,7 +135,7 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
     """The table as one dict; "fits" says whether the step compiles and fits. CannotTry or ValueError otherwise.
 
     Memory per device and the list of collectives are those of the compiled step. Time is a roofline: what arithmetic,
-    memory (all that is held, written and read once) and network would each take at their data sheets' speeds.
+    memory (all used bytes, written and read once) and network would each take at their data sheets' speeds.
     """
     config.check()
     devices = devices_of(topology)
@@ -157,8 +157,8 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
         "num_parameters": trainer.num_parameters,
         AS_4M: fourm.num_parameters(config.model, config.modalities),
         "bytes_per_device": {
-            "weights": _held(state.params), "optimizer": _held(state.optimizer), "average": _held(state.average),
-            "objectives": _held(loaded),
+            "weights": _bytes_on_device(state.params), "optimizer": _bytes_on_device(state.optimizer),
+            "average": _bytes_on_device(state.average), "objectives": _bytes_on_device(loaded),
         },
         "model_flops_per_step": model_flops,
         "tokens_per_step": config.batch_size * (config.masking.num_inputs + config.masking.num_targets),
@@ -172,29 +172,29 @@ def plan(config: Config, topology: str) -> dict[str, Any]:
         return {**result, "fits": False, "why": why, "advice": _advice(config, mesh)}
     result["compile_s"] = round(time.perf_counter() - start, 1)
     memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = held + memory.temp_size_in_bytes
-    more = {"activations": memory.temp_size_in_bytes, "peak": peak, "limit": limit}
-    result["bytes_per_device"] = {**result["bytes_per_device"], **more}
+    arguments_and_outputs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = arguments_and_outputs + memory.temp_size_in_bytes
+    compiled_bytes = {"activations": memory.temp_size_in_bytes, "peak": peak, "limit": limit}
+    result["bytes_per_device"] = {**result["bytes_per_device"], **compiled_bytes}
     result["fits"] = limit is None or peak <= limit
     if limit is not None and not result["fits"]:
         result["why"] = f"{peak / 2**30:.1f} GiB are needed, {limit / 2**30:.1f} GiB are there"
         result["advice"] = _advice(config, mesh)
-    moved = collections.Counter()
+    sent = collections.Counter()
     for name, num_bytes, times in collectives(compiled.as_text()):
-        moved[name] += num_bytes * times
-    result["collective_bytes_per_device"] = dict(moved)
+        sent[name] += num_bytes * times
+    result["collective_bytes_per_device"] = dict(sent)
     if data is not None:
-        result["roofline"] = _roofline(config, data, model_flops / mesh.size, peak, sum(moved.values()))
+        result["roofline"] = _roofline(config, data, model_flops / mesh.size, peak, sum(sent.values()))
         result["roofline"]["tokens_per_s"] = result["tokens_per_step"] / result["roofline"]["step_s"]
     return result
 
 
-def _roofline(config: Config, data: Any, model_flops: float, held: int, moved: float) -> dict[str, float]:
+def _roofline(config: Config, data: Any, model_flops: float, used_bytes: int, sent_bytes: float) -> dict[str, float]:
     """Seconds of a step on one device, by its data sheet."""
     arithmetic = hardware_flops(config, model_flops) / data[0]
-    traffic = 2 * held / data[2]  # all that is held is written once and read once
-    network = moved / data[3]
+    traffic = 2 * used_bytes / data[2]  # each used byte is written once and read once
+    network = sent_bytes / data[3]
     step_s = max(arithmetic, traffic, network)
     return {
         "arithmetic_s": arithmetic, "memory_s": traffic, "network_s": network, "step_s": step_s,
@@ -214,12 +214,12 @@ def _compiled(lowered: Any) -> tuple[Any, str]:
 
 
 def hardware_flops(config: Config, model_flops: float) -> float:
-    """With what is computed again in the backward pass."""
+    """FLOPs including those that the backward pass computes again."""
     return model_flops * {"none": 1.0, "blocks": 4 / 3}[config.model.remat]
 
 
-def _held(tree: Any) -> int:
-    """Bytes on one device."""
+def _bytes_on_device(tree: Any) -> int:
+    """Bytes of a tree's arrays on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -227,23 +227,24 @@ def _held(tree: Any) -> int:
 def collectives(text: str) -> Iterator[tuple[str, int, int]]:
     """(kind, bytes that a device sends, times a step) of every collective in a compiled program's text.
 
-    Of n devices in a group a ring moves (n - 1) / n of the larger array, twice for an all-reduce. What stands in a loop
-    whose number of turns the compiler knows counts as often. Compilers for TPUs write one collective that overlaps with
-    several fusions into each of them: a channel counts once.
+    In a group of n devices a ring moves (n - 1) / n of the larger array, twice for an all-reduce. A collective in a
+    loop counts once for each turn, if the compiler knows their number. TPU compilers write one collective that overlaps
+    with several fusions into each of them: a channel counts once.
     """
+    # 1. The lines of each computation.
     computations, current = collections.defaultdict(list), ""
     for line in text.splitlines():
         if (begin := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line)) and not line.startswith(" "):
             current = begin[1]
         computations[current].append(line)
-    turns = collections.defaultdict(lambda: 1)
+    # 2. Who calls a computation, and how often: the body of a loop once for each turn.
     called_by: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
     for name, lines in computations.items():
         for line in lines:
             count = 1
             if known := re.search(r'known_trip_count.{0,4}\{.{0,2}n.{0,4}"(\d+)"', line):
                 count = int(known[1])
-            elif condition := re.search(r" while\(.*condition=%?([\w.-]+)", line):  # a TPU's does not say so
+            elif condition := re.search(r" while\(.*condition=%?([\w.-]+)", line):  # on TPUs
                 # A condition whose computation is not printed has no known limit.
                 limits = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(condition[1], ())))
                 count = int(limits[0]) if len(limits) == 1 else 1
@@ -251,15 +252,16 @@ def collectives(text: str) -> Iterator[tuple[str, int, int]]:
                 called_by[callee].append((name, count if f"body=%{callee}" in line or f"body={callee}" in line else 1))
 
     def times(name: str) -> int:
-        return sum(count * times(caller) for caller, count in called_by[name]) if called_by[name] else turns[name]
+        return sum(count * times(caller) for caller, count in called_by[name]) if called_by[name] else 1
 
+    # 3. The collectives of each computation.
     seen = set()
     pattern = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
     for name, lines in computations.items():
         for line in lines:
-            if (found := pattern.search(line)) is None:
+            if (match := pattern.search(line)) is None:
                 continue
-            shapes, kind, is_start = found.groups()
+            shapes, kind, is_start = match.groups()
             channel = re.search(r"channel_id=(\d+)", line)
             if channel and (kind, channel[1]) in seen:
                 continue
@@ -269,38 +271,38 @@ def collectives(text: str) -> Iterator[tuple[str, int, int]]:
                 _dtype_bytes(dtype) * math.prod(int(n) for n in dims.split(",") if n)
                 for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
             ]
-            # Of an asynchronous operation the shapes of operand and result; else those of the results, summed.
+            # An asynchronous operation has the shapes of operand and result, others those of all results.
             size = max(sizes) if is_start and kind != "all-reduce" else sum(sizes)
             n = _group_size(line)
             if kind == "reduce-scatter" and not is_start:
                 size *= n
-            if name.startswith("all-reduce-scatter"):  # of a TPU: a fused all-reduce of which each keeps its part
+            if name.startswith("all-reduce-scatter"):  # on TPUs: a fused all-reduce
                 kind = "reduce-scatter"
             factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
             yield kind, int(size * (factor[kind] if kind in factor else (n - 1) / n)), times(name)
 
 
 def _dtype_bytes(dtype: str) -> int:
-    """Of XLA's names, which say the bits: bf16, s32, f8e4m3fn; pred takes a byte."""
+    """Bytes of a type by XLA's name, which has the bits: bf16, s32, f8e4m3fn; pred takes a byte."""
     bits = re.search(r"\d+", dtype)
     return max(int(bits[0]) // 8, 1) if bits else 1
 
 
 def _group_size(line: str) -> int:
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(found[2])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(found[1].split(","))
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(match[2])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(match[1].split(","))
     return 2
 
 
 def _advice(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
     advice = []
     if mesh.shape["fsdp"] < mesh.size and config.model.width % (2 * mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0:
-        advice.append(f"cut parameters over more devices: --mesh.fsdp {min(mesh.size, 2 * mesh.shape['fsdp'])}")
+        advice.append(f"shard parameters over more devices: --mesh.fsdp {min(mesh.size, 2 * mesh.shape['fsdp'])}")
     if config.model.remat == "none":
         advice.append("keep less for the backward pass: --model.remat blocks")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -312,11 +314,11 @@ def _advice(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """For people."""
+    """The result as text."""
     gib = lambda n: "-" if n is None else f"{n / 2**30:.2f} GiB"  # noqa: E731
     rows = [
         ("devices", f"{result['num_devices']} x {result['device']}, mesh {result['mesh']}"),
-        ("parameters", f"{result['num_parameters']:,} (as the original 4M counts: {result[AS_4M]:,})"),
+        ("parameters", f"{result['num_parameters']:,} (as 4M counts: {result[AS_4M]:,})"),
         *((f"{name} per device", gib(size)) for name, size in result["bytes_per_device"].items() if size),
         ("model FLOPs per step", f"{result['model_flops_per_step']:.4g}"),
     ]
@@ -343,7 +345,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
     args, overrides = parser.parse_known_args(argv)
 
-    jax.config.update("jax_platforms", "cpu")  # a device that is here is not wanted
+    jax.config.update("jax_platforms", "cpu")  # this machine's own devices are not used
 
     config = from_cli(__doc__, [args.config, *overrides])
     try:

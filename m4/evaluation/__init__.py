@@ -1,1 +1,1 @@
-"""Evaluations of trained models: one file per family, each with its baseline and its bound."""
+"""Evaluations of trained models: one file per family, each with its baseline and its upper bound."""

@@ -1,8 +1,8 @@
-"""Scores a trained model in several directions, each beside its trivial baseline and its tokenizer's bound.
+"""Scores a trained model on conditional tasks, each beside its trivial baseline and its tokenizer's bound.
 
 normalised = (value - baseline) / (bound - baseline)     0 = trivial, 1 = as good as the tokenizer allows
-    shuffled   = the same predictions scored against other examples: what the value owes to no input at all
-    before     = of a fine-tuned model: what the one that it began from reaches, normalised, in directions that it knows
+    shuffled   = the same predictions scored against other examples: the score that needs no input at all
+    before     = for a fine-tuned model: the normalised score of the model that it began from, in tasks that it knows
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 NUM_BASELINE = 2000  # training examples that the trivial baselines see
 FILES = ("metrics.json", "gallery.png")
-NUM_LOOKED_AT = 100  # examples for each that is wanted, where most lack a signal
-NUM_PROBED = 8  # examples of a split that tell which signals a data set has
+NUM_LOOKED_AT = 100  # examples read, at most, for each one that has all signals
+NUM_PROBED = 8  # examples of a split from which the signals of a data set are known
 
 
 @runtime_checkable
@@ -66,25 +66,25 @@ class ConditionalTask:
     """Predicted signal."""
     scheme: Any
     """How the target is generated: MaskGIT, ROAR or Autoregressive of m4.inference."""
-    measure: Any
+    metric: Any
     """How it is compared with the truth (m4.evaluation.measures)."""
     guidance: Guidance | None = None
     """Classifier-free guidance of the target; None leaves it out."""
-    through: tuple[Stage, ...] = ()
-    """Stages that are generated first, from the inputs alone, for the target to see (a layout before an image)."""
+    intermediate: tuple[Stage, ...] = ()
+    """Stages that are generated first, from the inputs alone, as inputs of the target (a layout before an image)."""
     dataset: str = ""
     """Name of the data set whose raw examples are scored; "" is the first that has the signals."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return *self.through, Stage(target=self.target, scheme=self.scheme, guidance=self.guidance)
+        return *self.intermediate, Stage(target=self.target, scheme=self.scheme, guidance=self.guidance)
 
 
 def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Scores a trained model (see `load_run`); writes metrics.json and gallery.png into `out` (default: `workdir`).
 
-    The first split of `eval_splits` gives DIRECTION and the pictures, each further one DIRECTION_SPLIT. Returns at once
-    when both files are there as they were written, and were made from the same weights, tokenizers, data and config.
+    Scores are named TASK on the first split of `eval_splits`, which the gallery shows, and TASK_SPLIT on the others.
+    Returns at once if both files exist unchanged, and are of the same weights, tokenizers, data and config.
     """
     check_seed(seed)
     workdir = Path(workdir)
@@ -102,19 +102,19 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
     started = time.monotonic()
     check_evaluations(config)
     results, sheets = {}, []
-    for directions, splits, train in examples_of(config):
-        scores, predictions = score_all(sampler, directions, splits, train, seed)
+    for tasks, splits, train in examples_of(config):
+        scores, predictions = score_all(sampler, tasks, splits, train, seed)
         results |= scores
         first, *_ = splits
-        sheets.append(gallery(splits[first], predictions, directions, sampler))
+        sheets.append(gallery(splits[first], predictions, tasks, sampler))
         if before is None:
             continue
-        known = [d for d in directions if _knows(before, d)]
+        known = [task for task in tasks if _knows(before, task)]
         for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items():
             scores[key]["before"] = result["normalised"]
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)  # of killed processes
-    stamp.unlink(missing_ok=True)  # first: a kill between two of these leaves nothing that is taken for whole
+    stamp.unlink(missing_ok=True)  # first, so that no stamp vouches for files of a killed run
     write_png(out / "gallery.png", stacked(sheets))
     write_atomically(out / "metrics.json", json.dumps(results, indent=1).encode())
     write_json(stamp, {"made_from": made_from, "files": {name: digest(out / name) for name in FILES}})
@@ -123,9 +123,9 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
 
 
 def _made_from(run: TrainedModel, before: Sampler | None, seed: int) -> dict[str, Any]:
-    """What decides the scores, as JSON."""
+    """All that the scores depend on, as JSON."""
     c = run.config
-    # A source over files says when they change; others are functions of their fields.
+    # The signature of a source over files changes when they do; other sources are functions of their fields.
     sources = [d.source for d in c.datasets if d.source is not None]
     signatures = [s.signature(c.data_dir) if hasattr(s, "signature") else "" for s in sources]
     return {
@@ -137,55 +137,55 @@ def _made_from(run: TrainedModel, before: Sampler | None, seed: int) -> dict[str
 
 
 def model_digest(model: Model, tokenizers: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of all that a model computes with: its config, parameters and tokenizers."""
-    found = hashlib.sha256(json.dumps([to_json(model.config), to_json(list(model.modalities))]).encode())
+    """SHA-256 (hex) of a model's config, parameters and tokenizers."""
+    sha256 = hashlib.sha256(json.dumps([to_json(model.config), to_json(list(model.modalities))]).encode())
     for name, x in sorted(parameters(nnx.state(model, nnx.Param)).items()):
-        found.update(f"{name} {x.dtype} {x.shape}".encode())
-        found.update(np.ascontiguousarray(x).tobytes())
+        sha256.update(f"{name} {x.dtype} {x.shape}".encode())
+        sha256.update(np.ascontiguousarray(x).tobytes())
     for name, tokenizer in sorted(tokenizers.items()):
-        found.update(f"{name} {tokenizer_hash(tokenizer)}".encode())
-    return found.hexdigest()
+        sha256.update(f"{name} {tokenizer_hash(tokenizer)}".encode())
+    return sha256.hexdigest()
 
 
 def _made_before(out: Path, stamp: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Results that were made from the same, if their files are as they were written."""
+    """Results that depend on the same, if their files are unchanged."""
     try:
-        found = read_json(stamp)
-        # Through JSON, for its lists are tuples here.
-        same = "files" in found and found["made_from"] == json.loads(json.dumps(made_from))
-        same = same and all(digest(out / name) == found["files"][name] for name in FILES)
-    except (ValueError, OSError):  # none, of an older version, or damaged: they are made again
+        earlier = read_json(stamp)
+        # As JSON, where tuples are lists.
+        same = "files" in earlier and earlier["made_from"] == json.loads(json.dumps(made_from))
+        same = same and all(digest(out / name) == earlier["files"][name] for name in FILES)
+    except (ValueError, OSError):  # no stamp, of an older version, or damaged: evaluate again
         return None
     return json.loads((out / "metrics.json").read_text()) if same else None
 
 
 def check_evaluations(config: Any) -> None:
-    """ValueError, before any step, for an evaluation whose measure cannot score the truth itself on the config's data:
-    signals that these lack, or nothing known in them. Prepares the sources."""
-    for label, directions, splits, training in _sources_of(config, config.eval_splits):
-        wanted = _signals_of(directions)
-        for d in directions:
+    """ValueError, before any step, for an evaluation whose metric cannot score the truth itself on the config's data,
+    which lack signals or hold no known values. Prepares the sources."""
+    for label, tasks, splits, training in _sources_of(config, config.eval_splits):
+        wanted = _signals_of(tasks)
+        for task in tasks:
             for name, split in splits.items():
-                # Those that are scored, if the first few do not do: perhaps nothing is known of these alone.
+                # A few examples are quick to read; if they have no known values, all that are scored are tried.
                 for count, num_train in ((NUM_PROBED, NUM_PROBED), (config.num_eval_samples, NUM_BASELINE)):
                     examples, train = _head(split, count, wanted), _head(training, num_train, wanted)
-                    if (error := _measure_error(d, examples, train)) is None:
+                    if (error := _metric_error(task, examples, train)) is None:
                         break
                 if error is not None:
                     raise ValueError(
-                        f"evaluation {d.name}: {type(d.measure).__name__} cannot score {d.target} on the {name} split "
-                        f"of data set {label}: {error}"
+                        f"evaluation {task.name}: {type(task.metric).__name__} cannot score {task.target} on the "
+                        f"{name} split of data set {label}: {error}"
                     ) from error
 
 
-def _measure_error(d: ConditionalTask, examples: Sequence[Any], train: Sequence[Any]) -> Exception | None:
-    """Why a measure cannot score the truth on these examples."""
+def _metric_error(task: ConditionalTask, examples: Sequence[Any], train: Sequence[Any]) -> Exception | None:
+    """Why a metric cannot score the truth on these examples."""
     if not examples or not train:
-        has_all = " and ".join(sorted(_signals_of([d])))
+        has_all = " and ".join(sorted(_signals_of([task])))
         return ValueError(f"no {'training ' * bool(examples)}example has all of {has_all}")
     try:
-        d.measure.score([e[d.target] for e in examples], examples)
-        d.measure.baseline(train, examples)
+        task.metric.score([e[task.target] for e in examples], examples)
+        task.metric.baseline(train, examples)
     except KeyError as error:
         has = ", ".join(sorted({*examples[0]} - {"id", "file"}))
         return ValueError(f"it needs {error} in raw examples, which have {has}; use another measure")
@@ -197,73 +197,74 @@ def _measure_error(d: ConditionalTask, examples: Sequence[Any], train: Sequence[
 def _sources_of(
     config: Any, names: Sequence[str]
 ) -> Iterator[tuple[str, list[ConditionalTask], dict[str, Sequence[Any]], Sequence[Any]]]:
-    """(label, directions to score on it, its splits of these names, its training split) of each data set with some.
+    """(label, tasks to score on it, its splits of these names, its training split) of each data set with tasks.
 
-    ValueError for directions that no data set has raw examples for.
+    Each task belongs to the first data set that has its signals. ValueError for tasks that no data set has raw examples
+    for.
     """
-    left = list(config.evaluations)
+    remaining = list(config.evaluations)
     for label, source in [(d.label, d.source) for d in config.datasets if d.source is not None]:
-        if not any(d.dataset in ("", label) for d in left):
+        if not any(task.dataset in ("", label) for task in remaining):
             continue
         source.prepare(config.data_dir)
         try:
             splits = {name: read_for(source.split(name, config.data_dir), config.tokenizers) for name in names}
         except ValueError:  # it has no such split
             continue
-        some = [split[i] for split in splits.values() for i in range(min(NUM_PROBED, len(split)))]
-        has = set.intersection(*({*e} for e in some)) if some else set()
-        here = [d for d in left if _signals_of([d]) <= has and d.dataset in ("", label)]
-        left = [d for d in left if d not in here]
-        if here:
-            yield label, here, splits, read_for(source.split("train", config.data_dir), config.tokenizers)
-    if left:
-        wanted = "; ".join(f"{d.name}: {', '.join((*d.inputs, d.target))}" for d in left)
+        probed = [split[i] for split in splits.values() for i in range(min(NUM_PROBED, len(split)))]
+        has = set.intersection(*({*e} for e in probed)) if probed else set()
+        tasks = [task for task in remaining if _signals_of([task]) <= has and task.dataset in ("", label)]
+        remaining = [task for task in remaining if task not in tasks]
+        if tasks:
+            yield label, tasks, splits, read_for(source.split("train", config.data_dir), config.tokenizers)
+    if remaining:
+        wanted = "; ".join(f"{task.name}: {', '.join((*task.inputs, task.target))}" for task in remaining)
         raise ValueError(f"no data set has raw examples with the signals of these evaluations: {wanted}")
 
 
-def _signals_of(directions: Sequence[ConditionalTask]) -> set[str]:
-    return {name for d in directions for name in (*d.inputs, d.target)}
+def _signals_of(tasks: Sequence[ConditionalTask]) -> set[str]:
+    return {name for task in tasks for name in (*task.inputs, task.target)}
 
 
 def examples_of(
     config: Any, names: Sequence[str] = (), num_train: int = NUM_BASELINE
 ) -> list[tuple[list[ConditionalTask], dict[str, list[Any]], list[Any]]]:
-    """What to score on what: directions; raw examples of each split (default: a config's `eval_splits`); those of
-    training that baselines may see. Examples that lack a signal of a direction are left out.
+    """For each data set: tasks; raw examples of each split (default: a config's `eval_splits`); training examples for
+    baselines. Examples that lack a signal of a task are left out.
 
-    ValueError for directions that no data set has raw examples for.
+    ValueError for tasks that no data set has raw examples for.
     """
     groups = []
-    for _, directions, splits, training in _sources_of(config, names or config.eval_splits):
-        wanted = _signals_of(directions)
+    for _, tasks, splits, training in _sources_of(config, names or config.eval_splits):
+        wanted = _signals_of(tasks)
         heads = {k: _head(s, config.num_eval_samples, wanted, f"{k} examples") for k, s in splits.items()}
         train = _head(training, num_train, wanted, "training examples (baselines)")
-        groups.append((directions, heads, train))
+        groups.append((tasks, heads, train))
     return groups
 
 
 def score_all(
-    sampler: Sampler, directions: Sequence[ConditionalTask], splits: Mapping[str, Any], train: Sequence[Any], seed: int,
-    when: str = "",
+    sampler: Sampler, tasks: Sequence[ConditionalTask], splits: Mapping[str, Any], train: Sequence[Any], seed: int,
+    prefix: str = "",
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:  # fmt: skip
-    """Figures of every direction on every split, and what was predicted for the first split."""
+    """Figures of every task on every split, and predictions for the first split."""
     first, *_ = splits
     results, predictions = {}, {}
-    for direction in directions:
+    for task in tasks:
         for split, examples in splits.items():
-            key = direction.name if split == first else f"{direction.name}_{split}"
-            options = {"desc": when + key, "unit": "batch", "file": sys.stdout, "mininterval": 1}
-            inputs = {name: [e[name] for e in examples] for name in direction.inputs}
-            made = sampler(inputs, direction.stages, seed=seed, progress=functools.partial(tqdm, **options))
-            tokenizer = sampler.tokenizer(direction.target)
-            rebuilt = tokenizer.decode(tokenizer.encode([e[direction.target] for e in examples]))
-            results[key] = _result(direction.measure, made[direction.target], rebuilt, train, examples)
-            predictions.setdefault(direction.name, made[direction.target])
+            key = task.name if split == first else f"{task.name}_{split}"
+            options = {"desc": prefix + key, "unit": "batch", "file": sys.stdout, "mininterval": 1}
+            inputs = {name: [e[name] for e in examples] for name in task.inputs}
+            generated = sampler(inputs, task.stages, seed=seed, progress=functools.partial(tqdm, **options))
+            tokenizer = sampler.tokenizer(task.target)
+            rebuilt = tokenizer.decode(tokenizer.encode([e[task.target] for e in examples]))
+            results[key] = _result(task.metric, generated[task.target], rebuilt, train, examples)
+            predictions.setdefault(task.name, generated[task.target])
     return results, predictions
 
 
 def _began_from(config: Any) -> Sampler | None:
-    """The model that a fine-tuned one began from, if it is (still) one with tokenizers."""
+    """The model that a fine-tuned one began from, if that still exists with its tokenizers."""
     if not config.init_from:
         return None
     try:
@@ -273,11 +274,11 @@ def _began_from(config: Any) -> Sampler | None:
         return None
 
 
-def _knows(sampler: Sampler, direction: ConditionalTask) -> bool:
+def _knows(sampler: Sampler, task: ConditionalTask) -> bool:
     try:
-        for name in direction.inputs:
+        for name in task.inputs:
             sampler.modalities.as_input(name)
-        for stage in direction.stages:
+        for stage in task.stages:
             sampler.modalities.as_target(stage.target)
     except ValueError:
         return False
@@ -285,43 +286,45 @@ def _knows(sampler: Sampler, direction: ConditionalTask) -> bool:
 
 
 def sample_gallery(config: Any, model: Any, tokenizers: Mapping[str, Any], step: int, *, count: int = 6) -> np.ndarray:
-    """Pictures of what a model makes of the first validation examples; also in FOLDER/galleries/STEP.png."""
+    """Pictures of a model's predictions for the first validation examples; also in FOLDER/galleries/STEP.png."""
     sampler, sheets = Sampler(model, dict(tokenizers)), []
     few = dataclasses.replace(config, num_eval_samples=count)
-    for directions, splits, _ in examples_of(few, ["validation"], 0):
+    for tasks, splits, _ in examples_of(few, ["validation"], 0):
         examples = splits["validation"]
         predictions = {
-            d.name: sampler({name: [e[name] for e in examples] for name in d.inputs}, d.stages, seed=0)[d.target]
-            for d in directions
+            t.name: sampler({name: [e[name] for e in examples] for name in t.inputs}, t.stages, seed=0)[t.target]
+            for t in tasks
         }
-        sheets.append(gallery(examples, predictions, directions, sampler, rows=count))
+        sheets.append(gallery(examples, predictions, tasks, sampler, rows=count))
     picture = stacked(sheets)
     write_png(config.folder / "galleries" / f"{step:07d}.png", picture)
     return picture
 
 
 def _head(split: Examples, count: int, wanted: set[str], what: str = "") -> list[Any]:
-    """The first examples that have all signals wanted, at most `count`. `what`: of a progress bar."""
-    found, total = [], min(count, len(split))
+    """The first examples that have all `wanted` signals, at most `count`. `what`: title of a progress bar."""
+    complete, total = [], min(count, len(split))
     with tqdm(
         total=total, desc=f"reading {what}", unit="example", file=sys.stdout, mininterval=1, disable=not what
     ) as bar:
         for i in range(min(len(split), NUM_LOOKED_AT * count)):
-            if len(found) == total:
+            if len(complete) == total:
                 break
             example = split[i]
             if all(name in example and example[name] is not None for name in wanted):
-                found.append(example)
+                complete.append(example)
                 bar.update()
-    return found
+    return complete
 
 
 def _result(measure: Measure, predictions, rebuilt, train, examples) -> dict[str, Any]:
-    score, bound = measure.score(predictions, examples), measure.score(rebuilt, examples)
+    score, upper_bound = measure.score(predictions, examples), measure.score(rebuilt, examples)
     shuffled = measure.score([*predictions[1:], predictions[0]], examples)["value"]
     baseline = measure.baseline(train, examples)
-    value, low, high = (x["value"] for x in (score, baseline, bound))
-    others = {k: {"value": v, "baseline": baseline[k], "bound": bound[k]} for k, v in score.items() if k != "value"}
+    value, low, high = (x["value"] for x in (score, baseline, upper_bound))
+    further = {
+        k: {"value": v, "baseline": baseline[k], "bound": upper_bound[k]} for k, v in score.items() if k != "value"
+    }
     return {
         "value": value,
         "baseline": low,
@@ -330,7 +333,7 @@ def _result(measure: Measure, predictions, rebuilt, train, examples) -> dict[str
         "shuffled": shuffled,
         "metric": measure.metric,
         "num_samples": len(examples),
-        **({"also": others} if others else {}),
+        **({"also": further} if further else {}),
     }
 
 
@@ -346,18 +349,18 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def stacked(sheets: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 pictures one below the other, white beside the narrower ones."""
+    """uint8 pictures below each other, padded with white to the widest."""
     width = max(x.shape[1] for x in sheets)
     return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in sheets])
 
 
-def gallery(examples, predictions, directions: Sequence[ConditionalTask], sampler: Sampler, *, rows: int = 10):
-    """uint8 picture: rows = samples; columns = the inputs and truths, then the prediction of each direction."""
-    signals = list(dict.fromkeys(name for d in directions for name in (*d.inputs, d.target)))
+def gallery(examples, predictions, tasks: Sequence[ConditionalTask], sampler: Sampler, *, rows: int = 10):
+    """uint8 picture: rows = samples; columns = the inputs and truths, then the prediction of each task."""
+    signals = list(dict.fromkeys(name for task in tasks for name in (*task.inputs, task.target)))
     targets = {name for m in sampler.modalities if m.is_target for name in (m.name, m.signal)}
     tokenizers = {s: sampler.tokenizer(s) if s in targets else sampler.input_tokenizer(s) for s in signals}
     columns = [(f"{s} (truth)", s, [e[s] for e in examples]) for s in signals]
-    columns += [(d.name.replace("_", " "), d.target, predictions[d.name]) for d in directions]
+    columns += [(task.name.replace("_", " "), task.target, predictions[task.name]) for task in tasks]
     tiles = [
         {title: tokenizers[s].draw(values[r], image=e["rgb"] if "rgb" in e else None) for title, s, values in columns}
         for r, e in enumerate(examples[:rows])

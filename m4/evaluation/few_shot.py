@@ -1,14 +1,14 @@
 """Accuracy of few-shot tasks against the number of examples, beside what a model would score for the wrong reasons.
 
     chance           of guessing among the candidates
-    shots            the examples as they are; 0 of them: zero-shot
+    shots            unchanged examples; 0 of them: zero-shot
     open             the same, answered freely instead of chosen among candidates
-    shuffled_labels  outputs dealt out anew among the examples of a prompt (Min et al. 2022), three times; some stay
-                     right by chance, and a single one always does
+    shuffled_labels  outputs permuted among the examples of a prompt (Min et al. 2022), three times; some stay right by
+                     chance, and a single one always does
     shuffled_images  images of another episode
-    text_only        no images in the examples (of tasks that do not ask for one)
-    nearest_mean     without training or context: the class mean of embeddings that is nearest, by the encoder of the
-                     model that is measured; where the answer is one of the labels in the prompt
+    text_only        no images in the examples (for tasks whose answer is no image)
+    nearest_mean     without training or context: the class whose mean embedding, by the evaluated model's encoder, is
+                     nearest; where the answer is one of the labels in the prompt
     gda              the same with a covariance that classes share: Gaussian discriminant analysis (Wang et al. 2024)
     tokens_N         at the largest number of shots: N tokens of each context image
 
@@ -48,7 +48,7 @@ from m4.tokens.batch import NUM_SHOTS
 
 logger = logging.getLogger(__name__)
 
-DEALS = 3  # of shuffled labels
+NUM_SHUFFLES = 3  # of labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class FewShot:
             )
         for task in self.tasks:
             if task.max_shots < max(self.shots):
-                raise ValueError(f"{task.name} has max_shots={task.max_shots}, and shots={self.shots} are asked")
+                raise ValueError(f"{task.name} has max_shots={task.max_shots}, and shots={self.shots} are requested")
             if (max(self.shots) + 1) * max(task.images, 1) > NUM_SHOTS:
                 most = NUM_SHOTS // task.images - 1
                 raise ValueError(f"shots={self.shots}: {task.name} has {task.images} images an example: at most {most}")
@@ -99,7 +99,7 @@ def shuffle_labels(shots: Seq[Shot], rng: np.random.Generator, other: Episode) -
 
 
 def shuffle_images(shots: Seq[Shot], rng: np.random.Generator, other: Episode) -> list[Shot]:
-    return [_with_images(shot, their) for shot, their in zip(shots, other.shots, strict=False)]
+    return [_with_images(shot, donor) for shot, donor in zip(shots, other.shots, strict=False)]
 
 
 def text_only(shots: Seq[Shot], rng: np.random.Generator, other: Episode) -> list[Shot]:
@@ -109,12 +109,12 @@ def text_only(shots: Seq[Shot], rng: np.random.Generator, other: Episode) -> lis
 def _with_images(shot: Shot, other: Shot | None) -> Shot:
     """All images replaced by another example's, or left out."""
 
-    def replaced(signals: Mapping[str, Any], their: Mapping[str, Any]) -> dict[str, Any]:
+    def replaced(signals: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
         images = {n for n, v in signals.items() if isinstance(v, np.ndarray | list)}
-        return {n: their[n] if n in images else v for n, v in signals.items() if n not in images or n in their}
+        return {n: others[n] if n in images else v for n, v in signals.items() if n not in images or n in others}
 
-    theirs = other or Shot(inputs={})
-    return Shot(inputs=replaced(shot.inputs, theirs.inputs), outputs=replaced(shot.outputs, theirs.outputs))
+    other = other or Shot(inputs={})
+    return Shot(inputs=replaced(shot.inputs, other.inputs), outputs=replaced(shot.outputs, other.outputs))
 
 
 CONTROLS: dict[str, Callable[[Seq[Shot], np.random.Generator, Episode], list[Shot]]] = {
@@ -128,7 +128,7 @@ CONTROLS: dict[str, Callable[[Seq[Shot], np.random.Generator, Episode], list[Sho
 
 
 def embeddings(sampler: Sampler, shots: Seq[Shot]) -> Float[np.ndarray, "K D"]:
-    """Mean of the encoder's tokens of each example's inputs, read as a query."""
+    """Mean of the encoder's outputs for each example's inputs, read as a query."""
     rows = []
     for shot in shots:
         records = encode(Shot(inputs=shot.inputs), sampler.tokenizers, sampler.modalities)
@@ -139,28 +139,27 @@ def embeddings(sampler: Sampler, shots: Seq[Shot]) -> Float[np.ndarray, "K D"]:
 def nearest_mean(
     shots: Float[np.ndarray, "K D"], labels: Seq[Any], query: Float[np.ndarray, " D"], shared: bool = False
 ) -> Any:
-    """The label of the nearest class mean; `shared`: by a precision that classes share, D ((K - 1) S + tr(S) I)^-1.
-
-    Kubokawa and Srivastava 2008, as Wang et al. 2024 take it for few examples.
+    """The label of the nearest class mean; `shared`: by a precision that classes share, D ((K - 1) S + tr(S) I)^-1
+    (Kubokawa and Srivastava 2008, as Wang et al. 2024 use it for few examples).
     """
     classes = list(dict.fromkeys(labels))
-    of = np.array([classes.index(label) for label in labels])
-    means = np.stack([shots[of == c].mean(0) for c in range(len(classes))])
-    apart = query - means
+    class_of = np.array([classes.index(label) for label in labels])
+    means = np.stack([shots[class_of == c].mean(0) for c in range(len(classes))])
+    difference = query - means
     if shared:
-        within = shots - means[of]
+        within = shots - means[class_of]
         covariance = within.T @ within / max(len(shots) - 1, 1)
         ridge = np.trace(covariance) + 1e-6
         precision = np.linalg.inv((len(shots) - 1) * covariance + ridge * np.eye(len(query)))
-        return classes[int(np.einsum("cd,de,ce->c", apart, precision, apart).argmin())]
-    return classes[int((apart**2).sum(1).argmin())]
+        return classes[int(np.einsum("cd,de,ce->c", difference, precision, difference).argmin())]
+    return classes[int((difference**2).sum(1).argmin())]
 
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
 def summary(correct: Seq[float] | np.ndarray) -> dict[str, Any]:
-    """Mean, its standard error over queries, and how many there were."""
+    """Mean, its standard error over queries, and their number."""
     correct = np.asarray(correct, float)
     sem = correct.std(ddof=1) / len(correct) ** 0.5 if len(correct) > 1 else 0.0
     return {"mean": float(correct.mean()), "sem": float(sem), "num_queries": len(correct)}
@@ -168,25 +167,25 @@ def summary(correct: Seq[float] | np.ndarray) -> dict[str, Any]:
 
 def judge(sampler: Sampler, task: Task, episodes: Seq[Episode], shots: Seq[Seq[Shot]], c: FewShot, **options) -> list:
     """Whether (or how far) each query's answer is right: chosen among its candidates, or free where it has none."""
-    question = [dataclasses.replace(e.query, outputs={}) for e in episodes]
-    given: dict[str, Any] = {"num_tokens": c.tokens_of(task), "shots": shots, **options}
-    is_free = given.pop("free", False)
+    questions = [dataclasses.replace(e.query, outputs={}) for e in episodes]
+    settings: dict[str, Any] = {"num_tokens": c.tokens_of(task), "shots": shots, **options}
+    is_free = settings.pop("free", False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ShotsDropped)
         try:
             if episodes[0].candidates and not is_free:
                 candidates = [e.candidates for e in episodes]
-                scores = score(sampler, question, task.output, candidates, calibrate=c.calibrate, **given)
-                said = [found[int(row.argmax())] for row, found in zip(scores, candidates, strict=True)]
+                scores = score(sampler, questions, task.output, candidates, calibrate=c.calibrate, **settings)
+                answers = [choices[int(row.argmax())] for row, choices in zip(scores, candidates, strict=True)]
             else:
-                said = answer(sampler, question, task.output, **given)[task.output]
+                answers = answer(sampler, questions, task.output, **settings)[task.output]
         except ShotsDropped as dropped:
             raise ValueError(f"{task.name} cannot be measured with so many shots: {dropped}") from dropped
-    return [float(task.correct(x, episode)) for x, episode in zip(said, episodes, strict=True)]
+    return [float(task.correct(x, episode)) for x, episode in zip(answers, episodes, strict=True)]
 
 
 def num_scores(task: Task, c: FewShot) -> int:
-    """At most, for the progress bar: open tasks have fewer."""
+    """Scores of a task, at most, for the progress bar: open tasks have fewer."""
     with_shots = sum(k > 0 for k in c.shots)
     return 2 * len(c.shots) + (5 * with_shots + len(c.token_counts) if task.images else with_shots)
 
@@ -206,10 +205,10 @@ def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: 
 
     closed = bool(episodes[0].candidates)
     has_images = task.images > 0
-    image_is_asked = any(isinstance(v, np.ndarray) for v in episodes[0].query.outputs.values())
+    answer_is_image = any(isinstance(v, np.ndarray) for v in episodes[0].query.outputs.values())
     if closed:
-        guessed = summary([1 / len(e.candidates) for e in episodes])
-        results["chance"] = {str(k): guessed for k in c.shots}
+        chance = summary([1 / len(e.candidates) for e in episodes])
+        results["chance"] = {str(k): chance for k in c.shots}
     answers_are_labels = closed and all(s.outputs[task.output] in e.candidates for e in episodes for s in e.shots)
     for k in c.shots:
         plain = [list(e.shots[:k]) for e in episodes]
@@ -217,10 +216,10 @@ def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: 
         if closed:
             note("open", k, judge(sampler, task, episodes, plain, c, free=True))
         for name, control in CONTROLS.items() if k else ():
-            if not (has_images or name == "shuffled_labels") or (name == "text_only" and image_is_asked):
+            if not (has_images or name == "shuffled_labels") or (name == "text_only" and answer_is_image):
                 continue
             correct = []
-            for _ in range(DEALS if name == "shuffled_labels" else 1):
+            for _ in range(NUM_SHUFFLES if name == "shuffled_labels" else 1):
                 changed = [control(s, rng, other) for s, rng, other in zip(plain, rngs, others, strict=True)]
                 correct.append(judge(sampler, task, episodes, changed, c))
             note(name, k, np.mean(correct, axis=0))
@@ -229,11 +228,11 @@ def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: 
         inputs = inputs.reshape(num, -1, inputs.shape[-1])
         for k in [k for k in c.shots if k]:
             for name, shared in (("nearest_mean", False), ("gda", True)):
-                said = [
+                answers = [
                     nearest_mean(x[:k], [s.outputs[task.output] for s in e.shots[:k]], x[-1], shared)
                     for x, e in zip(inputs, episodes, strict=True)
                 ]
-                note(name, k, [float(task.correct(x, e)) for x, e in zip(said, episodes, strict=True)])
+                note(name, k, [float(task.correct(x, e)) for x, e in zip(answers, episodes, strict=True)])
     if has_images:
         k = max(c.shots)
         for count in c.token_counts:
@@ -243,37 +242,37 @@ def evaluate_task(sampler: Sampler, task: Task, c: FewShot, data_dir: str, bar: 
 
 
 def prompt_row(episode: Episode, shots: Seq[Shot], answer: Any, right: bool | float) -> dict[str, np.ndarray]:
-    """A prompt as people read it: a tile for each image, below it what its example says; the query's answer last."""
+    """A prompt as people read it: a tile for each image with its example's text below it; the query's answer last."""
     pictures: dict[str, np.ndarray] = {}
 
-    def add(title: str, signals: Seq[Any], words: str) -> None:
+    def add(title: str, signals: Seq[Any], text: str) -> None:
         flat = [x for s in signals for x in (s if isinstance(s, list) else [s])]
         images = [x for x in flat if isinstance(x, np.ndarray)] or [None]
         for i, image in enumerate(images):
-            pictures[title if len(images) == 1 else f"{title}, image {i + 1}"] = labelled(image, words)
+            pictures[title if len(images) == 1 else f"{title}, image {i + 1}"] = labelled(image, text)
 
-    def spoken(*signals: Any) -> str:
+    def text_of(*signals: Any) -> str:
         plain = lambda x: "".join(str(part) for part in x) if isinstance(x, tuple) else x  # noqa: E731
         return " > ".join(plain(x) for x in signals if isinstance(x, str | tuple))
 
     for i, shot in enumerate(shots):
         signals = [*shot.inputs.values(), *shot.outputs.values()]
-        add(f"shot {i + 1}", signals, spoken(*signals))
-    add("query", [*episode.query.inputs.values()], spoken(*episode.query.inputs.values()))
-    truth = spoken(*episode.query.outputs.values())
-    words = f"{answer if isinstance(answer, str) else ''} ({'right' if right >= 0.5 else f'wrong: {truth}'})"
-    add("answer", [answer], words)
+        add(f"shot {i + 1}", signals, text_of(*signals))
+    add("query", [*episode.query.inputs.values()], text_of(*episode.query.inputs.values()))
+    truth = text_of(*episode.query.outputs.values())
+    text = f"{answer if isinstance(answer, str) else ''} ({'right' if right >= 0.5 else f'wrong: {truth}'})"
+    add("answer", [answer], text)
     return pictures
 
 
 def draw_prompts(sampler: Sampler, c: FewShot, data_dir: str, file: Path) -> None:
-    """One prompt of each task, at most 4 examples of it, with the model's free answer."""
+    """One prompt of each task, of at most 4 examples, with the model's free answer."""
     rows = []
     for task in c.tasks:
         episode = task.draw("test", 0, data_dir)
         shots, query = episode.shots[:4], dataclasses.replace(episode.query, outputs={})
-        said = answer(sampler, query, task.output, shots=shots, num_tokens=c.tokens_of(task))[task.output]
-        rows.append((task.name, prompt_row(episode, shots, said, task.correct(said, episode))))
+        predicted = answer(sampler, query, task.output, shots=shots, num_tokens=c.tokens_of(task))[task.output]
+        rows.append((task.name, prompt_row(episode, shots, predicted, task.correct(predicted, episode))))
     write_png(file, contact_sheet(rows))
 
 
@@ -288,7 +287,7 @@ def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
     c = run.config.fewshot or FewShot()
     sampler = Sampler(run.model, run.tokenizers)
     for task in c.tasks:
-        sampler.tokenizer(task.output)  # says what is missing before any work
+        sampler.tokenizer(task.output)  # ValueError before any work
     for task in c.tasks:
         task.prepare(run.config.data_dir)
     results = {}
@@ -333,7 +332,7 @@ def curves(results: Mapping[str, Any], c: FewShot, file: Path) -> None:
         for condition, cells in conditions.items():
             if not condition.startswith("tokens_"):
                 counts = sorted(map(int, cells))
-                means, errors = ([cells[str(k)][what] for k in counts] for what in ("mean", "sem"))
+                means, errors = ([cells[str(k)][field] for k in counts] for field in ("mean", "sem"))
                 style = {"linewidth": 2.5, "color": "black"} if condition == "shots" else {"linewidth": 1, "alpha": 0.8}
                 axis.errorbar(counts, means, errors, label=condition, marker="o", markersize=3, **style)
         axis.set(title=task, xlabel="examples in the context", ylim=(0, 1), xticks=list(c.shots))

@@ -1,12 +1,12 @@
-"""What a frozen encoder knows from any subset of signals, and what happens when others are missing at test time.
+"""What a frozen encoder knows from any subset of signals, and its accuracy when others are missing at test time.
 
-    matrix        linear probes of a label on pooled embeddings (m4.features): rows are the subsets that the training
-                  samples had, "drawn" one drawn for each sample; columns those of the test samples
-    missingness   every signal but one is always there; that one is missing in half of the samples
+    matrix        linear probes of a label on pooled embeddings (m4.features): rows are subsets of the training samples'
+                  signals ("drawn": a random one for each sample), columns subsets of the test samples' signals
+    missingness   one signal is missing in half of the samples, all others are always present
                       random    whatever the label
-                      by label  of half of the classes in 9 samples of 10, of the others in 1 of 10
+                      by label  in 9 of 10 samples of half of the classes, in 1 of 10 of the others
                       flipped   by label in training, in tests the other way round
-                  "presence" is a probe that is told nothing but whether the signal is there
+                  "presence" is a probe that only knows whether the signal is present
 
 B samples, D width, S subsets
 """
@@ -37,9 +37,9 @@ from m4.tokens.packing import pack
 logger = logging.getLogger(__name__)
 
 Subset = tuple[str, ...]
-DECAY = 1e-2  # of the probes
-OFTEN = 0.9  # how often a signal is missing where the label asks for it
-MOST_SIGNALS = 5  # of which there are 31 subsets
+DECAY = 1e-2  # weight decay of the probes
+OFTEN = 0.9  # share of samples that lack a signal, in classes that often lack it
+MOST_SIGNALS = 5  # they have 31 subsets
 
 
 def subsets_of(signals: Sequence[str]) -> list[Subset]:
@@ -53,12 +53,12 @@ def embeddings(
     """Pooled embeddings of each subset's signals."""
     names = sorted({name for subset in subsets for name in subset})
     records = sampler.encode({name: [e[name] for e in examples] for name in names})
-    found = {}
+    pooled = {}
     for subset in tqdm(subsets, desc="embeddings", unit="subset"):
         members = {sampler.modalities.as_input(name).name for name in subset}
         rows = [pack([{m: r[m] for m in r if m in members}], [0], sampler.modalities) for r in records]
-        found[subset] = embed(sampler, rows).pooled
-    return found
+        pooled[subset] = embed(sampler, rows).pooled
+    return pooled
 
 
 def matrix(
@@ -81,9 +81,9 @@ def matrix(
 def present(
     labels: Int[np.ndarray, " B"], how: str, num_classes: int, rng: np.random.Generator
 ) -> Bool[np.ndarray, " B"]:
-    """In which samples a signal is there. `how`: see the head of this file."""
-    often = (labels < num_classes / 2) != (how == "flipped")
-    share = np.where(often, OFTEN, 1 - OFTEN) if how != "random" else 0.5
+    """In which samples a signal is present. `how`: see the head of this file."""
+    often_missing = (labels < num_classes / 2) != (how == "flipped")
+    share = np.where(often_missing, OFTEN, 1 - OFTEN) if how != "random" else 0.5
     return rng.random(len(labels)) >= share
 
 
@@ -99,11 +99,12 @@ def missingness(
     for signal in whole if len(whole) > 1 else ():
         rest = tuple(name for name in whole if name != signal)
         rows: dict[str, dict[str, float]] = {signal: {}, f"presence of {signal}": {}}
-        for hows in (("random",), ("by label", "flipped")):  # a probe of the first, tested on each
-            known = present(labels, hows[0], num_classes, rng)
-            shown = [present(truth, how, num_classes, rng) for how in hows]
-            mixed = [np.where(k[:, None], e[whole], e[rest]) for k, e in ((known, train), *((s, test) for s in shown))]
-            alone = [k[:, None].astype(float) for k in (known, *shown)]
+        for hows in (("random",), ("by label", "flipped")):  # a probe is fitted on the first, and tested on each
+            has_train = present(labels, hows[0], num_classes, rng)
+            has_test = [present(truth, how, num_classes, rng) for how in hows]
+            cases = ((has_train, train), *((has, test) for has in has_test))
+            mixed = [np.where(has[:, None], e[whole], e[rest]) for has, e in cases]
+            alone = [has[:, None].astype(float) for has in (has_train, *has_test)]
             for row, (x, *tests) in zip(rows.values(), (mixed, alone), strict=True):
                 right = linear(x, labels, np.concatenate(tests), DECAY).reshape(len(hows), -1) == truth
                 row |= dict(zip(hows, right.mean(1).tolist(), strict=True))
@@ -115,10 +116,10 @@ def evaluate(
     workdir: str | Path, out: str | Path = "", *, label: str = "number of objects", num_train: int = 512,
     num_test: int = 1000, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Of a trained model (see `load_run`): subsets.json, .md and .png into `out` (default: `workdir`).
+    """Scores a trained model (see `load_run`): subsets.json, .md and .png into `out` (default: `workdir`).
 
-    Samples are of the first data set's source, with a label of m4.evaluation.probes.LABELS: of its validation split,
-    which no training shows, for the probes to be fitted on, and of its test split. ValueError if it has no such label.
+    Samples are those of the first data set's source, with a label of m4.evaluation.probes.LABELS. Probes are fitted on
+    its validation split, which no training shows, and tested on its test split. ValueError if it has no such label.
     """
     check("label", label, LABELS)
     check_seed(seed)
@@ -144,12 +145,12 @@ def evaluate(
             f"left out, for {MOST_SIGNALS} signals have {2**MOST_SIGNALS - 1} subsets: {signals[MOST_SIGNALS:]}"
         )
         signals = signals[:MOST_SIGNALS]
-    said = [labels_of(label, part, type(source).__name__) for part in parts]
-    classes = sorted(set(said[0]))
-    known = [i for i, x in enumerate(said[1]) if x in classes]
+    values = [labels_of(label, part, type(source).__name__) for part in parts]
+    classes = sorted(set(values[0]))
+    known = [i for i, x in enumerate(values[1]) if x in classes]
     if not known:
         raise ValueError(f"no test example has a value of {label!r} that a training example has")
-    labels, truth = (np.array([classes.index(x) for x in xs]) for xs in (said[0], [said[1][i] for i in known]))
+    labels, truth = (np.array([classes.index(x) for x in xs]) for xs in (values[0], [values[1][i] for i in known]))
     subsets = subsets_of(signals)
     train, test = (embeddings(sampler, part, subsets) for part in (parts[0], [parts[1][i] for i in known]))
     rng = np.random.default_rng(seed)
@@ -170,7 +171,7 @@ def evaluate(
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: the matrix, then what missing signals do."""
+    """Markdown: the matrix, then the accuracies with missing signals."""
     lines = [
         f"Accuracy of {results['label']}, {results['num_train']} training and {results['num_test']} test samples; the "
         f"most frequent class: {results['most frequent']:.3f}.",

@@ -1,10 +1,10 @@
-"""What a frozen encoder knows of a picture: labels read from pooled embeddings by neighbours and by a linear map.
+"""What a frozen encoder knows of an image: labels predicted from pooled embeddings by neighbours and a linear map.
 
     embeddings      of the trained encoder (m4.features)
     random encoder  of the same encoder before any training
     raw pixels      no encoder at all
 
-Everything is fitted on training pictures with known labels, and scored on others. B samples, D numbers, C classes
+Everything is fitted on training images with known labels, and scored on others. B samples, D features, C classes
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ LABELS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "category": lambda e: e["boxes"]["label"][0],
 }
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the linear probe's weight decay, chosen on a fifth of the training pictures
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the linear probe's weight decay, chosen on a fifth of the training images
 
 
 def labels_of(label: str, examples: Seq[Mapping[str, Any]], what: str) -> list[Any]:
-    """What LABELS reads from raw examples of `what`. ValueError if some example has no such label."""
+    """Values of a label in raw examples. `what`: their source in errors, ValueError if an example lacks the label."""
     try:
         return [LABELS[label](e) for e in examples]
     except KeyError as error:
@@ -89,8 +89,8 @@ class Probe:
         return f"{type(self.source).__name__.lower()}: {self.label}"
 
     def read(self, data_dir: str | os.PathLike) -> tuple[tuple[np.ndarray, np.ndarray], list, list, list]:
-        """Pictures [B H W 3] for training and for tests, which do not overlap; labels of the first, of the second; of
-        what the test pictures are."""
+        """Images [B H W 3] for training and for tests, which do not overlap; labels of both; and the thing that each
+        test image shows."""
         self.source.prepare(data_dir)
         try:
             parts = {split: image_cache(self.source, split, data_dir) for split in (self.train, self.test)}
@@ -98,14 +98,17 @@ class Probe:
             raise ValueError(f"{self.name} needs {error} in every raw example") from error
         first = self.num_train if self.train == self.test else 0
         ranges = (self.train, slice(0, self.num_train)), (self.test, slice(first, first + self.num_test))
-        of = [parts[s].annotations[r] for s, r in ranges]
-        if not all(map(len, of)):
-            raise ValueError(f"{self.name}: {[*map(len, of)]} examples for training and tests; some of each are needed")
-        labels = [labels_of(self.label, part, type(self.source).__name__) for part in of]
-        if self.same and not all(self.same in e for e in of[1]):
-            raise ValueError(f"{self.name}: same={self.same!r} is not in every example; it has {', '.join(of[1][0])}")
+        annotations = [parts[s].annotations[r] for s, r in ranges]
+        if not all(map(len, annotations)):
+            counts = [*map(len, annotations)]
+            raise ValueError(f"{self.name}: {counts} examples for training and tests; some of each are needed")
+        labels = [labels_of(self.label, part, type(self.source).__name__) for part in annotations]
+        if self.same and not all(self.same in e for e in annotations[1]):
+            has = ", ".join(annotations[1][0])
+            raise ValueError(f"{self.name}: same={self.same!r} is not in every example; it has {has}")
+        things = [e[self.same] if self.same else i for i, e in enumerate(annotations[1])]
         train, test = (parts[s].rgb[r] for s, r in ranges)
-        return (train, test), labels[0], labels[1], [e[self.same] if self.same else i for i, e in enumerate(of[1])]
+        return (train, test), labels[0], labels[1], things
 
 
 def whitened(
@@ -134,7 +137,7 @@ def neighbours(
 def linear(
     train: Float[np.ndarray, "B D"], labels: Int[np.ndarray, " B"], test: Float[np.ndarray, "b D"], decay: float
 ) -> Int[np.ndarray, " b"]:
-    """Multinomial logistic regression on standardised numbers, `decay` times half the squared weights added."""
+    """Multinomial logistic regression on standardised features; `decay` / 2 times the squared weights is added."""
     mean, scale = train.mean(0), np.maximum(train.std(0), 1e-6)
     x, y = ((a - mean) / scale for a in (train, test))
     x, y = (np.concatenate([a, np.ones((len(a), 1))], axis=1).astype(np.float64) for a in (x, y))
@@ -146,29 +149,29 @@ def linear(
         gradient = x.T @ (np.exp(log) - truth) / len(x) + decay * weights
         return -(log * truth).sum() / len(x) + decay / 2 * (weights**2).sum(), gradient.ravel()
 
-    found = minimize(loss, np.zeros(np.prod(shape)), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
-    return (y @ found.reshape(shape)).argmax(1)
+    weights = minimize(loss, np.zeros(np.prod(shape)), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+    return (y @ weights.reshape(shape)).argmax(1)
 
 
 def clustered(right: Float[np.ndarray, " B"], things: np.ndarray) -> dict[str, float | int]:
     """Mean, and its standard error if answers about one thing are not independent (Liang & Zeger 1986)."""
-    _, number = np.unique(things, return_inverse=True)
-    sums = np.bincount(number, right - right.mean())
+    _, cluster = np.unique(things, return_inverse=True)
+    sums = np.bincount(cluster, right - right.mean())
     count = len(sums)
     sem = (count / max(count - 1, 1) * (sums**2).sum()) ** 0.5 / len(right)
     return {"mean": float(right.mean()), "sem": float(sem), "num_things": count}
 
 
 def accuracies(train, labels, test, truth, things) -> dict[str, dict[str, float | int]]:
-    """{"k-NN", "linear": accuracy and its standard error}; the linear probe's decay is chosen on held-out training."""
-    cut = len(train) * 4 // 5
-    chosen = max(STRENGTHS, key=lambda s: (linear(train[:cut], labels[:cut], train[cut:], s) == labels[cut:]).mean())
-    said = {"k-NN": neighbours(train, labels, test), "linear": linear(train, labels, test, chosen)}
-    return {name: clustered(np.asarray(answers == truth, float), things) for name, answers in said.items()}
+    """{"k-NN", "linear": accuracy and its standard error}; the linear probe's decay is chosen on a held-out fifth."""
+    n = len(train) * 4 // 5
+    chosen = max(STRENGTHS, key=lambda s: (linear(train[:n], labels[:n], train[n:], s) == labels[n:]).mean())
+    predicted = {"k-NN": neighbours(train, labels, test), "linear": linear(train, labels, test, chosen)}
+    return {name: clustered(np.asarray(answers == truth, float), things) for name, answers in predicted.items()}
 
 
 def default_probes() -> tuple[Probe, ...]:
-    """Attributes of kinds that no training of scenes shows, and the categories of cut-outs, where these are there."""
+    """Attributes of kinds that no training of scenes shows, and categories of cut-outs, if these are installed."""
     scenes = tuple(Probe(label=name) for name in ("shape", "colour", "size"))
     stamps = Stamps(max_objects=1, num_train=6000, num_validation=8, num_test=3000)
     category = Probe(
@@ -187,35 +190,35 @@ def evaluate(workdir: str | Path, out: str | Path = "", probes: Seq[Probe] | Non
         "random encoder": Sampler(random, run.tokenizers),
     }
     results: dict[str, Any] = {}
-    known: dict[Any, Any] = {}  # pictures and their embeddings, which several labels share
+    encoded: dict[Any, Any] = {}  # images and their embeddings, which several labels share
     for probe in probes or default_probes():
-        where = dataclasses.replace(probe, label="category")
+        key = dataclasses.replace(probe, label="category")
         try:
-            pictures, *labels, things = probe.read(run.config.data_dir)
+            images, *labels, things = probe.read(run.config.data_dir)
         except ValueError as error:
             if probes:
                 raise
             logger.info(f"{probe.name} is left out: {error}")
             continue
-        if where not in known:
-            # Of raw pixels the means of 4 x 4: a linear probe of all is slow.
-            known[where] = {
+        if key not in encoded:
+            # Means of 4 x 4 raw pixels: a linear probe of all is slow.
+            encoded[key] = {
                 "raw pixels": [
                     reduce(part.astype(np.float32) / 255, "b (h y) (w x) c -> b (h w c)", "mean", y=4, x=4)
-                    for part in pictures
+                    for part in images
                 ]
             }
             for name, sampler in encoders.items():
                 progress = functools.partial(tqdm, desc=f"{type(probe.source).__name__.lower()}, {name}", unit="batch")
                 embed = functools.partial(features, sampler, progress=progress)
-                known[where][name] = [embed({"rgb": list(part)}).pooled for part in pictures]
+                encoded[key][name] = [embed({"rgb": list(part)}).pooled for part in images]
         classes = sorted(set(labels[0]))
         seen = [i for i, label in enumerate(labels[1]) if label in classes]
         given, truth = (np.array([classes.index(x) for x in y]) for y in (labels[0], [labels[1][i] for i in seen]))
         things = np.array(things)[seen]
         frequent = clustered(np.asarray(truth == np.bincount(given).argmax(), float), things)
         results[probe.name] = {"most frequent": {"k-NN": frequent}} | {
-            name: accuracies(x, given, y[seen], truth, things) for name, (x, y) in known[where].items()
+            name: accuracies(x, given, y[seen], truth, things) for name, (x, y) in encoded[key].items()
         }
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "probes.json", json.dumps(results, indent=1).encode())

@@ -1,12 +1,12 @@
 """Whether one group of a sample's signals finds another group of the same sample by the encoder's pooled embeddings.
 
     found     ranks of the right answers among all samples, by cosine similarity of embeddings less their group's mean
-    shuffled  the same ranking, judged by the partners of other samples: what hubs and duplicates give away
-    chance    of any order of the samples, exactly
+    shuffled  the same ranking, scored with the right answers of other samples: the score of hubs and duplicates
+    chance    the exact mean over all orders of the samples
 
     recall@k  share of queries with a right answer among the first k
     MRR       mean of 1 / rank of the first right answer, 1 at best
-    rank      its mean place, from 0 (first) to 1 (last)
+    rank      mean rank of the first right answer, from 0 (first) to 1 (last)
 
 N samples, D width
 """
@@ -41,12 +41,12 @@ from m4.representations.nearest import retrieve
 logger = logging.getLogger(__name__)
 
 COUNTS = (1, 5, 10)  # k of recall@k
-NUM_DRAWN, NUM_HITS = 4, 5  # queries of each direction in the picture, and what each finds first
+NUM_DRAWN, NUM_HITS = 4, 5  # queries of each direction in the picture, and their first hits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Two groups of signals of the same samples; each is to find the other."""
+    """Two groups of signals of the same samples; each is a query for the other."""
 
     a: tuple[str, ...] = ("rgb",)
     """Signals of the first group."""
@@ -76,19 +76,19 @@ class Retrieval:
         """Raw examples. ValueError for names that neither the model nor the examples know."""
         tokenizers = {name: sampler.input_tokenizer(name) for name in (*self.a, *self.b)}
         source.prepare(data_dir)
-        split, found = read_for(source.split(self.split, data_dir), sampler.tokenizers.values()), []
+        split, examples = read_for(source.split(self.split, data_dir), sampler.tokenizers.values()), []
         for i in tqdm(range(len(split)), desc="reading examples", unit="example", file=sys.stdout, mininterval=1):
             example = split[i]
             signals = {name: t.signal_of(example) for name, t in tokenizers.items()}
             if all(any(signals[n] is not None for n in names) for names in (self.a, self.b)):
                 if self.label and self.label not in example:
                     raise ValueError(f"retrieval: unknown label {self.label!r}; {closest(self.label, [*example])}")
-                found.append({**example, **signals})
-            if len(found) == self.num_samples:
+                examples.append({**example, **signals})
+            if len(examples) == self.num_samples:
                 break
-        if len(found) < 2:
-            raise ValueError(f"retrieval: {len(found)} examples of {self.split!r} have both of {list(self.groups)}")
-        return found
+        if len(examples) < 2:
+            raise ValueError(f"retrieval: {len(examples)} examples of {self.split!r} have both of {list(self.groups)}")
+        return examples
 
     def right(self, examples: Seq[Mapping[str, Any]]) -> Bool[np.ndarray, "N N"]:
         """Which samples are right answers to which."""
@@ -99,29 +99,29 @@ class Retrieval:
 
 
 def first_right(best: Int[np.ndarray, "N N"], right: Bool[np.ndarray, "N N"]) -> Int[np.ndarray, " N"]:
-    """The place, from 0, of each query's first right answer. best: samples from the most similar on."""
+    """Index of each query's first right answer in its ranking. best: samples from the most similar on."""
     return np.take_along_axis(right, best, axis=1).argmax(1)
 
 
 def figures(places: Int[np.ndarray, " n"], count: int) -> dict[str, Float[np.ndarray, " n"]]:
-    """Of each query, by name; of `count` samples."""
+    """Figures of each query, by name. places: of first right answers among `count` samples, from 0."""
     recalls = {f"recall@{k}": (places < k).astype(float) for k in COUNTS}
     return {**recalls, "MRR": 1 / (places + 1), "rank": places / (count - 1)}
 
 
 def by_chance(right: Bool[np.ndarray, "N N"]) -> dict[str, float]:
     """Means of `figures` over all orders of the samples. With one right answer of N, recall@k is k / N."""
-    count, at = len(right), np.arange(len(right))
-    every, expected = figures(at, count), []
-    for number in right.sum(1):
-        # That none of the first i samples is right, by i; then where the first right one is.
-        none = np.cumprod(np.append(1, np.maximum(count - number - at, 0) / (count - at)))
-        expected.append([(-np.diff(none) * x).sum() for x in every.values()])
-    return dict(zip(every, np.mean(expected, axis=0).tolist(), strict=True))
+    count, place = len(right), np.arange(len(right))
+    of_place, expected = figures(place, count), []
+    for num_right in right.sum(1):
+        # Probability that none of the first i samples is right; its decrease is that of a first right answer at i.
+        none_right = np.cumprod(np.append(1, np.maximum(count - num_right - place, 0) / (count - place)))
+        expected.append([(-np.diff(none_right) * x).sum() for x in of_place.values()])
+    return dict(zip(of_place, np.mean(expected, axis=0).tolist(), strict=True))
 
 
 def shuffled_partners(count: int, rng: np.random.Generator) -> Int[np.ndarray, " N"]:
-    """For each sample another one: one ring through all of them."""
+    """For each sample another one: the next in one random ring of all."""
     order, partner = rng.permutation(count), np.zeros(count, int)
     partner[order] = np.roll(order, 1)
     return partner
@@ -130,13 +130,13 @@ def shuffled_partners(count: int, rng: np.random.Generator) -> Int[np.ndarray, "
 def measure(
     queries: Float[np.ndarray, "N D"], gallery: Float[np.ndarray, "N D"], right: Bool[np.ndarray, "N N"]
 ) -> tuple[dict[str, dict[str, dict[str, Any]]], Int[np.ndarray, "N N"]]:
-    """{found, shuffled, chance: {figure: {"mean", "sem", "num_queries"}}}, and what each query finds, best first."""
+    """{found, shuffled, chance: {figure: {"mean", "sem", "num_queries"}}}, and each query's ranking, best first."""
     count = len(right)
     best, _ = retrieve(queries, gallery, k=count)
     others = right[:, shuffled_partners(count, np.random.default_rng(0))]
     rows = {
-        name: {k: summary(x) for k, x in figures(first_right(best, judged), count).items()}
-        for name, judged in (("found", right), ("shuffled", others))
+        name: {k: summary(x) for k, x in figures(first_right(best, answers), count).items()}
+        for name, answers in (("found", right), ("shuffled", others))
     }
     chance = {k: {"mean": x, "sem": 0.0, "num_queries": count} for k, x in by_chance(right).items()}
     return {**rows, "chance": chance}, best
@@ -145,31 +145,31 @@ def measure(
 def evaluate(workdir: str | Path, out: str | Path = "", retrievals: Retrieval | Seq[Retrieval] = ()) -> dict[str, Any]:
     """Scores a trained model (see `load_run`): retrieval.json, .md and .png into `out` (default: `workdir`).
 
-    What is measured is given, or the config's `retrieval`, else Retrieval().
+    `retrievals` default to the config's `retrieval`, else to Retrieval().
     """
     started, out = time.monotonic(), Path(out or workdir)
     run = load_run(workdir)
-    asked = retrievals or run.config.retrieval or Retrieval()
+    requested = retrievals or run.config.retrieval or Retrieval()
     sampler, results, rows = Sampler(run.model, run.tokenizers), {}, []
-    for r in (asked,) if isinstance(asked, Retrieval) else asked:
+    for r in (requested,) if isinstance(requested, Retrieval) else requested:
         source = r.source or run.config.datasets[0].source
         if source is None:
             raise ValueError(
                 "retrieval needs raw examples, and the run's data set has token shards only; give a source"
             )
         examples = r.read(sampler, source, run.config.data_dir)
-        found = {}
+        embeddings = {}
         for group, names in r.groups.items():
             progress = functools.partial(tqdm, desc=f"embeddings of {group}", unit="batch", file=sys.stdout)
             signals = {name: [e[name] for e in examples] for name in names}
             pooled = features(sampler, signals, progress=progress).pooled
-            found[group] = pooled - pooled.mean(axis=0)  # as the contrastive loss compares them
+            embeddings[group] = pooled - pooled.mean(axis=0)  # as the contrastive loss compares them
         right = r.right(examples)
         for query, answer in (r.groups, reversed(r.groups)):
             name = f"{query} -> {answer}" + (f", same {r.label}" if r.label else "")
             if name in results:
                 raise ValueError(f"retrieval: {name!r} is asked twice; evaluate the second one by itself")
-            results[name], best = measure(found[query], found[answer], right)
+            results[name], best = measure(embeddings[query], embeddings[answer], right)
             rows += draw(sampler, name, (r.groups[query], r.groups[answer]), examples, best, right)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "retrieval.json", json.dumps(results, indent=1).encode())
@@ -183,12 +183,12 @@ def draw(
     sampler: Sampler, name: str, groups: tuple[Seq[str], Seq[str]], examples: Seq[Mapping[str, Any]],
     best: Int[np.ndarray, "N N"], right: Bool[np.ndarray, "N N"],
 ) -> list[tuple[str, dict[str, np.ndarray]]]:  # fmt: skip
-    """Rows of a contact sheet: a query's first signal, and those of the samples that it finds."""
+    """Rows of a contact sheet: a query's first signal, and those of its first hits."""
 
-    def tile(i: int, names: Seq[str], words: str) -> np.ndarray:
+    def tile(i: int, names: Seq[str], text: str) -> np.ndarray:
         signal = next(n for n in names if examples[i][n] is not None)
         image = examples[i]["rgb"] if "rgb" in examples[i] else None
-        return labelled(sampler.input_tokenizer(signal).draw(examples[i][signal], image=image), words)
+        return labelled(sampler.input_tokenizer(signal).draw(examples[i][signal], image=image), text)
 
     rows, places = [], first_right(best, right)
     for i in range(min(NUM_DRAWN, len(examples))):
@@ -205,9 +205,10 @@ def table(results: Mapping[str, Any]) -> str:
     names = list(next(iter(results.values()))["found"])
     lines = [f"| direction | of | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for direction, rows in results.items():
-        for of, cells in rows.items():
-            said = [f"{cells[n]['mean']:.3f}" + (f" ± {cells[n]['sem']:.3f}" if of != "chance" else "") for n in names]
-            lines.append(f"| {direction} | {of} | {' | '.join(said)} |")
-    numbers = {rows["found"][names[0]]["num_queries"] for rows in results.values()}
-    lines.append(f"\nMeans and standard errors over {' or '.join(map(str, sorted(numbers)))} samples.")
+        for answers, cells in rows.items():
+            errors = [f" ± {cells[n]['sem']:.3f}" if answers != "chance" else "" for n in names]
+            values = [f"{cells[n]['mean']:.3f}{error}" for n, error in zip(names, errors, strict=True)]
+            lines.append(f"| {direction} | {answers} | {' | '.join(values)} |")
+    counts = {rows["found"][names[0]]["num_queries"] for rows in results.values()}
+    lines.append(f"\nMeans and standard errors over {' or '.join(map(str, sorted(counts)))} samples.")
     return "\n".join(lines) + "\n"

@@ -19,13 +19,13 @@ from m4.tokens.modality import Modality, Sequence
 class Autoregressive(TokenSampling):
     """Left to right with a key/value cache, from the opening sentinel until every row has closed its last span.
 
-    What is kept of a sequence stays: each masked span is generated up to its closing sentinel.
+    Fixed tokens of a sequence stay unchanged; each masked span is generated up to its closing sentinel.
     """
 
     temperature: float = 0.0
     """Divisor of the logits; 0 takes the most likely token."""
     max_length: int = 0
-    """Generated tokens, at most; 0 is the modality's own limit."""
+    """Most tokens to generate; 0 is the modality's own limit."""
     constrained: bool = True
     """Follow the tokenizer's grammar, if it has one."""
 
@@ -43,8 +43,8 @@ class Autoregressive(TokenSampling):
         assert isinstance(modality, Sequence), "check() comes first"
         length = (self.max_length or modality.max_length) + 1
         if self.constrained and prompt.grammar is not None and prompt.grammar.distance[0] > length - 1:
-            least = prompt.grammar.distance[0]
-            raise ValueError(f"{self}: {modality.name} needs at least {least} ids by its grammar")
+            shortest = prompt.grammar.distance[0]
+            raise ValueError(f"{self}: {modality.name} needs at least {shortest} ids by its grammar")
         return length, uniform(seeds, length, ())
 
     def generate(self, model, modality, prompt, guidance, static, arrays, replay, on_step) -> GeneratedTokens:
@@ -61,22 +61,27 @@ class Autoregressive(TokenSampling):
 
         def body(carry):
             step = carry["step"]
+            # All passes of guidance read the same previous token; their outputs become one row of logits.
             previous = jnp.repeat(carry["previous"][:, None], passes, axis=0)
             position, zero = jnp.full_like(index, step), jnp.zeros_like(index)
             target = Targets(previous, previous, index, position, zero, zero == 0)
             hidden, cache = model.decode_step(target, decoder, carry["cache"], step)
             logits = logits_of(guided(hidden, weights)[:, 0])
             closing = modality.first_sentinel + 1 + carry["span"]
-            logits = jnp.where(_in_order(modality, prompt, carry["span"]) | ~prompt.keeps[:, None], logits, -jnp.inf)
+            # With fixed tokens spans decide what may come next, else the grammar does.
+            fits_spans = _fits_spans(modality, prompt, carry["span"]) | ~prompt.has_fixed_tokens[:, None]
+            logits = jnp.where(fits_spans, logits, -jnp.inf)
             if grammar is not None:
                 allowed = grammar.allowed(carry["state"], length - 1 - step)
-                logits = jnp.where(allowed | carry["done"][:, None] | prompt.keeps[:, None], logits, -jnp.inf)
-            random = jnp.asarray(arrays if replay.noise is None else replay.noise)[step]
-            drawn, log_prob = self.draw(logits, jnp.float32(self.temperature), random)
+                is_free = carry["done"] | prompt.has_fixed_tokens
+                logits = jnp.where(allowed | is_free[:, None], logits, -jnp.inf)
+            noise = jnp.asarray(arrays if replay.noise is None else replay.noise)[step]
+            drawn, log_prob = self.draw(logits, jnp.float32(self.temperature), noise)
             ids_so_far = carry["ids"].at[:, step].set(drawn)
             if on_step is not None:
                 known = jnp.broadcast_to(jnp.arange(length)[None] <= step, ids_so_far.shape)
                 jax.debug.callback(on_step, ids_so_far, known, ordered=True)
+            # Rows that are done compute on until all are; `Sampler` drops what follows their end.
             span = carry["span"] + (drawn == closing)
             done = carry["done"] | (drawn == modality.end_id) | (span == prompt.num_spans)
             state = carry["state"]
@@ -104,9 +109,9 @@ class Autoregressive(TokenSampling):
         return GeneratedTokens(end["ids"], end["log_probability"], steps)
 
 
-def _in_order(modality: Sequence, prompt: Prompt, span: Int[Array, " B"]) -> Bool[Array, "B V"]:
-    """What may come next where parts of a sequence are kept in their places: sentinels in their order, and the end in
-    the last span, if that is open. `span`: the one that is generated, counted from 0."""
+def _fits_spans(modality: Sequence, prompt: Prompt, span: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    """Ids that may come next in a sequence with fixed tokens: sentinels in their order, and the end id in the last
+    span, if that is open. `span`: index of the span that is generated."""
     ids, first = jnp.arange(modality.vocab_size)[None], modality.first_sentinel
     is_sentinel = (ids >= first) & (ids < first + modality.num_sentinels)
     ordered = ~is_sentinel | (ids == (first + 1 + span)[:, None])

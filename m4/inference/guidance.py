@@ -1,4 +1,4 @@
-"""Classifier-free guidance: several passes of the model, each without some of its inputs, weighed into one.
+"""Classifier-free guidance: several passes of the model, each without some of its inputs, combined into one.
 
 B rows, P passes, O open tokens, D width, S steps
 """
@@ -20,8 +20,8 @@ from m4.errors import check_choice
 class Guidance:
     """Classifier-free guidance (Ho & Salimans 2022): logits = without + scale x (with - without).
 
-    With pairs (name, weight) as scale: without + sum_i weight_i x (with condition i - without), each condition alone
-    beside what no pair names (Liu et al. 2022; negative weights lead away).
+    With pairs (name, weight) as scale: without + sum_i weight_i x (with condition i - without), where pass i sees one
+    condition and all inputs that no pair names (Liu et al. 2022; negative weights lead away).
     """
 
     scale: float | tuple[tuple[str, float], ...] = 3.0
@@ -46,17 +46,18 @@ class Guidance:
         if len(set(names)) < len(names):
             raise ValueError(f"{self}: each name may have one scale")
 
-    def passes(self, inputs: Seq[str], generated: Seq[str], find: Any) -> list[set[str]]:
-        """Names that each pass lacks; `find` makes the names of modalities out of the user's."""
-        own = {n for n in inputs if "#" in n}
+    def passes(self, inputs: Seq[str], generated: Seq[str], key_of: Any) -> list[set[str]]:
+        """Names that each pass lacks; `key_of` maps a user's name to that of a record."""
+        # A tagged input ("caption#not") is a condition of its own pass alone: all others lack it.
+        tagged = {n for n in inputs if "#" in n}
         if isinstance(self.scale, tuple):
-            named = [find(name) for name, _ in self.scale]
-            return [own | {*named}, *((own | {*named}) - {name} for name in named)]
-        dropped = {find(name) for name in self.drop} or {*inputs, *(generated if self.grow else ())}
-        return [own | dropped, own]
+            named = [key_of(name) for name, _ in self.scale]
+            return [tagged | {*named}, *((tagged | {*named}) - {name} for name in named)]
+        dropped = {key_of(name) for name in self.drop} or {*inputs, *(generated if self.grow else ())}
+        return [tagged | dropped, tagged]
 
     def weights(self, progress: Float[Array, "*S"]) -> Float[Array, "*S P"]:
-        """Factors of the passes' logits, which add up to 1, at a share of the way in [0, 1]."""
+        """Factors of the passes' logits, which add up to 1. `progress`: share of the steps that are done, in [0, 1]."""
         rise = {"constant": jnp.ones_like(progress), "linear": progress, "cosine": (1 - jnp.cos(jnp.pi * progress)) / 2}
         scales = [weight for _, weight in self.scale] if isinstance(self.scale, tuple) else [self.scale]
         start = 0 if self.schedule == "constant" else 1
@@ -65,7 +66,7 @@ class Guidance:
 
 
 def guided(hidden: Float[Array, "BP O D"], weights: Float[Array, "B P"]) -> Float[Array, "B O D"]:
-    """Logits are linear in the hidden vectors: weighing these instead, all passes share one output layer."""
+    """Weighted sums over passes. Logits are linear in hidden vectors, so that summing these needs one output layer."""
     if weights.shape[1] == 1:
         return hidden
     passes = hidden.reshape(*weights.shape, *hidden.shape[1:])

@@ -20,7 +20,7 @@ from m4.files import check_name, parse_json, shown
 logger = logging.getLogger(__name__)
 
 MAX_TABLE = 2**28  # bytes of a table of prompts
-TAKEN = ("failed.tsv", "sheet.png")  # what stands beside the samples' folders
+TAKEN = ("failed.tsv", "sheet.png")  # files beside the samples' folders
 LIKE = '{"rgb": "photo.png", "caption": "a cat"}'
 
 
@@ -28,9 +28,9 @@ LIKE = '{"rgb": "photo.png", "caption": "a cat"}'
 class Sample:
     """One sample to generate from.
 
-    `name`: of its folder of results, safe in a path and no other sample's. `values`: by input, a Path of a file, or a
-    str that names one or is the signal itself (m4.data.samples.file_of). `error`: why there are none (a line of a table
-    that cannot be read).
+    `name`: that of its folder of results, safe in a path and unique. `values`: by input, a Path of a file, or a str
+    that names one or is the signal itself (m4.data.samples.file_of). `error`: why there are no values (a line of a
+    table that cannot be read).
     """
 
     name: str
@@ -49,7 +49,7 @@ def read_inputs(items: Seq[str]) -> tuple[list[Sample], Path | None]:
     """Samples, and the table from which they come, if any.
 
     A folder has one sample a file; several folders are paired by the names of their files without extensions, and
-    single values stand in every sample. ValueError names what has no partner.
+    single values are in every sample. ValueError names what has no partner.
     """
     tables = [i for i in items if i.endswith(".jsonl") and "=" not in i]
     if tables and len(items) > 1:
@@ -77,7 +77,7 @@ def read_inputs(items: Seq[str]) -> tuple[list[Sample], Path | None]:
 
 
 def beside(samples: Seq[Sample], table: Path, kinds: Mapping[str, str]) -> list[Sample]:
-    """Files that a table names: those beside it, and of what is not there, those of the working folder.
+    """Files that a table names: those beside the table, else those of the working folder.
 
     `kinds`: by input, what its tokenizer reads (m4.data.samples.kind_of). Samples are named by the stems of the files
     that differ from line to line, if every line has such a file.
@@ -88,12 +88,12 @@ def beside(samples: Seq[Sample], table: Path, kinds: Mapping[str, str]) -> list[
         return file if file is not None and os.path.isfile(file) else value
 
     rows = [{name: find(name, value) for name, value in s.values.items()} for s in samples]
-    read = [row for row in rows if row]
-    files = lambda name: [_stem_of_file(row[name], kinds[name]) if name in row else "" for row in read]  # noqa: E731
-    best = max((files(name) for name in read[0]), key=lambda column: len(set(column)))
-    if all(best) and len(set(best)) == len(best):
-        of_row = iter(best)
-        names = sample_names([next(of_row) if row else "" for row in rows])
+    filled = [row for row in rows if row]
+    stems_of = lambda name: [_stem_of_file(row[name], kinds[name]) if name in row else "" for row in filled]  # noqa: E731
+    stems = max((stems_of(name) for name in filled[0]), key=lambda column: len(set(column)))
+    if all(stems) and len(set(stems)) == len(stems):
+        remaining = iter(stems)
+        names = sample_names([next(remaining) if row else "" for row in rows])
     else:
         names = sample_names([""] * len(rows))
     return [dataclasses.replace(s, name=n, values=row) for s, n, row in zip(samples, names, rows, strict=True)]
@@ -108,13 +108,13 @@ def _stem_of_file(value: str | Path, kind: str) -> str:
 
 
 def _by_stem(name: str, folder: str) -> dict[str, list[Path]]:
-    """The sorted files of a folder by their names without extension. What is no regular file is refused when read."""
+    """A folder's files, sorted, by their names without extension. Reading refuses those that are no regular files."""
     with os.scandir(folder) as entries:
         visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    inner = [shown(e.name) for e in visible if os.path.isdir(e.path)]
-    if inner:
-        say = f"input {name}={shown(folder)}: {len(inner)} folder(s) in it are not read: {', '.join(inner[:5])}"
-        logger.warning(say)
+    subfolders = [shown(e.name) for e in visible if os.path.isdir(e.path)]
+    if subfolders:
+        some = ", ".join(subfolders[:5])
+        logger.warning(f"input {name}={shown(folder)}: {len(subfolders)} folder(s) in it are not read: {some}")
     files = collections.defaultdict(list)
     for entry in visible:
         if not os.path.isdir(entry.path):
@@ -146,15 +146,15 @@ def _paired(
         given = dict(pair("--inputs", item) for item in items)
         problems = []
         for name, missing in lacks.items():
-            some = ", ".join(_lonely(stem, folders, name) for stem in missing[:5])
+            some = ", ".join(_missing_stem(stem, folders, name) for stem in missing[:5])
             more = f", and {len(missing) - 5} more" if len(missing) > 5 else ""
             problems += [f"{name}={shown(given[name])} lacks {some}{more}"] if missing else []
         raise ValueError(f"files of several folders are paired by their names: {'; '.join(problems)}")
     return list(union), [{name: files[stem][0] for name, files in folders.items()} for stem in union]
 
 
-def _lonely(stem: str, folders: Mapping[str, Mapping[str, list[Path]]], name: str) -> str:
-    """A stem that a folder lacks, with the file that has it, and the one that differs only in case or Unicode form."""
+def _missing_stem(stem: str, folders: Mapping[str, Mapping[str, list[Path]]], name: str) -> str:
+    """A stem that a folder lacks, with a file that has it, and a stem that differs only in case or Unicode form."""
     file = next(files[stem][0] for files in folders.values() if stem in files)
     form = lambda text: unicodedata.normalize("NFC", text)  # noqa: E731
     near = [other for other in folders[name] if form(other).casefold() == form(stem).casefold()]
@@ -197,15 +197,16 @@ def _row(line: bytes) -> dict[str, str]:
 
 
 def sample_names(stems: Seq[str]) -> list[str]:
-    """Of each sample a folder's name that is safe, and no other's: its stem, or (of "") its number, 0000, 0001, ...
+    """A safe and unique folder's name for each sample: its stem, or for the stem "" its index, 0000, 0001, ...
 
-    A stem that is safe stays, unless `TAKEN`; what is not safe in others becomes _, and a number keeps them apart.
+    A safe stem stays unchanged, unless it is `TAKEN`; in others unsafe letters become _, and a suffix -2, -3, ...
+    tells equal names apart.
     """
     names = [_safe(stem) if stem else f"{i:04d}" for i, stem in enumerate(stems)]
-    kept = {stem: i for i, stem in reversed([*enumerate(stems)]) if stem == names[i]}
-    taken = {*kept}
+    unchanged = {stem: i for i, stem in reversed([*enumerate(stems)]) if stem == names[i]}
+    taken = {*unchanged}
     for i, name in enumerate(names):
-        if name in kept and kept[name] == i:
+        if name in unchanged and unchanged[name] == i:
             continue
         number = 2
         while names[i] in taken:

@@ -1,6 +1,6 @@
-"""From records, stored arrays by modality, to what a stage reads, and back: packed rows, spans, what is kept.
+"""From records (stored arrays by modality) to what a stage reads: packed rows, spans, fixed tokens.
 
-B rows, P passes of guidance, N context slots, n tokens of the target, K vectors of F numbers
+B rows, P passes of guidance, N context slots, n tokens of the target, K vectors of F values
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from m4.tokens.packing import Packed, Record, pack, stack
 from m4.tokens.spans import show_spans
 from m4.tokens.tokenizer import Tokenizer
 
-MASK = "[MASK]"  # in a text: any number of words that are to be generated
-BUCKET = 16  # prompts are padded to a multiple of so many tokens, for other lengths to find them compiled
+MASK = "[MASK]"  # in a text: a gap of any length that is to be generated
+BUCKET = 16  # prompts are padded to a multiple of this length, so that few lengths are compiled
 
 
 def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kept: Seq[str] = ()) -> None:
@@ -61,7 +61,7 @@ def check_plan(stages: Seq[Stage], inputs: Seq[str], modalities: Modalities, kep
 
 
 def token_mask(mask: Any, m: Grid | Features, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
-    """Tokens that stay: all of their pixels do; or a random share of them."""
+    """Fixed tokens: those of which all pixels are fixed, or a random share."""
     if isinstance(mask, numbers.Real) and not isinstance(mask, bool | np.bool_):
         if not 0 <= mask <= 1:
             raise ValueError(f"keep={mask} of {m.name} must be a share within [0, 1]")
@@ -77,7 +77,7 @@ def token_mask(mask: Any, m: Grid | Features, rng: np.random.Generator) -> Bool[
 
 
 class BadSamples(ValueError):
-    """Samples that cannot be encoded. `errors`: by each sample's place in the lists, its input and what is wrong."""
+    """Samples that cannot be encoded. `errors`: by a sample's index in the lists, its input and what is wrong."""
 
     def __init__(self, errors: Mapping[int, tuple[str, str]], count: int):
         first = min(errors)
@@ -93,7 +93,7 @@ def reason(error: Exception) -> str:
 
 
 def encode_each(tokenizer: Tokenizer, signals: Seq[Any]) -> tuple[list[np.ndarray], dict[int, str]]:
-    """Stored arrays of signals. If a batch fails, each is tried alone: what is wrong, by place, and no arrays."""
+    """Stored arrays of signals. If a batch fails, each signal is tried alone: no arrays, and what is wrong by index."""
     try:
         return tokenizer.encode(signals), {}
     except Exception:
@@ -103,7 +103,7 @@ def encode_each(tokenizer: Tokenizer, signals: Seq[Any]) -> tuple[list[np.ndarra
                 tokenizer.encode([signal])
             except Exception as error:
                 errors[i] = reason(error)
-        if not errors:  # it is not of one signal
+        if not errors:  # no single signal is at fault
             raise
         return [], errors
 
@@ -117,10 +117,10 @@ class Context(NamedTuple):
 
 
 def in_buckets(rows: Seq[Packed], modalities: Modalities) -> tuple[Tokens, dict[str, np.ndarray]]:
-    """Rows padded to a length that others share; features float32, normalised."""
-    up = lambda count: max(-(-count // BUCKET) * BUCKET, 1)  # noqa: E731
-    length = up(max(row.columns.shape[1] for row in rows))
-    num_vectors = up(max([0, *(len(x) for row in rows for x in row.features.values())]))
+    """Rows padded to a multiple of `BUCKET`; features float32, normalised."""
+    round_up = lambda count: max(-(-count // BUCKET) * BUCKET, 1)  # noqa: E731
+    length = round_up(max(row.columns.shape[1] for row in rows))
+    num_vectors = round_up(max([0, *(len(x) for row in rows for x in row.features.values())]))
     inputs, features = stack(rows, modalities, length, num_vectors)
     kinds = {m.name: m for m in modalities if isinstance(m, Features)}
     return inputs, {name: kinds[name].normalize(x) for name, x in features.items()}
@@ -131,50 +131,51 @@ def make_prompt(
     modalities: Modalities, guidance: Guidance | None = None, generated: Seq[str] = (), grammar: Any = None,
     contexts: Seq[Context] | None = None,
 ) -> Prompt:  # fmt: skip
-    """What a stage reads: records by modality (or modality#tag), and what there is of the target already, if anything.
+    """What a stage reads: records by modality (or modality#tag), and the target's given tokens (`partial`), if any.
 
-    `generated`: names of records that earlier stages made. `contexts`: of each record, what every pass reads too.
+    `generated`: names of signals that earlier stages generated. `contexts`: for each record, what every pass reads too.
     """
     names = list(dict.fromkeys(n for r in records for n in r))
     tagged = {n for n in names if "#" in n}
-    lacks = [tagged]
+    dropped_by_pass = [tagged]
     if guidance is not None:
-        find = lambda name: _key(name, modalities, names)  # noqa: E731
-        lacks = guidance.passes([n for n in names if n not in generated], generated, find)
-    first_shown = guidance is not None and guidance.dropped_sequences == "masked"
-    rows, num_spans, keeps, open_end, given = [], [], [], [], []
+        key_of = lambda name: _key(name, modalities, names)  # noqa: E731
+        dropped_by_pass = guidance.passes([n for n in names if n not in generated], generated, key_of)
+    drops_to_sentinel = guidance is not None and guidance.dropped_sequences == "masked"
+    rows, num_spans, has_fixed, open_end, given = [], [], [], [], []
     contexts = contexts or [Context()] * len(records)
     for record, part, query in zip(records, partial, contexts, strict=True):
-        shown = {}
+        # Fixed tokens of a sequence are inputs, with a sentinel for each span to generate; a grid's are in `given`.
+        own = {}
         if isinstance(modality, Sequence):
             spans, opened = 1, True
             if part is not None:
-                shown[modality.name], spans, opened = show_spans(part, modality)
+                own[modality.name], spans, opened = show_spans(part, modality)
             num_spans.append(spans)
-            keeps.append(part is not None and bool((part >= 0).any()))
+            has_fixed.append(part is not None and bool((part >= 0).any()))
             open_end.append(opened)
         given.append(part if part is not None and isinstance(modality, Grid) else np.full(modality.max_tokens, -1))
-        for lack in lacks:
-            row = {name: ids for name, ids in record.items() if name not in lack}
-            for name in [n for n in record if n in lack and first_shown and n not in tagged]:
+        for dropped in dropped_by_pass:
+            row = {name: ids for name, ids in record.items() if name not in dropped}
+            for name in [n for n in record if n in dropped and drops_to_sentinel and n not in tagged]:
                 if isinstance(m := modalities.named(name), Sequence):
                     row[name] = np.array([m.first_sentinel])
-            packed = pack([{**row, **shown}, *query.others], query.addresses, modalities)
+            packed = pack([{**row, **own}, *query.others], query.addresses, modalities)
             rows.append(Packed.join([packed, query.shots], modalities))
     inputs, features = in_buckets(rows, modalities)
     zeros = np.zeros(len(records), np.int32)
     return Prompt(
-        Tokens(*(x.reshape(len(records), len(lacks), -1) for x in inputs)),
-        {name: x.reshape(len(records), len(lacks), *x.shape[1:]) for name, x in features.items()},
+        Tokens(*(x.reshape(len(records), len(dropped_by_pass), -1) for x in inputs)),
+        {name: x.reshape(len(records), len(dropped_by_pass), *x.shape[1:]) for name, x in features.items()},
         np.stack(given).astype(np.int32),
-        np.array(num_spans or zeros, np.int32), np.array(keeps or zeros, bool), np.array(open_end or zeros, bool),
+        np.array(num_spans or zeros, np.int32), np.array(has_fixed or zeros, bool), np.array(open_end or zeros, bool),
         grammar,
     )  # fmt: skip
 
 
 def _key(name: str, modalities: Modalities, present: Seq[str]) -> str:
-    """The record's name for what users call `name`: an input or an earlier target, perhaps with a tag."""
+    """A record's name for what users call `name`: an input or an earlier target, perhaps with a tag."""
     base, hash_, tag = name.partition("#")
-    found = [modalities.as_input(base).name]
-    found += [m.name for m in modalities if m.signal == base]
-    return next((n for n in (f + hash_ + tag for f in found) if n in present), found[0] + hash_ + tag)
+    candidates = [modalities.as_input(base).name]
+    candidates += [m.name for m in modalities if m.signal == base]
+    return next((n for n in (c + hash_ + tag for c in candidates) if n in present), candidates[0] + hash_ + tag)

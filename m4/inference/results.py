@@ -13,11 +13,11 @@ from m4.files import check_name, replacing_folder, replacing_together, shown
 
 
 class Results(dict):
-    """Signals by target: lists, or single ones if single ones were given.
+    """Signals by target: lists, or single signals if the inputs were single.
 
     `tokens`: ids by target's modality, one array a sample. `history`: by target's modality the step in which each token
-    was decoded. `inputs` as they were read. `sampler`: the m4.inference.sampler.Sampler that made them, for its
-    tokenizers.
+    was decoded. `inputs`: signals as they were read. `sampler`: the m4.inference.sampler.Sampler that generated them,
+    for its tokenizers.
     """
 
     def __init__(self, sampler: Any, targets: Seq[str], inputs: Mapping[str, list[Any]], single: bool):
@@ -36,7 +36,7 @@ class Results(dict):
         return [self[name]] if self.single else self[name]
 
     def image(self, i: int = 0) -> np.ndarray | None:
-        """A picture to draw on: the rgb input or target."""
+        """An image to draw on: the rgb input or target."""
         for name, signals in [*self.inputs.items(), *((n, self.signals(n)) for n in self)]:
             if name.split("_")[0] == "rgb" and signals[i] is not None:
                 return signals[i]
@@ -56,18 +56,18 @@ class Results(dict):
         return given | {f"{name} >" if name in given else name: self.draw(name, i) for name in self}
 
     def write(self, folder: str | Path, i: int = 0, *, alone: bool = False, with_inputs: bool = False) -> None:
-        """Files of all targets of sample i, all of them or none; with its inputs, as they were read, one can train
-        on them (m4.data.sources.generated).
+        """Files of all targets of sample i, all of them or none. With its inputs, as they were read, they are a data
+        set (m4.data.sources.generated).
 
-        `alone`: they take the place of the whole folder; else others in it stay. ValueError if it cannot be written, or
-        if a signal's name would lead elsewhere.
+        `alone`: they replace the whole folder; else other files in it stay. ValueError if it cannot be written, or if a
+        signal's name would lead elsewhere.
         """
         folder = Path(folder)
         signals = {name: (self.sampler.tokenizer(name), self.signals(name)[i]) for name in self}
-        made = {tokenizer.modality.signal for tokenizer, _ in signals.values()}
+        targets = {tokenizer.modality.signal for tokenizer, _ in signals.values()}
         for name, given in self.inputs.items() if with_inputs else ():
             tokenizer = self.sampler.input_tokenizer(name)
-            if given[i] is not None and "#" not in name and tokenizer.modality.signal not in made:
+            if given[i] is not None and "#" not in name and tokenizer.modality.signal not in targets:
                 signals[f"input {name}"] = tokenizer, given[i]
         for name, (tokenizer, _) in signals.items():
             check_name(tokenizer.modality.signal, f"the signal of {ascii(name)}")

@@ -47,20 +47,20 @@ from m4.tokens.tokenizer import CanAverage, Tokenizer
 
 
 def keep_compiled() -> None:
-    """Compiled programs stay on disk (JAX_COMPILATION_CACHE_DIR, else ~/.cache/m4): another process need not wait."""
+    """Keeps compiled programs on disk for other processes (in JAX_COMPILATION_CACHE_DIR, else ~/.cache/m4)."""
     if not jax.config.jax_compilation_cache_dir:  # ty: ignore[missing-attribute]  made at import
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "m4"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def default_scheme(
-    modality: Modality, of_grids: Literal["maskgit", "roar"] = "maskgit"
+    modality: Modality, grid_scheme: Literal["maskgit", "roar"] = "maskgit"
 ) -> Autoregressive | MaskGIT | ROAR:
     grids: dict[str, MaskGIT | ROAR] = {
         "maskgit": MaskGIT(temperature=0.7, top_p=0.9),
         "roar": ROAR(steps=16, temperature=0.7, top_p=0.9),
     }
-    return Autoregressive() if isinstance(modality, Sequence) else grids[of_grids]
+    return Autoregressive() if isinstance(modality, Sequence) else grids[grid_scheme]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5, 6))
@@ -80,7 +80,7 @@ def run_stage(
     return _run(graph, params, scheme, modality, guidance, static, on_step, prompt, arrays, replay or Replay())
 
 
-_callbacks: list[Callable] = []  # of the stage that runs, for a new callback not to compile it anew
+_callbacks: list[Callable] = []  # those of the running stage: an argument of _run would compile it for each callback
 _callbacks_lock = threading.Lock()
 
 
@@ -91,7 +91,7 @@ def _report_step(ids: Int[Array, "B n"], known: Bool[Array, "B n"]) -> None:
 
 @dataclasses.dataclass
 class Sampler:
-    """A trained model and its tokenizers. With several devices the rows of a batch are cut over them."""
+    """A trained model and its tokenizers. With several devices the rows of a batch are sharded over them."""
 
     model: Model
     tokenizers: dict[str, Tokenizer]
@@ -101,7 +101,7 @@ class Sampler:
     def __post_init__(self):
         if jax.config.jax_enable_x64:  # ty: ignore[missing-attribute]  made at import
             raise ValueError("generation is written for 32-bit numbers; leave JAX_ENABLE_X64 unset")
-        self.num_rows = 0  # of the last batch that was compiled
+        self.num_rows = 0  # rows of the last batch that was compiled
         self.modalities = self.model.modalities
         devices = list(self.devices or jax.local_devices())
         self.mesh = MeshConfig().make(devices) if len(devices) > 1 else None
@@ -110,7 +110,7 @@ class Sampler:
 
     @classmethod
     def load(cls, path: str | Path, *, batch_size: int = 64) -> Sampler:
-        """From a run's folder, or by the name of a model that comes with m4."""
+        """The model of a run's folder, or one that comes with m4, by its name."""
         run = load_run(Path(path))
         return cls(run.model, run.tokenizers, batch_size)
 
@@ -118,7 +118,7 @@ class Sampler:
         return self.tokenizers[self.modalities.as_target(target).name]
 
     def input_tokenizer(self, name: str) -> Tokenizer:
-        """Of an input by its signal or modality, perhaps with a tag ("caption#not")."""
+        """An input's tokenizer, by signal or modality, perhaps with a tag ("caption#not")."""
         return self.tokenizers[self.modalities.as_input(name.partition("#")[0]).name]
 
     def plan(self, targets: Seq[str | Stage]) -> list[Stage]:
@@ -137,18 +137,17 @@ class Sampler:
         progress: Callable[[range], Any] = lambda batches: batches,
         on_step: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
     ) -> Results:
-        """Raw signals in (a list by name, of one length; or single ones), raw signals out.
+        """Raw signals in (a list by name, all of one length; or single ones), raw signals out.
 
-        A signal is what its tokenizer takes, or a file (None: this sample lacks it); of texts and labels only a
-        pathlib.Path is a file. Names may be of
-        signals or modalities; "caption#not" is another caption, for guidance. Stages run in the given order, and each
-        sees what those before made. `seed`: the same gives the same, whatever the batches and devices.
+        A signal is what its tokenizer takes, or a file (None: this sample lacks it); for texts and labels only a
+        pathlib.Path is a file. Names are of signals or modalities; "caption#not" is another caption, for guidance.
+        Stages run in the given order, and each sees what those before generated. One `seed` gives the same results,
+        whatever the batches and devices.
 
-        `keep`: what stays of an input that is also a target: a mask (bool [H W] of pixels or tokens, True = stays), or
-        the share of its tokens that stay, at random (variations). A text keeps what is not [MASK].
-        `indices`: each sample's number (default: 0, 1, ...), to which its random numbers belong. `progress` may wrap
-        the batches (tqdm); on_step(target, ids [B n], known [B n]) is called after
-        every step while it runs.
+        `keep`: the fixed part of an input that is also a target: a mask (bool [H W] of pixels or tokens, True = fixed),
+        or the share of its tokens that is fixed, at random (variations). Of a text all but [MASK] is fixed.
+        `indices`: each sample's index in random streams (default: 0, 1, ...). `progress` may wrap the batches (tqdm);
+        on_step(target, ids [B n], known [B n]) is called after every step.
         """
         keep = dict(keep or {})
         texts = {n: v if isinstance(v, list) else [v] for n, v in inputs.items()}
@@ -163,45 +162,47 @@ class Sampler:
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
             raise ValueError(f"inputs must be non-empty lists of one length; got {lengths}")
         count = max(lengths.values(), default=1)
-        numbers = self.check(stages, count, seed, indices)
+        sample_indices = self.check(stages, count, seed, indices)
         read = self.read_all(texts)
-        kept = {name: self._keep(name, value, count) for name, value in {**dict.fromkeys(masked), **keep}.items()}
-        partial = self._partial(read, kept, seed, numbers)
-        records = self.encode({n: v for n, v in read.items() if n not in kept}, count)
+        fixed = {**dict.fromkeys(masked), **keep}
+        masks = {name: self._masks(name, value, count) for name, value in fixed.items()}
+        partial = self._partial(read, masks, seed, sample_indices)
+        records = self.encode({n: v for n, v in read.items() if n not in masks}, count)
         out = Results(self, [s.target for s in stages], read, single)
         for first in progress(range(0, count, self.batch_size)):
             part = slice(first, first + self.batch_size)
             known = {name: values[part] for name, values in partial.items()}
-            out.add(self.generate(records[part], stages, seed, numbers[part], partial=known, on_step=on_step))
+            batch = records[part], stages, seed, sample_indices[part]
+            out.add(self.generate(*batch, partial=known, on_step=on_step))
         for name in out if single else ():
             out[name] = out[name][0]
         return out
 
     def check(self, stages: Seq[Stage], count: int, seed: int, indices: Seq[int] | None) -> Int[np.ndarray, " B"]:
-        """The samples' numbers. ValueError for what `check_plan` cannot know to be wrong."""
+        """The samples' indices. ValueError for what `check_plan` cannot check."""
         for stage in stages:
             if stage.ensemble > 1 and not hasattr(tokenizer := self.tokenizer(stage.target), "average"):
                 raise ValueError(f"ensemble={stage.ensemble}: {type(tokenizer).__name__} cannot average {stage.target}")
         check_seed(seed)
-        numbers = np.arange(count) if indices is None else np.asarray(indices)
-        if len(numbers) != count:
-            raise ValueError(f"{len(numbers)} indices were given for {count} samples")
-        return numbers
+        sample_indices = np.arange(count) if indices is None else np.asarray(indices)
+        if len(sample_indices) != count:
+            raise ValueError(f"{len(sample_indices)} indices were given for {count} samples")
+        return sample_indices
 
     def read(self, name: str, signal: Any) -> Any:
-        """A signal from its file, or as it is."""
+        """A signal from its file; anything else unchanged."""
         return self.read_all({name: [signal]})[name][0]
 
     def read_sample(self, values: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-        """One sample's signals by name: see `m4.data.samples.read_sample`, also of options."""
+        """One sample's signals by name; for `options` see `m4.data.samples.read_sample`."""
         return read_sample(values, {name: self.input_tokenizer(name) for name in values}, **options)
 
     def read_all(self, inputs: Mapping[str, Seq[Any]]) -> dict[str, list[Any]]:
-        """Lists of one length, each sample with one geometry; a str is never a file of words."""
+        """Lists of one length, each sample with one geometry; a str never names a text file."""
         return read_samples(inputs, {name: self.input_tokenizer(name) for name in inputs})
 
     def encode(self, inputs: Mapping[str, Seq[Any]], count: int = 0) -> list[dict[str, np.ndarray]]:
-        """Raw signals -> stored arrays by modality, one dict a sample, without what is None.
+        """Raw signals -> stored arrays by modality, one dict a sample, without those that are None.
 
         `BadSamples` names the samples that cannot be encoded.
         """
@@ -214,16 +215,16 @@ class Sampler:
                 raise ValueError(
                     f"{name!r}: of {m.name} there can be only one; allowed: tokens, such as those of texts"
                 )
-            there = [i for i, s in enumerate(signals) if s is not None]
-            encoded, bad = encode_each(self.tokenizers[m.name], [signals[i] for i in there])
-            errors.update({there[k]: (name, message) for k, message in bad.items()})
-            for i, ids in zip(there, encoded, strict=not bad):
+            present = [i for i, s in enumerate(signals) if s is not None]
+            encoded, bad = encode_each(self.tokenizers[m.name], [signals[i] for i in present])
+            errors.update({present[k]: (name, message) for k, message in bad.items()})
+            for i, ids in zip(present, encoded, strict=not bad):
                 records[i][m.name + hash_ + tag] = ids
         if errors:
             raise BadSamples(errors, len(records))
         return records
 
-    def _keep(self, name: str, value: Any, count: int) -> list[Any]:
+    def _masks(self, name: str, value: Any, count: int) -> list[Any]:
         """One mask (or share) for each sample."""
         if isinstance(value, list):
             if len(value) != count:
@@ -231,13 +232,13 @@ class Sampler:
             return value
         return [value] * count
 
-    def _partial(self, read, kept, seed: int, numbers: Seq[int] | np.ndarray) -> dict[str, list[np.ndarray]]:
-        """By modality: ids of what is given in part, -1 where they are to be generated."""
+    def _partial(self, read, masks, seed: int, sample_indices: Seq[int] | np.ndarray) -> dict[str, list[np.ndarray]]:
+        """Ids of partly given signals by modality, -1 where they are to be generated."""
         partial, errors = {}, {}
-        for name, masks in kept.items():
+        for name, masks_of_samples in masks.items():
             m = self.modalities.as_target(name)
-            partial[m.name] = [None] * len(masks)
-            for i, (signal, mask) in enumerate(zip(read[name], masks, strict=True)):
+            partial[m.name] = [None] * len(masks_of_samples)
+            for i, (signal, mask) in enumerate(zip(read[name], masks_of_samples, strict=True)):
                 if signal is None:
                     continue
                 try:
@@ -246,16 +247,16 @@ class Sampler:
                 except Exception as error:
                     errors[i] = name, reason(error)
                     continue
-                stays = (
-                    True if isinstance(m, Sequence) else token_mask(mask, m, np.random.default_rng([seed, numbers[i]]))
-                )
-                partial[m.name][i] = np.where(stays, ids, -1)
+                if not isinstance(m, Sequence):
+                    fixed = token_mask(mask, m, np.random.default_rng([seed, sample_indices[i]]))
+                    ids = np.where(fixed, ids, -1)
+                partial[m.name][i] = ids
         if errors:
-            raise BadSamples(errors, len(numbers))
+            raise BadSamples(errors, len(sample_indices))
         return partial
 
     def _partial_text(self, m: Sequence, text: str) -> np.ndarray:
-        """[MASK] -> -1; the end is open only behind a [MASK]."""
+        """Ids with -1 for each [MASK]; the end is open only after a [MASK]."""
         if MASK not in text:
             raise ValueError(f"{m.name} {text!r} is given in part, but has no {MASK}")
         pieces = text.split(MASK)
@@ -274,14 +275,14 @@ class Sampler:
         contexts: Seq[Context] | None = None,
         on_step: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
     ) -> Results:
-        """One batch of encoded conditions through all stages; `indices`: the samples' numbers.
+        """One batch of encoded conditions through all stages; `indices`: the samples' indices in random streams.
 
-        `partial`: by modality, ids of what is given in part, -1 where they are to be generated. `contexts`: what stands
+        `partial`: ids of partly given signals by modality, -1 where they are to be generated. `contexts`: what is read
         beside each sample, such as in-context examples.
         """
         out, partial, indices = Results(self, [s.target for s in stages], {}, False), partial or {}, np.asarray(indices)
-        records, made = [dict(r) for r in records], []
-        for name, known in partial.items():  # context of the stages before its own
+        records, generated_names = [dict(r) for r in records], []
+        for name, known in partial.items():  # earlier stages see the given part of a later target
             m = self.modalities.named(name)
             for record, part in zip(records, known, strict=True):
                 if part is not None:
@@ -291,10 +292,13 @@ class Sampler:
             tokenizer = self.tokenizers[m.name]
             grammar = getattr(tokenizer, "grammar", None)
             known = partial[m.name] if m.name in partial else [None] * len(records)
+            # Its own given tokens are no input of a stage: `make_prompt` adds them as the target's.
             others = [{name: ids for name, ids in record.items() if name != m.name} for record in records]
             samples = []
             for member in range(stage.ensemble):
-                prompt = make_prompt(others, known, m, self.modalities, stage.guidance, made, grammar, contexts)
+                prompt = make_prompt(
+                    others, known, m, self.modalities, stage.guidance, generated_names, grammar, contexts
+                )
                 generated = self._on_device(stage, m, prompt, [seed, s, member], indices, on_step)
                 samples.append(self._finish(m, generated, known))
             ids, log_probability, history = samples[0]
@@ -302,7 +306,7 @@ class Sampler:
                 decoded = [tokenizer.decode(ids) for ids, _, _ in samples]
                 signals = [cast(CanAverage, tokenizer).average(list(group)) for group in zip(*decoded, strict=True)]
                 ids = tokenizer.encode(signals)
-                for i, part in enumerate(known):  # what is kept stays, whatever the average
+                for i, part in enumerate(known):  # fixed tokens stay, whatever the average
                     if part is not None:
                         ids[i] = np.where(part >= 0, part, ids[i])
                         (signals[i],) = tokenizer.decode([ids[i]])
@@ -310,16 +314,16 @@ class Sampler:
                 signals = self._decode(tokenizer, ids, log_probability)
             for record, row in zip(records, ids, strict=True):
                 record[m.name] = row
-            made.append(m.name)
+            generated_names.append(m.name)
             out[stage.target].extend(signals)
             out.tokens.setdefault(m.name, []).extend(ids)
             out.history.setdefault(m.name, []).extend(history)
         return out
 
-    def _on_device(self, stage, m, prompt: Prompt, numbers: list[int], indices, on_step) -> GeneratedTokens:
-        """One compilation serves every batch: a short one is filled up with its last row.
+    def _on_device(self, stage, m, prompt: Prompt, seeds: list[int], indices, on_step) -> GeneratedTokens:
+        """One compilation serves every batch: a short one is padded with its last row. `seeds`: seed, stage, member.
 
-        With `on_step`, by one device: the calls come in order.
+        With `on_step` one device computes, so that its calls come in order.
         """
         num = full = len(indices)
         mesh = None if on_step is not None else self.mesh
@@ -330,7 +334,7 @@ class Sampler:
         self.num_rows = full
         rows, grammar = np.minimum(np.arange(full), num - 1), prompt.grammar
         prompt = jax.tree.map(lambda x: np.asarray(x)[rows], prompt._replace(grammar=None))
-        seed, *rest = numbers
+        seed, *rest = seeds
         static, arrays = stage.scheme.prepare(
             m, prompt._replace(grammar=grammar), np.array([[seed, i, *rest] for i in indices[rows]])
         )
@@ -358,7 +362,10 @@ class Sampler:
         return GeneratedTokens(*(x[:num] for x in out))
 
     def _finish(self, m: Modality, generated: GeneratedTokens, known: Seq[np.ndarray | None]):
-        """Ids as tokenizers take them, their log-probabilities, and the step in which each was decoded."""
+        """Ids as tokenizers take them, their log-probabilities, and the step in which each was decoded.
+
+        A generated sequence holds its spans one after another; each fills its gap in the given part.
+        """
         if not isinstance(m, Sequence):
             return list(generated.ids), generated.log_probability, list(generated.step)
         ids = []
@@ -366,10 +373,10 @@ class Sampler:
             if part is None:
                 ids.append(trim(row, m, generated.ids.shape[1] - 1))
             else:
-                shown, num_spans, _ = show_spans(part, m)
+                given, num_spans, _ = show_spans(part, m)
                 (stop,) = np.nonzero((row == m.end_id) | (row == m.first_sentinel + num_spans))
                 row = row[: stop[0] + (row[stop[0]] == m.end_id)] if len(stop) else row
-                filled = fill_spans(shown, row, m)
+                filled = fill_spans(given, row, m)
                 ids.append(filled if filled[-1:] == m.end_id else np.append(filled, m.end_id))
         return ids, generated.log_probability, [np.arange(len(i)) for i in ids]
 

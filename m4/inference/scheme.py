@@ -2,13 +2,13 @@
 
 B rows, P passes of guidance, N context slots, n tokens of the target, K known ones, O open ones, S steps, V vocabulary
 
-    MaskGIT         predicts all open tokens of a grid at once, keeps those it is surest of, and so on
-    ROAR            predicts the tokens of a grid in random order, some at once
+    MaskGIT         predicts all open tokens of a grid at once, keeps the most confident ones, and repeats
+    ROAR            predicts the tokens of a grid in random order, several at once
     Autoregressive  predicts a sequence left to right
 
-A scheme is a frozen dataclass; adding one edits nothing else. A stage generates one target; what it generated is
-context of the next. Guidance runs its passes as further rows of the same batch. Random numbers belong to (seed, row,
-stage, step, position), so that a row's result depends neither on its batch nor on what else is generated.
+A scheme is a frozen dataclass; adding one edits nothing else. A stage generates one target, which later stages see.
+Guidance runs its passes as further rows of the same batch. Random values are a function of (seed, row, stage, step,
+position), so that a row's result depends neither on its batch nor on what else is generated.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from m4.tokens.modality import Modality
 
 
 class Prompt(NamedTuple):
-    """What a stage reads. Pass 0 of guidance lacks what is dropped; without guidance it is the only one.
+    """What a stage reads. Pass 0 of guidance lacks the dropped inputs; without guidance it is the only pass.
 
-    `given`: the target's own tokens, -1 where one is to be generated (grids). Of sequences: the number of spans to
-    generate, whether something of the sequence is kept, and whether its end is open.
+    `given`: the target's own tokens, -1 where one is to be generated (grids). `num_spans` to generate,
+    `has_fixed_tokens` and `open_end` (whether the end is to be generated) are those of sequences.
     """
 
     inputs: Tokens  # [B P N]
     features: Mapping[str, Float[TokenArray, "B P K F"]]
     given: Int[TokenArray, "B n"]
     num_spans: Int[TokenArray, " B"]
-    keeps: Bool[TokenArray, " B"]
+    has_fixed_tokens: Bool[TokenArray, " B"]
     open_end: Bool[TokenArray, " B"]
     grammar: Grammar | None = None
 
@@ -54,7 +54,7 @@ class Prompt(NamedTuple):
 
 
 class GeneratedTokens(NamedTuple):
-    """Ids, the log-probability with which each was drawn, and the step (from 0) in which; -1: it was given."""
+    """Ids, the log-probability with which each was drawn, and its step from 0, or -1 for a given token."""
 
     ids: Int[Array, "B n"]
     log_probability: Float[Array, "B n"]
@@ -62,7 +62,7 @@ class GeneratedTokens(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """Recorded randomness, in place of seeds: an order of a grid's positions; Gumbel noise by step and position."""
+    """Recorded randomness instead of seeds: an order of a grid's positions; Gumbel noise by step and position."""
 
     order: Int[Array, "B n"] | None = None
     noise: Float[Array, "S B *n V"] | None = None
@@ -77,7 +77,7 @@ class Scheme(Protocol):
         """ValueError if the scheme cannot generate this kind of modality, or a field is out of range."""
 
     def prepare(self, modality: Modality, prompt: Prompt, seeds: Int[np.ndarray, "B k"]) -> tuple[Any, Any]:
-        """What is known before anything is computed: static (hashable) sizes, and arrays. `seeds`: of each row."""
+        """What is known before the model runs: static (hashable) sizes, and arrays. `seeds`: those of each row."""
 
     def generate(
         self, model: Model, modality: Modality, prompt: Prompt, guidance: Guidance | None,

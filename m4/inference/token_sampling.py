@@ -1,4 +1,4 @@
-"""One token drawn from its distribution: temperature, filters, a sequence's grammar, random numbers.
+"""One token drawn from its distribution: temperature, filters, random values.
 
 B rows, V vocabulary, S steps
 """
@@ -17,14 +17,14 @@ from jaxtyping import Array, Float, Int
 from m4.tokens.modality import Modality
 
 
-def _smallest(fits: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
-    """The smallest number t in [0, 1] with fits(t), which is true from some t on: bisection over floats' bits."""
+def _smallest(is_enough: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
+    """The smallest float t in [0, 1] with is_enough(t), which is true from some t on: bisection over floats' bits."""
     low, high = jnp.zeros(shape, jnp.int32), jnp.full(shape, np.float32(1).view(np.int32))
 
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) // 2
-        ok = fits(jax.lax.bitcast_convert_type(middle, jnp.float32))
+        ok = is_enough(jax.lax.bitcast_convert_type(middle, jnp.float32))
         return jnp.where(ok, low, middle + 1), jnp.where(ok, middle, high)
 
     return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, (low, high))[1], jnp.float32)
@@ -51,12 +51,12 @@ class TokenSampling:
             "temperature": (lambda x: 0 <= x < math.inf, "at least 0"), "top_k": (lambda x: x >= 0, "at least 0"),
             "top_p": (lambda x: 0 < x <= 1, "within (0, 1]"), "min_p": (lambda x: 0 <= x < 1, "within [0, 1)"),
         }  # fmt: skip
-        for name, (fits, words) in allowed.items():
-            if not isinstance(value := getattr(self, name), int | float) or not fits(value):
-                raise ValueError(f"{name}={value!r} of {type(self).__name__} must be {words}")
+        for name, (is_valid, allowed_range) in allowed.items():
+            if not isinstance(value := getattr(self, name), int | float) or not is_valid(value):
+                raise ValueError(f"{name}={value!r} of {type(self).__name__} must be {allowed_range}")
 
     def filtered(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-        """Logits; -inf where a token is filtered out. Of equally likely tokens at a border all are kept."""
+        """Logits; -inf where a token is filtered out. Equally likely tokens at a threshold all stay."""
         size, least = logits.shape[-1], jnp.finfo(jnp.float32).min
         for kind, value in (("top_k", self.top_k), ("top_p", self.top_p), ("min_p", self.min_p)):
             if value == (1 if kind == "top_p" else 0):
@@ -95,27 +95,27 @@ class TokenSampling:
 
 
 def _inverse_distribution(p: Float[Array, "*B V"], u: Float[Array, "*B"]) -> Int[Array, "*B"]:
-    """The first token up to which the probabilities exceed u: in blocks of 128, then within one."""
+    """The first token up to which the probabilities add up to more than u: by blocks of 128, then within one."""
     blocks = jnp.pad(p, ((0, 0),) * (p.ndim - 1) + ((0, -p.shape[-1] % 128),)).reshape(*p.shape[:-1], -1, 128)
 
     def find(weights, u):
         total = jnp.cumsum(weights, -1)
-        # Never past the last that has any weight, whatever the rounding.
+        # Rounding must not lead past the last entry with any weight.
         return jnp.minimum((total <= u[..., None]).sum(-1), jnp.argmax(total >= total[..., -1:], -1)), total
 
     sums = blocks.sum(-1)
     u = u * sums.sum(-1)
     block, total = find(sums, u)
-    # Rounding must not lead before the block, to tokens that were filtered out.
+    # Nor may it lead before the block, to tokens that were filtered out.
     rest = jnp.maximum(u - jnp.take_along_axis(total - sums, block[..., None], axis=-1)[..., 0], 0)
     within, _ = find(jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :], rest)
     return block * 128 + within
 
 
 def uniform(seeds: Int[np.ndarray, "B k"], num_steps: int, shape: tuple[int, ...]) -> Float[np.ndarray, "S B *shape"]:
-    """Numbers in [0, 1) that belong to a row's seeds, the step and the place, whatever else is in the batch.
+    """Values in [0, 1), a function of a row's seeds, the step and the position, whatever else is in the batch.
 
-    Drawn on the host: they are few, and random bits are what takes XLA longest to compile.
+    They are drawn on the host: they are few, and random bits take XLA longest to compile.
     """
     rows = [np.random.default_rng(row).random((num_steps, *shape), np.float32) for row in np.asarray(seeds).tolist()]
     return np.stack(rows, axis=1)

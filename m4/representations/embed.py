@@ -2,9 +2,9 @@
 
     from m4 import Sampler, features
 
-    found = features(Sampler.load("scenes"), {"rgb": images})
-    found.pooled     [B D]     one vector for each sample
-    found.tokens     [B N D]   one for each input token, zeros where there is none (found.inputs.valid)
+    embeddings = features(Sampler.load("scenes"), {"rgb": images})
+    embeddings.pooled     [B D]     one vector for each sample
+    embeddings.tokens     [B N D]   one for each input token, zeros where there is none (embeddings.inputs.valid)
 
 B samples, N input slots, D width
 """
@@ -29,7 +29,7 @@ from m4.tokens.packing import Packed, pack
 
 
 class Embeddings(NamedTuple):
-    """Normalised outputs of the encoder, float32. `inputs`: whose they are; `pooled`: their mean over valid ones."""
+    """Normalised outputs of the encoder, float32. `inputs`: their tokens; `pooled`: mean over valid ones."""
 
     inputs: Tokens
     tokens: Float[np.ndarray, "B N D"]
@@ -44,20 +44,23 @@ def _encode(graph, params, inputs, features):
 def embed(
     sampler: Sampler, rows: Seq[Packed], progress: Callable[[range], Any] = lambda batches: batches
 ) -> Embeddings:
-    """Embeddings of encoded samples, in batches of the sampler's."""
+    """Embeddings of encoded samples, in batches of the sampler's size."""
     inputs, tokens, pooled = [], [], []
     for first in progress(range(0, len(rows), sampler.batch_size)):
         part = list(rows[first : first + sampler.batch_size])
         count = len(part)
+        # Padding with the last row: one compilation serves every batch.
         part += part[-1:] * (min(sampler.batch_size, len(rows)) - count)
         read, features = in_buckets(part, sampler.modalities)
-        for found, x in zip((tokens, pooled), _encode(sampler.graph, sampler.params, read, features), strict=True):
-            found.append(np.asarray(x)[:count])
+        for outputs, x in zip((tokens, pooled), _encode(sampler.graph, sampler.params, read, features), strict=True):
+            outputs.append(np.asarray(x)[:count])
         inputs.append(Tokens(*(x[:count] for x in read)))
     length = max(x.shape[1] for x in tokens)
-    longer = lambda x: np.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
-    every = Tokens(*(np.concatenate([longer(np.asarray(x)) for x in column]) for column in zip(*inputs, strict=True)))
-    return Embeddings(every, np.concatenate([longer(x) for x in tokens]), np.concatenate(pooled))
+    padded = lambda x: np.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+    all_inputs = Tokens(
+        *(np.concatenate([padded(np.asarray(x)) for x in column]) for column in zip(*inputs, strict=True))
+    )
+    return Embeddings(all_inputs, np.concatenate([padded(x) for x in tokens]), np.concatenate(pooled))
 
 
 def features(
@@ -66,7 +69,7 @@ def features(
     """Embeddings of raw signals: a list by name, all of one length (None: this sample lacks it), or single ones.
 
     Names are of signals or modalities, in any combination; a signal is what its tokenizer takes, or the path of a file.
-    ValueError for what `Sampler` would not read.
+    ValueError for inputs that `Sampler` would not read.
     """
     lists = {name: v if isinstance(v, list) else [v] for name, v in inputs.items()}
     lengths = {name: len(v) for name, v in lists.items()}

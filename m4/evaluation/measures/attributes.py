@@ -1,4 +1,4 @@
-"""What generated captions and pictures of scenes say about their objects: attributes, colours, foreground.
+"""Accuracy of objects in generated captions and images of scenes: attributes, colours, foreground.
 
 H rows, W columns
 """
@@ -40,8 +40,8 @@ class ObjectColours:
     def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         counts = []
         for p, e in zip(predictions, examples, strict=True):
-            found, truth = read_colours(p), {o["colour"] for o in e["objects"]}
-            counts.append((len(found & truth), len(found), len(truth)))
+            predicted, truth = read_colours(p), {o["colour"] for o in e["objects"]}
+            counts.append((len(predicted & truth), len(predicted), len(truth)))
         return {"value": micro_f1(counts)}
 
     def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -60,7 +60,7 @@ class ForegroundOverlap:
         return self._overlap([segment_objects(p) for p in predictions], examples)
 
     def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """The training-mean mask, cut at the threshold that is best on the training examples."""
+        """The training-mean mask, at the threshold that is best on the training examples."""
         mean = np.mean([e["instance"] > 0 for e in train], axis=0)
         scores = {
             t: self._overlap([mean > t] * len(train), train)["value"]

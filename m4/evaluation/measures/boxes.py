@@ -18,7 +18,7 @@ Boxes = dict[
 
 
 def mean_average_precision(predictions: Sequence[Boxes], truths: Sequence[Boxes], *, iou: float = 0.5) -> float:
-    """Class-aware mAP over the labels that the truths hold; predictions without "score" all count as equally sure."""
+    """Class-aware mAP over the labels that the truths hold; predictions without "score" have equal scores."""
     labels = sorted({label for t in truths for label in t["label"]})
     category = {label: i + 1 for i, label in enumerate(labels)}
     rows = lambda boxes, i: [  # noqa: E731
@@ -39,7 +39,7 @@ def mean_average_precision(predictions: Sequence[Boxes], truths: Sequence[Boxes]
         if label in category
     ]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth, found = COCO(), [row for i, p in enumerate(predictions) for row in rows(p, i)]
+        truth, predicted = COCO(), [row for i, p in enumerate(predictions) for row in rows(p, i)]
         annotations = [row for i, t in enumerate(truths) for row in rows(t, i)]
         truth.dataset = {
             "images": [{"id": i} for i in range(len(truths))],
@@ -47,9 +47,9 @@ def mean_average_precision(predictions: Sequence[Boxes], truths: Sequence[Boxes]
             "categories": [{"id": i, "name": label} for label, i in category.items()],
         }
         truth.createIndex()
-        if not found:
+        if not predicted:
             return 0.0
-        evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+        evaluation = COCOeval(truth, truth.loadRes(predicted), "bbox")
         evaluation.params.iouThrs = np.array([iou])
         areas: list[list[int] | list[float]] = [[0, 1e10]]
         evaluation.params.areaRng, evaluation.params.areaRngLbl = areas, ["all"]
@@ -70,9 +70,8 @@ class BoxAccuracy:
         return {"value": mean_average_precision(predictions, [e["boxes"] for e in examples])}
 
     def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """The best constant prediction: for each number k, k cluster centres of each label's training boxes.
-
-        The k that does best on the training examples is used.
+        """The best constant prediction: k cluster centres of each label's training boxes, for the k that scores best in
+        training.
         """
         constants = [_constant_boxes(train, k) for k in (1, 2, 4, 8, 16, 32)]
         scores = [self.score([c] * len(train), train)["value"] for c in constants]

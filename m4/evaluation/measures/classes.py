@@ -35,8 +35,8 @@ class ClassAccuracy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassMapAccuracy:
-    """Maps int [H W] of classes, 0 = background. `value` is the share of pixels that are an object's, in truth or in
-    the prediction, whose class is right; `foreground` is the same of object or not."""
+    """Maps int [H W] of classes, 0 = background. Among pixels of an object in the truth or the prediction, `value` is
+    the share whose class is right, and `foreground` the share that are of an object in both."""
 
     signal: str = "semseg"
     """Signal that is compared."""
@@ -46,12 +46,12 @@ class ClassMapAccuracy:
         return f"accuracy of {self.signal} on objects"
 
     def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
-        found, truth = np.stack(predictions), np.stack([e[self.signal] for e in examples])
-        objects = (found > 0) | (truth > 0)
+        predicted, truth = np.stack(predictions), np.stack([e[self.signal] for e in examples])
+        objects = (predicted > 0) | (truth > 0)
         count = max(int(objects.sum()), 1)
         return {
-            "value": float(((found == truth) & objects).sum() / count),
-            "foreground": float(((found > 0) & (truth > 0)).sum() / count),
+            "value": float(((predicted == truth) & objects).sum() / count),
+            "foreground": float(((predicted > 0) & (truth > 0)).sum() / count),
         }
 
     def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -26,7 +26,7 @@ class DepthAccuracy:
 
     def score(self, predictions: Sequence[Any], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         where = [o & (e["depth"] > 0) for o, e in zip(object_pixels(examples), examples, strict=True)]
-        if not any(w.any() for w in where):  # objects without depth, or none: all that has depth
+        if not any(w.any() for w in where):  # no object has depth: all pixels with depth
             where = [e["depth"] > 0 for e in examples]
         if not any(w.any() for w in where):
             raise ValueError(f"no pixel of {len(examples)} examples has a known depth")

@@ -36,17 +36,17 @@ class MapAccuracy:
     def baseline(self, train: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The better of two maps for every example: the mean of training, and the constant that is best there."""
         maps = [e[self.signal] for e in train]
-        seen = np.sort(np.concatenate([m[w].ravel() for m, w in zip(maps, object_pixels(train), strict=True)]))
-        # Of all intervals as long as two tolerances that begin at a value, the one with most values.
-        ends = np.searchsorted(seen, seen + 2 * self.tolerance, side="right")
-        best = seen[np.argmax(ends - np.arange(len(seen)))] + self.tolerance
+        values = np.sort(np.concatenate([m[w].ravel() for m, w in zip(maps, object_pixels(train), strict=True)]))
+        # The best constant is the middle of the interval, two tolerances long, that holds most values.
+        ends = np.searchsorted(values, values + 2 * self.tolerance, side="right")
+        best = values[np.argmax(ends - np.arange(len(values)))] + self.tolerance
         constants = np.mean(maps, axis=0), np.full(maps[0].shape, best, np.float32)
         constant = max(constants, key=lambda c: self.score([c] * len(train), train)["value"])
         return self.score([constant] * len(examples), examples)
 
 
 def object_pixels(examples: Sequence[dict[str, Any]]) -> list[Any]:
-    """Of each example, pixels that are an object's (bool [H W]), or True for all of them: of an example without
-    "instance", and of every one where no example has an instance above 0, since then none is known."""
+    """Pixels of objects in each example (bool [H W]), or True for all its pixels: if it has no "instance", or if no
+    example has an instance above 0, which means that none is known."""
     masks = [e["instance"] > 0 if "instance" in e else True for e in examples]
     return masks if any(np.any(m) for m in masks) else [True] * len(examples)

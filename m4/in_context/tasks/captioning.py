@@ -1,4 +1,4 @@
-"""Captions of scenes, and boxes around what a phrase means: captioning and grounding as M2IXT has them."""
+"""Captions of scenes, and boxes of the objects that phrases name: captioning and grounding as in M2IXT."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Captioning(SceneTask):
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)
-        images, by_number = _by_number(self.scenes, heldout(split), os.fspath(data_dir))
-        labels = [*balanced(range(len(by_number)), self.max_shots, rng), int(rng.integers(len(by_number)))]
+        images, by_count = _by_object_count(self.scenes, heldout(split), os.fspath(data_dir))
+        labels = [*balanced(range(len(by_count)), self.max_shots, rng), int(rng.integers(len(by_count)))]
         examples = [
             Shot(inputs={"rgb": images.rgb[i]}, outputs={"caption": images.annotations[i]["caption"]})
-            for i in pick(by_number, labels, rng)
+            for i in pick(by_count, labels, rng)
         ]
         return Episode(shots=tuple(examples[:-1]), query=examples[-1])
 
@@ -40,14 +40,15 @@ class Captioning(SceneTask):
 
 
 @functools.cache
-def _by_number(scenes: Scenes, split: str, data_dir: str) -> tuple[ImageCache, list[np.ndarray]]:
+def _by_object_count(scenes: Scenes, split: str, data_dir: str) -> tuple[ImageCache, list[np.ndarray]]:
+    """Images, and the indices of those with the same number of objects, fewest first."""
     images = image_cache(scenes, split, data_dir)
-    return images, list(images.places(lambda example: len(example["objects"])).values())
+    return images, list(images.indices_by(lambda example: len(example["objects"])).values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grounding(SceneTask):
-    """Image and phrase ("red cube") -> the one box of what it means; tests show held-out kinds."""
+    """Image and phrase ("red cube") -> the box of the one object that it names; tests show held-out kinds."""
 
     name: ClassVar[str] = "grounding"
     output: ClassVar[str] = "boxes"
@@ -57,8 +58,8 @@ class Grounding(SceneTask):
         rng = generator(self.name, split, index)
         images, phrases = _phrases(self.scenes, heldout(split), os.fspath(data_dir))
         examples = []
-        for number in rng.choice(len(phrases), self.max_shots + 1, replace=False):
-            scene, thing, phrase = phrases[number]
+        for i in rng.choice(len(phrases), self.max_shots + 1, replace=False):
+            scene, thing, phrase = phrases[i]
             boxes = images.annotations[scene]["boxes"]
             examples.append(
                 Shot(
@@ -85,9 +86,9 @@ def overlap(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.nd
 
 @functools.cache
 def _phrases(scenes: Scenes, split: str, data_dir: str) -> tuple[ImageCache, list[tuple[int, int, str]]]:
-    """Images, and (scene, object, phrase) where a phrase means one object."""
+    """Images, and (scene, object, phrase) of each phrase that names one object of its scene."""
     images, phrases = image_cache(scenes, split, data_dir), []
     for i, example in enumerate(images.annotations):
-        said = [f"{o['colour']} {o['shape']}" for o in example["objects"]]
-        phrases += [(i, k, phrase) for k, phrase in enumerate(said) if said.count(phrase) == 1]
+        all_phrases = [f"{o['colour']} {o['shape']}" for o in example["objects"]]
+        phrases += [(i, k, phrase) for k, phrase in enumerate(all_phrases) if all_phrases.count(phrase) == 1]
     return images, phrases

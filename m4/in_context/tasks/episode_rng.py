@@ -1,4 +1,4 @@
-"""What every task draws with: one generator per episode, labels in balance, no entry of a pool twice."""
+"""Random draws of all tasks: one generator per episode, balanced labels, no entry of a pool twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def generator(name: str, split: str, index: int) -> np.random.Generator:
 
 
 def balanced(choices: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any]:
-    """`count` choices in blocks that hold each of them once, in random order: no prefix could be more balanced."""
+    """`count` choices in blocks that hold each of them once, in random order, so that every prefix is balanced."""
     blocks = [rng.permutation(len(choices)) for _ in range(-(-count // len(choices)))]
     return [choices[i] for i in np.concatenate(blocks)[:count]]
 

@@ -1,4 +1,4 @@
-"""Fast concept binding: made-up names of kinds of things, to be said, or drawn, after a few examples.
+"""Fast concept binding: made-up names of kinds of things, to be named or generated after a few examples.
 
 As in Frozen (Tsimpoukelis et al. 2021) and VL-ICL Bench (Zong et al. 2024), with rendered things or cut-outs.
 """
@@ -22,12 +22,12 @@ from m4.in_context.tasks.nonce_words import draw_words, same_text
 from m4.masking.episodes import Episode, Shot
 
 STAMPS = Stamps(max_objects=1, num_train=6000, num_validation=8, num_test=3000)
-HELD_OUT = ("food", "household", "plants", "seasonal", "town")  # categories with several cut-outs among those for tests
+HELD_OUT = ("food", "household", "plants", "seasonal", "town")  # categories with several cut-outs in the test split
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneKinds:
-    """Pairs of colour and shape; those for tests, new colours and a new shape among them, are in no training split."""
+    """Pairs of colour and shape. Those for tests, with new colours and a new shape, are in no training split."""
 
     scenes: Scenes = KINDS
     """Scenes of single objects from which images are drawn."""
@@ -38,14 +38,16 @@ class SceneKinds:
         self.scenes.prepare(data_dir)
 
     def read(self, split: str, data_dir: str | os.PathLike) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
-        """Images [N H W C], and the numbers of those of each kind."""
+        """Images [N H W C], and the indices of those of each kind."""
         return _scene_kinds(self.scenes, heldout(split), os.fspath(data_dir))
 
 
 @functools.cache
 def _scene_kinds(scenes: Scenes, split: str, data_dir: str) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
     images = image_cache(scenes, split, data_dir)
-    return images.rgb, images.places(lambda example: (example["objects"][0]["colour"], example["objects"][0]["shape"]))
+    return images.rgb, images.indices_by(
+        lambda example: (example["objects"][0]["colour"], example["objects"][0]["shape"])
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +63,15 @@ class StampKinds:
         self.stamps.prepare(data_dir)
 
     def read(self, split: str, data_dir: str | os.PathLike) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
-        """Images [N H W C], and the numbers of those of each kind."""
+        """Images [N H W C], and the indices of those of each kind."""
         return _stamp_kinds(self.stamps, split, os.fspath(data_dir))
 
 
 @functools.cache
 def _stamp_kinds(stamps: Stamps, split: str, data_dir: str) -> tuple[np.ndarray, Mapping[Any, np.ndarray]]:
     images = image_cache(stamps, split, data_dir)
-    places = images.places(lambda example: example["boxes"]["label"][0])
-    return images.rgb, {name: i for name, i in places.items() if (name in HELD_OUT) == (split == "test")}
+    by_category = images.indices_by(lambda example: example["boxes"]["label"][0])
+    return images.rgb, {name: i for name, i in by_category.items() if (name in HELD_OUT) == (split == "test")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +97,11 @@ class FastBinding:
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)
-        rgb, places = self.kinds.read(split, data_dir)
+        rgb, by_kind = self.kinds.read(split, data_dir)
         names = draw_words(split, self.ways, rng)
         examples = [
-            Shot(inputs={"rgb": rgb[place]}, outputs={"caption": names[label]})
-            for place, label in _things(self, list(places.values()), rng)
+            Shot(inputs={"rgb": rgb[i]}, outputs={"caption": names[label]})
+            for i, label in _draw_images(self, list(by_kind.values()), rng)
         ]
         return Episode(shots=tuple(examples[:-1]), query=examples[-1], candidates=shuffled(names, rng))
 
@@ -109,7 +111,7 @@ class FastBinding:
 
 @dataclass(frozen=True, kw_only=True)
 class FastBindingRgb:
-    """Made-up name -> image of its kind; kinds of an episode have different colours, by which answers are judged."""
+    """Made-up name -> image of its kind. Kinds of an episode differ in colour, by which answers are judged."""
 
     ways: int = 2
     """Kinds in an episode."""
@@ -127,24 +129,25 @@ class FastBindingRgb:
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)
-        rgb, places = self.kinds.read(split, data_dir)
-        of_colour = {colour: places[colour, shape] for colour, shape in shuffled(places, rng)}
+        rgb, by_kind = self.kinds.read(split, data_dir)
+        by_colour = {colour: by_kind[colour, shape] for colour, shape in shuffled(by_kind, rng)}
         names = draw_words(split, self.ways, rng)
         examples = [
-            Shot(inputs={"caption": names[label]}, outputs={"rgb": rgb[place]})
-            for place, label in _things(self, list(of_colour.values()), rng)
+            Shot(inputs={"caption": names[label]}, outputs={"rgb": rgb[i]})
+            for i, label in _draw_images(self, list(by_colour.values()), rng)
         ]
         return Episode(shots=tuple(examples[:-1]), query=examples[-1])
 
     def correct(self, answer: np.ndarray, episode: Episode) -> bool:
-        """Whether the colours that a rule reads off the pixels are those of the truth."""
+        """Whether a rule reads the same colours from the pixels of answer and truth."""
         return read_colours(answer) == read_colours(episode.query.outputs["rgb"])
 
 
-def _things(task: FastBinding | FastBindingRgb, kinds: list[np.ndarray], rng: np.random.Generator):
-    """(number of an image, label) of each shot and of the query; `ways` of the kinds take part."""
+def _draw_images(task: FastBinding | FastBindingRgb, kinds: list[np.ndarray], rng: np.random.Generator):
+    """(index of an image, label) of each shot and of the query, for `ways` of the kinds."""
     if len(kinds) < task.ways:
         raise ValueError(f"{task.name}: ways={task.ways}, but there are only {len(kinds)} kinds to choose from")
+    # Kinds first, then balanced labels of the shots and a random one of the query, then different images.
     pools = shuffled(kinds, rng)[: task.ways]
     labels = [*balanced(range(task.ways), task.max_shots, rng), int(rng.integers(task.ways))]
     return zip(pick(pools, labels, rng), labels, strict=True)

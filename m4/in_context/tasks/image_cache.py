@@ -36,29 +36,29 @@ class SceneTask:
 
 
 def heldout(split: str) -> str:
-    """The split of rendered scenes that a task shows: for tests the one with the held-out kinds."""
+    """The split of rendered scenes of a task's split: tests show held-out kinds."""
     check("split", split, SPLITS)
     return "train" if split == "train" else "heldout"
 
 
 @dataclass(frozen=True)
 class ImageCache:
-    """A split of a source. rgb: uint8 [N H W C]; annotations: the other signals that tasks ask for."""
+    """A split of a source. rgb: uint8 [N H W C]; annotations: the other signals that tasks need."""
 
     rgb: np.ndarray
     annotations: tuple[dict[str, Any], ...]
 
-    def places(self, key: Callable[[dict[str, Any]], Hashable]) -> dict[Any, np.ndarray]:
-        """Numbers of images by the key of their annotations, sorted."""
-        return group(enumerate(map(key, self.annotations)))
+    def indices_by(self, key: Callable[[dict[str, Any]], Hashable]) -> dict[Any, np.ndarray]:
+        """Indices of images by the key of their annotations, sorted."""
+        return group_indices(enumerate(map(key, self.annotations)))
 
 
-def group(entries: Any) -> dict[Any, np.ndarray]:
-    """[(number, key)] -> the numbers of each key, sorted."""
-    found: dict[Any, list[int]] = {}
-    for number, key in entries:
-        found.setdefault(key, []).append(number)
-    return {key: np.array(found[key]) for key in sorted(found)}
+def group_indices(entries: Any) -> dict[Any, np.ndarray]:
+    """[(index, key)] -> the indices of each key, sorted."""
+    groups: dict[Any, list[int]] = {}
+    for index, key in entries:
+        groups.setdefault(key, []).append(index)
+    return {key: np.array(groups[key]) for key in sorted(groups)}
 
 
 def image_cache(source: Source, split: str, data_dir: str | os.PathLike) -> ImageCache:
@@ -70,5 +70,5 @@ def image_cache(source: Source, split: str, data_dir: str | os.PathLike) -> Imag
 def _read(source: Source, split: str, data_dir: str) -> ImageCache:
     examples = source.split(split, data_dir)
     rows = [examples[i] for i in range(len(examples))]
-    kept = tuple({name: row[name] for name in ("objects", "boxes", "caption") if name in row} for row in rows)
-    return ImageCache(np.stack([row["rgb"] for row in rows]), kept)
+    annotations = tuple({name: row[name] for name in ("objects", "boxes", "caption") if name in row} for row in rows)
+    return ImageCache(np.stack([row["rgb"] for row in rows]), annotations)

@@ -1,4 +1,4 @@
-"""Do two things agree in what counts? MiniImageNet matching of VL-ICL Bench, with an attribute that is never said."""
+"""Do two objects agree in an attribute that is never named? MiniImageNet matching of VL-ICL Bench."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class PairMatching:
 
     def draw(self, split: str, index: int, data_dir: str | os.PathLike) -> Episode:
         rng = generator(self.name, split, index)
-        rgb, places = self.kinds.read(split, data_dir)
-        pairs = _pairs(tuple(places))
-        counted, words = int(rng.integers(2)), draw_words(split, 2, rng)
+        rgb, by_kind = self.kinds.read(split, data_dir)
+        pairs = _pairs(tuple(by_kind))
+        relevant, words = int(rng.integers(2)), draw_words(split, 2, rng)
         labels = [*balanced((False, True), self.max_shots, rng), bool(rng.integers(2))]
         examples = []
         for label in labels:
-            alike = (label, bool(rng.integers(2)))  # in what counts, in the other attribute
-            choices = pairs[alike if counted == 0 else alike[::-1]]
+            agree = (label, bool(rng.integers(2)))  # in the relevant attribute, in the other one
+            choices = pairs[agree if relevant == 0 else agree[::-1]]
             first, second = choices[rng.integers(len(choices))]
-            images = rng.choice(places[first], 2, replace=False)
+            images = rng.choice(by_kind[first], 2, replace=False)  # two images, should both be of one kind
             if first != second:
-                images[1] = rng.choice(places[second])
+                images[1] = rng.choice(by_kind[second])
             answer = words[label]
             examples.append(Shot(inputs={"rgb": [rgb[i] for i in images]}, outputs={"caption": answer}))
         return Episode(shots=tuple(examples[:-1]), query=examples[-1], candidates=shuffled(words, rng))

@@ -17,7 +17,7 @@ NUM_TEST = 4000
 
 @functools.cache
 def made_up_words(split: str) -> tuple[str, ...]:
-    """Of three to five letters, consonants and vowels in turn ("dax"); none is in both splits, none an attribute."""
+    """Words of three to five letters, consonants and vowels in turn ("dax"); none is in both splits or an attribute."""
     check("split", split, SPLITS)
     patterns = [(CONSONANTS, VOWELS, CONSONANTS, VOWELS, CONSONANTS)[:length] for length in (3, 4, 5)]
     rng = np.random.default_rng(0)

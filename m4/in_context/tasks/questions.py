@@ -1,6 +1,6 @@
-"""Questions about scenes, and statements that hold of them or do not: VQA and visual entailment as M2IXT has them.
+"""Questions about scenes, and true or false statements about them: VQA and visual entailment as in M2IXT.
 
-What is asked for is said in each example, so that shots need only tell the form of the answer (Chen et al. 2023).
+Each example contains its question, so that shots show only the form of the answer (Chen et al. 2023).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from m4.data.sources.scenes import Scenes
 from m4.in_context.tasks.episode_rng import balanced, generator, pick, shuffled
-from m4.in_context.tasks.image_cache import ImageCache, SceneTask, group, heldout, image_cache
+from m4.in_context.tasks.image_cache import ImageCache, SceneTask, group_indices, heldout, image_cache
 from m4.in_context.tasks.nonce_words import same_text
 from m4.masking.episodes import Episode, Shot
 
@@ -36,8 +36,8 @@ class Questions(SceneTask):
         answers = sorts[list(sorts)[rng.integers(len(sorts))]]
         labels = [*balanced(range(len(answers)), self.max_shots, rng), int(rng.integers(len(answers)))]
         examples = []
-        for number in pick(list(answers.values()), labels, rng):
-            scene, question, answer = entries[number]
+        for i in pick(list(answers.values()), labels, rng):
+            scene, question, answer = entries[i]
             inputs = {"rgb": images.rgb[scene], "caption": question}
             examples.append(Shot(inputs=inputs, outputs={"caption": answer}))
         return Episode(shots=tuple(examples[:-1]), query=examples[-1], candidates=shuffled(answers, rng))
@@ -63,14 +63,14 @@ def ask(objects: list[Object]) -> Iterator[tuple[str, str, str]]:
 def _questions(
     scenes: Scenes, split: str, data_dir: str
 ) -> tuple[ImageCache, list[tuple[int, str, str]], dict[str, Any]]:
-    """Images, (scene, question, answer), and sort -> answer -> the numbers of its entries."""
+    """Images, entries (scene, question, answer), and sort -> answer -> the indices of its entries."""
     images = image_cache(scenes, split, data_dir)
-    found = [(i, *asked) for i, example in enumerate(images.annotations) for asked in ask(example["objects"])]
+    entries = [(i, *entry) for i, example in enumerate(images.annotations) for entry in ask(example["objects"])]
     sorts = {
-        sort: group((n, answer) for n, (_, other, _, answer) in enumerate(found) if other == sort)
+        sort: group_indices((n, answer) for n, (_, other, _, answer) in enumerate(entries) if other == sort)
         for sort in ("colour", "number", "shape", "size")
     }
-    return images, [(i, question, answer) for i, _, question, answer in found], sorts
+    return images, [(i, question, answer) for i, _, question, answer in entries], sorts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Entailment(SceneTask):
 
 
 def _absent(images: ImageCache, objects: list[Object], rng: np.random.Generator) -> Object:
-    """An object of another scene unlike all of these, but like one of them in colour or in shape."""
+    """A random object that equals none of these, but shares the colour or the shape of one of them."""
     while True:
         others = images.annotations[rng.integers(len(images.annotations))]["objects"]
         thing = others[rng.integers(len(others))]

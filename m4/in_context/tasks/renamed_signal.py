@@ -1,4 +1,4 @@
-"""A task with a signal under another name, for a model that keeps a modality of its own for it."""
+"""A task with a signal under another name, for a model that has a modality of its own for it."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Renamed:
 
 
 def _renamed(episode: Episode, old: str, new: str) -> Episode:
-    def names(signals: Mapping[str, Any]) -> dict[str, Any]:
+    def renamed_signals(signals: Mapping[str, Any]) -> dict[str, Any]:
         if old in signals and new in signals:
             raise ValueError(f"{old!r} cannot be renamed to {new!r}: the task has both")
         return {new if name == old else name: value for name, value in signals.items()}
 
     def rename(shot: Shot) -> Shot:
-        return Shot(inputs=names(shot.inputs), outputs=names(shot.outputs))
+        return Shot(inputs=renamed_signals(shot.inputs), outputs=renamed_signals(shot.outputs))
 
     return dataclasses.replace(episode, shots=tuple(map(rename, episode.shots)), query=rename(episode.query))

@@ -1,6 +1,6 @@
-"""Text in pictures, with the font that comes with PIL.
+"""Text in images, with the font that comes with PIL.
 
-Axes: H rows, W columns, C colours; h and w of a written text.
+Axes: H rows, W columns, C colours; h and w of a rendered line.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def _font(height: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def written(text: str, height: int) -> np.ndarray:
-    """How much ink is where: float32 [h w 1] in [0, 1], without a rim. height: of the font, in pixels."""
+def render_line(text: str, height: int) -> np.ndarray:
+    """Ink of a line of text, float32 [h w 1] in [0, 1], without a margin. height: that of the font, in pixels."""
     line = np.concatenate([_letter(letter, height) for letter in text], axis=1)
     rows, columns = (np.flatnonzero(line.any(axis)) for axis in (1, 0))
     return line[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1, None]
@@ -38,22 +38,22 @@ def two_colours(rng: np.random.Generator) -> np.ndarray:
     """Paper and ink, float32 [2 C], far enough apart in brightness to be read."""
     while True:
         pairs = rng.uniform(0, 255, (16, 2, 3)).astype(np.float32)
-        apart = np.flatnonzero(np.abs(pairs.sum(2) @ np.array([1, -1], np.float32)) > 270)
-        if len(apart):
-            return pairs[apart[0]]
+        contrasting = np.flatnonzero(np.abs(pairs.sum(2) @ np.array([1, -1], np.float32)) > 270)
+        if len(contrasting):
+            return pairs[contrasting[0]]
 
 
-def write(canvas: np.ndarray, ink: np.ndarray, top: int, left: int, colour: np.ndarray) -> None:
-    """Draws into a float32 [H W C] canvas."""
+def paint(canvas: np.ndarray, ink: np.ndarray, top: int, left: int, colour: np.ndarray) -> None:
+    """Paints ink into a float32 [H W C] canvas."""
     part = canvas[top : top + ink.shape[0], left : left + ink.shape[1]]
     part += ink * (colour - part)
 
 
-def note(text: str, size: int, rng: np.random.Generator, *, smallest: float, largest: float) -> np.ndarray:
-    """uint8 [H W C]: a text at a drawn place, in drawn colours, in a font of a drawn share of the picture's height."""
+def render_text(text: str, size: int, rng: np.random.Generator, *, smallest: float, largest: float) -> np.ndarray:
+    """uint8 [H W C]: a text at a random place, in random colours, in a font of a random share of the image's height."""
     paper, colour = two_colours(rng)
-    ink = written(text, int(rng.integers(int(smallest * size), int(largest * size) + 1)))
+    ink = render_line(text, int(rng.integers(int(smallest * size), int(largest * size) + 1)))
     canvas = np.full((size, size, 3), paper)
     top, left = rng.integers(0, [size - ink.shape[0] + 1, size - ink.shape[1] + 1])
-    write(canvas, ink, top, left, colour)
+    paint(canvas, ink, top, left, colour)
     return canvas.astype(np.uint8)

@@ -12,18 +12,18 @@ from m4.errors import check
 from m4.in_context.tasks.episode_rng import SPLITS
 from m4.masking.episodes import Episode, Task, raw_examples
 
-VERSION = "1.0.0"  # of the tasks: raise it whenever the same arguments give other episodes
+VERSION = "1.0.0"  # version of the tasks: raise it whenever the same arguments give other episodes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpisodeSource:
-    """Episodes of a task, each `records` consecutive raw examples: example by example, the query last.
+    """Episodes of a task. Each is `records` consecutive raw examples, labelled example by example, the query last.
 
     The first record of an example has its signals (the first image of several), further records the further images:
 
         {"rgb": image 1, "caption": (1, " ? ", 2, 0, "7")}, {"rgb": image 2}, ...
 
-    Text is (*question, 0, answer), where 0 separates, or the one of the two that there is.
+    Text is (*question, 0, answer), where 0 separates the two; or one of them, if the example has no other.
     """
 
     task: Any

@@ -3,7 +3,7 @@
     FOLDER/operator_induction/support.json  [{"image": ["operator_induction/support/0.png"], "question", "answer"}, ...]
     FOLDER/operator_induction/query.json    likewise, one entry for each query
 
-Entries of some of its data sets have more, by which their examples are chosen; see `_choose_*`.
+Entries of some data sets have further fields, by which their examples are chosen; see `_choose_*`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def _choose_any(query: Entry, support: Sequence[Entry], count: int, rng: np.rand
 
 
 def _choose_operator(query: Entry, support: Sequence[Entry], count: int, rng: np.random.Generator):
-    """A support example has an answer for each operator; the query says which is meant."""
+    """A support example has an answer for each operator; the query names the operator of the episode."""
     check("operator", query["operator"], OPERATORS)
     chosen, _, _ = _choose_any(query, support, count, rng)
-    place = OPERATORS.index(query["operator"])
-    return [{**entry, "answer": entry["answer"][place]} for entry in chosen], query, ()
+    index = OPERATORS.index(query["operator"])
+    return [{**entry, "answer": entry["answer"][index]} for entry in chosen], query, ()
 
 
 def _choose_classes(query: Entry, support: Sequence[Entry], count: int, rng: np.random.Generator):
-    """The query brings its own examples: two of its `classes`, its own and another, with up to five images of each."""
+    """The query has its own examples: images of two of its `classes`, its own and another, up to five of each."""
     own = query["answer"] if "task_label" not in query else query["task_label"]
     other = shuffled([name for name in query["classes"] if name != own], rng)[0]
     images = {name: list(shuffled(query["support"][name]["images"], rng)) for name in (own, other)}
@@ -70,11 +70,11 @@ def _choose_pairs(query: Entry, support: Sequence[Entry], count: int, rng: np.ra
 def _choose_latent(query: Entry, support: Sequence[Entry], count: int, rng: np.random.Generator):
     """Support entries of the same task that share the query's value of the latent variable."""
     latent = query["latent"]
-    alike = [e for e in support if all(e[key] == query[key] for key in ("task", "latent", latent))]
-    return _choose_any(query, alike, count, rng)
+    matching = [e for e in support if all(e[key] == query[key] for key in ("task", "latent", latent))]
+    return _choose_any(query, matching, count, rng)
 
 
-# data set: (signal that is asked for, images of an example, how examples are chosen)
+# data set: (target signal, images of an example, how examples are chosen)
 DATASETS: dict[str, tuple[str, int, Callable]] = {
     "open_mi": ("caption", 1, _choose_classes),
     "matching_mi": ("caption", 2, _choose_pairs),
@@ -123,7 +123,7 @@ class VLICL:
         return len(self._read("query"))
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
-        """Checks that the files are there and read as they should."""
+        """ValueError if the files are missing or cannot be read."""
         for part in ("support", "query"):
             self._read(part)
 
@@ -138,17 +138,17 @@ class VLICL:
         try:
             entries, query, candidates = choose(query, self._read("support"), self.max_shots, rng)
             texts = [(_text(entry["question"]), str(entry["answer"])) for entry in (*entries, query)]
-            pictures = [self._paths(entry) for entry in (*entries, query)]
+            paths = [self._paths(entry) for entry in (*entries, query)]
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"query {index % len(queries)} of {Path(self.folder, self.dataset, 'query.json')}, or its examples in "
                 f"support.json, are not as VL-ICL Bench has {self.dataset}: {type(error).__name__} {error}; {DOWNLOAD}"
             ) from error
-        examples = [self._shot(*text, paths) for text, paths in zip(texts, pictures, strict=True)]
+        examples = [self._shot(*text, files) for text, files in zip(texts, paths, strict=True)]
         return Episode(shots=tuple(examples[:-1]), query=examples[-1], candidates=shuffled(candidates, rng))
 
     def _paths(self, entry: Entry) -> list[str]:
-        """The images of an entry. Queries of open_t2i_mi have none, since any picture of their class will do."""
+        """The images of an entry. Queries of open_t2i_mi have none, since any image of their class is right."""
         if not self.images or (self.output == "rgb" and "image" not in entry):
             return []
         paths = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
@@ -167,16 +167,16 @@ class VLICL:
         """uint8 [size size 3]."""
         file = Path(self.folder, path)
         try:
-            picture = Image.fromarray(decode("rgb", shown(file), content(file)))
+            image = Image.fromarray(decode("rgb", shown(file), content(file)))
         except ValueError as error:
             names = Path(self.folder, self.dataset, "support.json")
             raise ValueError(
                 f"{error}; {shown(names)} or query.json names it; the images come out of the archives: {DOWNLOAD}"
             ) from error
-        return np.asarray(picture.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        return np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def correct(self, answer: Any, episode: Episode) -> bool:
-        """Exact match, as the benchmark has it for short answers. Its pictures are judged by a model, not here."""
+        """Exact match, as the benchmark has it for short answers; there a model judges images, not here."""
         if self.output == "rgb":
             raise ValueError(f"{self.name}: the benchmark has a vision-language model judge pictures, which m4 has not")
         return same_text(answer, episode.query.outputs["caption"])

@@ -15,7 +15,6 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from m4.registry import from_json, to_json
@@ -27,7 +26,7 @@ from m4_tokenizers.modalities.text import EOS, NUM_COORDINATES, Layout, WordPiec
 Pair = tuple[int, int]
 
 
-def as_picture(image: UInt8[np.ndarray, "H W 3"]) -> Image.Image:
+def as_picture(image: Any) -> Image.Image:
     """The image in PIL; ValueError if it is anything but uint8 [H W 3] with at least one pixel."""
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:

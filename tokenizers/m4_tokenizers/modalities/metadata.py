@@ -142,7 +142,7 @@ FIELDS: tuple[Field, ...] = (
 )
 
 
-def image_metadata(image: UInt8[np.ndarray, "H W 3"]) -> Metadata:
+def image_metadata(image: Any) -> Metadata:
     """Those of FIELDS that the pixels tell. ValueError unless the image is uint8 [H W 3].
 
     original_width and original_height in pixels; of grey levels (ITU-R BT.601) the mean (brightness), the standard
