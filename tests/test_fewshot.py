@@ -62,7 +62,9 @@ def test_images_are_controlled_where_the_answer_is_no_text():
     image = np.zeros((2, 2, 3), np.uint8)
     one, two = (Shot(inputs={"rgb": image + i, "caption": "red cube"}, outputs={"boxes": box}) for i in range(2))
     episode = Episode(shots=(two,), query=two)
-    (other,), (bare,) = (CONTROLS[name]([one], np.random.default_rng(0), episode) for name in ("shuffled_images", "text_only"))
+    (other,), (bare,) = (
+        CONTROLS[name]([one], np.random.default_rng(0), episode) for name in ("shuffled_images", "text_only")
+    )
     assert other.inputs["rgb"] is two.inputs["rgb"] and other.outputs == bare.outputs == {"boxes": box}
     assert bare.inputs == {"caption": "red cube"}
 
