@@ -1,4 +1,4 @@
-"""What `--help` says of a config: the docstring under each field, and which class fills it."""
+"""`--help` of a config: the docstring under each field, and the class of its value."""
 
 from __future__ import annotations
 

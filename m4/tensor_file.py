@@ -236,7 +236,7 @@ def make_header(shapes: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[s
 def write(path: Path, header: str, tensors: Iterable[Iterable[np.ndarray]]) -> None:
     """Header and data (each tensor in the header's order, in any number of pieces), under the name only when whole.
 
-    A header with `SEAL` gets the file's digest.
+    A header with `SEAL` receives the file's digest.
     """
     start = len(header.encode()).to_bytes(8, "little") + header.encode()
     digest, place = hashlib.sha256(start), _place(start)

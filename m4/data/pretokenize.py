@@ -42,7 +42,7 @@ NUM_PROBES = 256  # places where a data set is searched for a signal
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What training needs of the preparation: tokenizers by modality name, and a folder of shards for each data set."""
+    """The results of the preparation: tokenizers by modality name, and a folder of shards for each data set."""
 
     tokenizers: dict[str, Tokenizer]
     tokenizer_files: dict[str, Path]
@@ -139,7 +139,7 @@ def _tokenizer_file(
             if not file.exists():
                 logger.info(shown(f"fitting tokenizer {name}"))
                 save_tokenizer(_fitted(recipe, datasets, data_dir, seed, recipes), file)
-            lock.unlink(missing_ok=True)  # whoever gets it after this finds the file
+            lock.unlink(missing_ok=True)  # its next holder finds the file
     others.wait(file.exists, f"process 0 to fit tokenizer {name} ({file})")
     return file
 
@@ -277,7 +277,7 @@ def pretokenize(
     what, lock = f"token shards of {shown(folder)}", folder / f".{split}-{team.index}-of-{team.count}.lock"
     with locked(lock, f"writing {what}", wait=True):  # of another run on the same data
         if not manifest_file.exists():
-            _write_mine(writer, team)
+            _write_own_shards(writer, team)
         done = set()
 
         def all_written() -> bool:
@@ -287,10 +287,10 @@ def pretokenize(
         others.wait(all_written, f"the other processes to write their shards of {shown(folder)}")
         if not manifest_file.exists():
             writer.finish(manifest_file)
-        lock.unlink(missing_ok=True)  # whoever gets it after this finds the manifest
+        lock.unlink(missing_ok=True)  # its next holder finds the manifest
 
 
-def _write_mine(writer: ShardWriter, team: WorkerGroup) -> None:
+def _write_own_shards(writer: ShardWriter, team: WorkerGroup) -> None:
     """Writes the shards of this process that are missing or not whole."""
     for folder in (writer.folder, writer.folder / "tokenizers"):
         remove_leftovers(folder)

@@ -51,7 +51,7 @@ BARS = {
 
 
 def kind_of(tokenizer: Tokenizer) -> str:
-    """What a tokenizer reads (m4.data.sources.files.KINDS), "" if it reads files in its own way."""
+    """The kind of signal that a tokenizer reads (m4.data.sources.files.KINDS), "" if it reads files in its own way."""
     return getattr(tokenizer, "kind", "")
 
 

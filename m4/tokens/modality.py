@@ -28,7 +28,7 @@ class Grid:
     name: str
     """Name of the modality."""
     signal: str
-    """Signal that it stands for, as users name it: "rgb", "depth"."""
+    """Signal that it represents, as users name it: "rgb", "depth"."""
     vocab_size: int
     """Different token ids."""
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class Sequence:
     name: str
     """Name of the modality."""
     signal: str
-    """Signal that it stands for, as users name it: "caption", "boxes"."""
+    """Signal that it represents, as users name it: "caption", "boxes"."""
     vocab_size: int
     """Different token ids."""
     max_length: int
@@ -98,7 +98,7 @@ class Features:
     name: str
     """Name of the modality."""
     signal: str
-    """Signal that it stands for, as users name it: "rgb"."""
+    """Signal that it represents, as users name it: "rgb"."""
     shape: tuple[int, ...]
     """Rows and columns of vectors; of a sequence of vectors (T5) its greatest length."""
     size: int

@@ -41,7 +41,7 @@ def table(argv: list[str]) -> None:
 def convert(argv: list[str]) -> None:
     """Converts a released 4M tokenizer to a tokenizer file, or such a file back.
 
-    IN is a VQVAE or DiVAE in safetensors; the way back gives the bytes that came in. --signal says
+    IN is a VQVAE or DiVAE in safetensors; converting back gives the same bytes. --signal says
     which signal it is for, where its config and its file's name leave it open.
     """
     from m4_tokenizers.interchange import fourm_tokenizers

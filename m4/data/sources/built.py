@@ -71,7 +71,7 @@ def build(folder: Path, make_builder: Callable[[], Any]) -> None:
             if not folder.exists():  # else another process has built the same data meanwhile
                 raise
         write_digests(folder, [path.name for path in folder.iterdir() if path.name != DIGESTS])
-        lock.unlink(missing_ok=True)  # whoever gets it after this finds the folder
+        lock.unlink(missing_ok=True)  # its next holder finds the folder
 
 
 @dataclass(frozen=True, kw_only=True)

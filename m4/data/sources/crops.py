@@ -116,7 +116,7 @@ class Cropped:
         these five, and arrays [H W ...] of the reference's height and width    cropped, mirrored, resized
         normals     their x component changes sign when mirrored, for it points right (as y points down, z forward)
         boxes       cropped, mirrored, in coordinates of the crop
-        texts       unchanged: a caption that says "left", or describes what is outside of the crop, still does
+        texts       unchanged: a caption may say "left", or describe what is outside of the crop
         crop        added: float32 [5], (ymin, xmin, ymax, xmax) of the reference in [0, 1], and 1 if mirrored, else 0
 
     Images of other sizes than the reference are cropped at the same shares, with edges at the nearest pixels. All other

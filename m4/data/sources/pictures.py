@@ -51,12 +51,14 @@ def open_picture(
     ValueError for other formats, for more than MAX_PIXELS by the header, and (if `exact`) where its pixels would not
     be the values that are stored. Damage gives errors of nearly every kind.
     """
-    format = next((name for name, (starts, _) in FORMATS.items() if data.startswith(starts)), "")
-    if format not in formats:
+    detected = next((name for name, (starts, _) in FORMATS.items() if data.startswith(starts)), "")
+    if detected not in formats:
         unknown = f"damaged, or no picture that can be read: it begins with {data[:8]!r}"
-        given = f"its content is {format}" if format else unknown
+        given = f"its content is {detected}" if detected else unknown
         raise ValueError(f"{given}; allowed: {', '.join(formats)}")
-    picture = FORMATS[format][1](io.BytesIO(data))  # reads the header; Image.open would warn of sizes on its own terms
+    picture = FORMATS[detected][1](
+        io.BytesIO(data)
+    )  # reads the header; Image.open would warn of sizes on its own terms
     if picture.width * picture.height > MAX_PIXELS:
         given = f"a picture of {picture.height} x {picture.width} pixels"
         raise ValueError(f"{given} was given; allowed: at most {MAX_PIXELS:,} pixels")

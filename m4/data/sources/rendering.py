@@ -18,7 +18,7 @@ from m4.errors import check
 
 VERSION = "1.0.0"  # of the scenes: raise it whenever the same arguments give other scenes
 
-# Hues in degrees, far enough apart to be told from pixels.
+# Hues in degrees, far enough apart to be distinguished by pixels.
 COLOURS = {"red": 0, "orange": 28, "yellow": 55, "green": 120, "cyan": 182, "blue": 228, "purple": 276, "pink": 326}
 SHAPES = ("cube", "sphere", "cylinder", "cone")  # the classes of `semseg`, from 2 on
 MATERIALS = ("matte", "metallic")

@@ -166,7 +166,7 @@ def _arrange(stamps: "Stamps", split: str, rng: np.random.Generator) -> tuple[li
         layers, instance = [], np.zeros((size, size), np.int32)
         count = min(rng.integers(1, stamps.max_objects + 1), len(choices))
         picks = rng.choice(len(choices), count, replace=False)
-        distances = np.round(np.sort(rng.uniform(NEAREST, FARTHEST, count)), 3)  # as they are stored
+        distances = np.round(np.sort(rng.uniform(NEAREST, FARTHEST, count)), 3)  # as stored
         for pick, distance in zip(picks, distances, strict=True):
             layer = place(choices[pick], distance, size, rng)
             solid = layer.pixels[..., 3] >= 127.5

@@ -87,7 +87,7 @@ class Tfds:
         return fingerprint([info.full_name, {n: [s.num_examples, s.num_bytes] for n, s in sorted(info.splits.items())}])
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
-        """Checks the mapping and that tfds has prepared the data; the ValueError tells how to. Writes nothing."""
+        """Checks the mapping and that tfds has prepared the data; the ValueError explains how to. Writes nothing."""
         _open(self, self.splits)
 
     def split(self, name: str, data_dir: str | os.PathLike) -> "TfdsSplit":

