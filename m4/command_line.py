@@ -1,4 +1,4 @@
-"""What commands print, and how they end: what users can mend is one sentence on stderr, never a traceback."""
+"""What commands print, and how they end: errors that users can fix are one sentence on stderr, never a traceback."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
 
 
 class Output(logging.Handler):
-    """Writes what the library logs as bare lines: information to stdout, warnings and errors to stderr, each at once.
+    """Writes the library's log records as bare lines: information to stdout, warnings and errors to stderr, unbuffered.
 
     Characters that the stream cannot show are escaped. A closed pipe raises BrokenPipeError, as `print` does.
     """
@@ -40,7 +40,7 @@ class Output(logging.Handler):
 
 
 def log_to_output() -> None:
-    """What m4 and m4_tokenizers log appears as lines of this process's output. Programs that import m4 do not call
+    """Prints the logs of m4 and m4_tokenizers as lines of this process's output. Programs that import m4 do not call
     this: they configure `logging` themselves."""
     if logs_to_output():
         return
@@ -59,8 +59,8 @@ def logs_to_output() -> bool:
 
 @contextlib.contextmanager
 def ends_with_a_sentence() -> Iterator[None]:
-    """Around a command. ValueError and OSError: `error: ...`, exit code 1. Ctrl-C: a line, 130. A reader of the output
-    that has gone (`| head`): nothing, 1."""
+    """Runs a command within. ValueError and OSError: `error: ...`, exit code 1. Ctrl-C: a line, 130. A closed reader of
+    the output (`| head`): nothing, 1."""
     _single_precision()
     log_to_output()
     try:
@@ -84,8 +84,8 @@ def ends_with_a_sentence() -> Iterator[None]:
 
 
 def system_error(error: BaseException, path: str = "") -> OSError | None:
-    """The system's error behind another library's, if it is one of a full disk: those that write shards and checkpoints
-    have their own. `path`: what was written, where the text does not say."""
+    """The OSError of a full disk behind an error of another library (of shards or checkpoints), else None. `path`: the
+    file that was written, where the text does not name it."""
     if isinstance(error, OSError):
         return error
     for code in FULL:
@@ -97,8 +97,8 @@ def system_error(error: BaseException, path: str = "") -> OSError | None:
 
 @contextlib.contextmanager
 def _plain_notices() -> Iterator[None]:
-    """Notices (UserWarning) are lines without the place in the code; of each kind the first `MAX_NOTICES`, and how many
-    more there are."""
+    """Prints notices (UserWarning) as lines without the place in the code: the first `MAX_NOTICES` of each kind, then
+    the number of all others."""
     counts: collections.Counter[tuple[str, int]] = collections.Counter()
     before = warnings.formatwarning
 
@@ -119,15 +119,15 @@ def _plain_notices() -> Iterator[None]:
 
 @contextlib.contextmanager
 def finishing(*closers: Callable[[], None], kept: Callable[[], str]) -> Iterator[None]:
-    """Calls all of these at the end, in this order, whatever happens. After an error theirs are only told, for it to be
-    the one that is raised, and so is what is `kept`."""
+    """Calls all `closers` at the end, in this order, whatever happens. After an error, those of closers and the text of
+    `kept` are only printed, so that the first error is raised."""
     try:
         yield
     except BaseException:
         for close in (*closers, lambda: print(kept(), file=sys.stderr, flush=True)):
             try:
                 close()
-            except Exception as error:  # whatever it is, the first one is what counts
+            except Exception as error:  # of any kind: the first error is the one to report
                 print(f"then: {error_sentence(error)}", file=sys.stderr, flush=True)
         raise
     for close in closers:
@@ -135,7 +135,7 @@ def finishing(*closers: Callable[[], None], kept: Callable[[], str]) -> Iterator
 
 
 def error_sentence(error: BaseException) -> str:
-    """What an error says; of the system's, the file first: "runs/a/metrics.jsonl: No space left on device"."""
+    """The text of an error; an OSError's begins with the file: "runs/a/metrics.jsonl: No space left on device"."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     names = " -> ".join(os.fsdecode(x) for x in (error.filename, error.filename2) if isinstance(x, str | bytes))
@@ -144,26 +144,26 @@ def error_sentence(error: BaseException) -> str:
 
 
 def _single_precision() -> None:
-    """What runs a command, its worker processes included, computes in float32 and bfloat16, whatever is set."""
+    """Disables JAX_ENABLE_X64: commands and their worker processes compute in float32 and bfloat16."""
     if os.environ.pop("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on"):
         print("JAX_ENABLE_X64 is ignored: m4 computes in float32 and bfloat16", file=sys.stderr, flush=True)
-        if "jax" in sys.modules:  # which has read it by now
+        if "jax" in sys.modules:  # it has read the variable by now
             sys.modules["jax"].config.update("jax_enable_x64", False)
 
 
-def _end(words: str, code: int) -> None:
+def _end(message: str, code: int) -> None:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    print(words, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _output_is_closed() -> bool:
-    """Whether nobody reads the output any more. What is left of it goes nowhere then, without a complaint."""
+    """Whether nobody reads the output any more; if so, the rest of it is discarded silently."""
     try:
         output = sys.stdout.fileno()
         poll = select.poll()
-        poll.register(output, 0)  # errors are always told
+        poll.register(output, 0)  # errors are always reported
         if not any(event & select.POLLERR for _, event in poll.poll(0)):
             return False
     except (AttributeError, OSError, ValueError):  # no poll on this system, no file

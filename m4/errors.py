@@ -1,4 +1,4 @@
-"""Checks of choices and values, and what their errors say: what was given, what is allowed, what was probably meant."""
+"""Checks of choices and values, whose errors say what was given, what is allowed and what was probably meant."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def closest(name: str, allowed: Seq[str]) -> str:
 
 
 def need(package: str, extra: str, what: str) -> None:
-    """ValueError that names the extra to install unless a package is there; asked before any work is done."""
+    """ValueError that names the extra to install unless a package is installed; called before any work is done."""
     if importlib.util.find_spec(package) is None:
         raise ValueError(f'{what} needs {package}: pip install "m4-jax[{extra}]"')
 
 
 MAX_SEED = 2**63 - 1
 
-# What fields of these names must hold, in whatever dataclass of a config; others must be finite.
+# Bounds of fields by name, in any dataclass of a config; all other numbers must be finite.
 BOUNDS = {
     "learning_rate": (lambda x: x > 0, "above 0"),
     "b1": (lambda x: 0 <= x < 1, "at least 0 and less than 1"),
@@ -43,13 +43,13 @@ BOUNDS = {
 
 
 def check_seed(seed: Any, name: str = "seed") -> None:
-    """ValueError unless it is an integer, 0 <= seed < 2**63: what every generator of random numbers here takes."""
+    """ValueError unless it is an integer, 0 <= seed < 2**63, which every random generator here accepts."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"{name}={seed} must be {BOUNDS['seed'][1]}")
 
 
 def in_float32(value: float) -> float:
-    """What steps compute with: in float32 1e39 is infinite, 1 - 1e-9 is 1, and what devices take for 0 is 0."""
+    """The value as training steps see it: in float32 1e39 is infinite, 1 - 1e-9 is 1, and subnormals are 0."""
     with np.errstate(over="ignore"):
         number = float(np.float32(value))
     return 0.0 if abs(number) < np.finfo(np.float32).tiny else number
@@ -57,8 +57,8 @@ def in_float32(value: float) -> float:
 
 def check_numbers(value: Any, where: str = "") -> None:
     """ValueError for a number within a dataclass, tuple or mapping that is not finite, beyond 64 bits, out of the
-    BOUNDS of its field (both as float32 has it), or not whole where its field is an `int`. `where`: how messages begin,
-    "optimizer"."""
+    BOUNDS of its field (both as float32), or not whole where its field is an `int`. `where`: the path that messages
+    begin with, such as "optimizer"."""
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             item, place = getattr(value, field.name), f"{where}.{field.name}" if where else field.name

@@ -1,4 +1,4 @@
-"""What `--help` says of a config: the docstring under each field, and which class fills it."""
+"""`--help` of a config: the docstring under each field, and the class of its value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 @functools.cache
 def field_docstrings(cls: type) -> dict[str, str]:
     """Name of each field of a dataclass -> the docstring under it, as one line; inherited fields included."""
-    found = {}
+    docstrings = {}
     for parent in reversed(cls.__mro__):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(parent)))
@@ -29,8 +29,8 @@ def field_docstrings(cls: type) -> dict[str, str]:
         body = [node for top in tree.body if isinstance(top, ast.ClassDef) for node in top.body]
         for field, below in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                found[ast.unparse(field.target)] = " ".join(str(ast.literal_eval(below.value)).split())
-    return found
+                docstrings[ast.unparse(field.target)] = " ".join(str(ast.literal_eval(below.value)).split())
+    return docstrings
 
 
 def first_screen(config: Any, names: Sequence[str]) -> str:
@@ -43,8 +43,8 @@ def first_screen(config: Any, names: Sequence[str]) -> str:
         rows.append((option, field_docstrings(type(owner)).get(field, "").partition(". ")[0].rstrip(".")))
     width, columns = max(len(option) for option, _ in rows) + 2, shutil.get_terminal_size().columns
     return "\n".join(
-        f"  {option:{width}}{textwrap.shorten(words, max(columns - width - 2, 20), placeholder=' ...')}"
-        for option, words in rows
+        f"  {option:{width}}{textwrap.shorten(sentence, max(columns - width - 2, 20), placeholder=' ...')}"
+        for option, sentence in rows
     )
 
 
@@ -66,7 +66,7 @@ _registry = ConstructorRegistry()
 
 @_registry.struct_rule
 def _described(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Dataclasses as tyro has them, but with docstrings as paragraphs, and with the names of classes."""
+    """Dataclasses as tyro treats them, but with docstrings as paragraphs, and with the names of classes."""
     cls, value = info.type, info.default
     if not (dataclasses.is_dataclass(cls) and isinstance(value, cls)):
         return None
@@ -77,14 +77,16 @@ def _described(info: StructTypeInfo) -> StructConstructorSpec | None:
         hint: Any = hints[name]
         if _is_parts(item):
             for i, part in enumerate(item):
-                words = functools.partial(_summary, type(part), field_docstrings(cls).get(name, "") if i == 0 else "")
-                specs.append(StructFieldSpec(name=f"{name}.{i}", type=type(part), default=part, helptext=words))
+                help_text = functools.partial(
+                    _summary, type(part), field_docstrings(cls).get(name, "") if i == 0 else ""
+                )
+                specs.append(StructFieldSpec(name=f"{name}.{i}", type=type(part), default=part, helptext=help_text))
             continue
         if item in (None, ()) and any(map(dataclasses.is_dataclass, typing.get_args(hint))):
-            # No option makes a part that is not there: it is shown, to be set in the config's file.
+            # Options cannot create an absent part: it is only shown, and is set in the config's file.
             hint = Any if item is None else tyro.conf.Fixed[tuple[str, ...]]
-        words = functools.partial(_words, cls, name, item)
-        specs.append(StructFieldSpec(name=name, type=typing.cast(Any, hint), default=item, helptext=words))
+        help_text = functools.partial(_help_text, cls, name, item)
+        specs.append(StructFieldSpec(name=name, type=typing.cast(Any, hint), default=item, helptext=help_text))
     return StructConstructorSpec(instantiate=functools.partial(_make, value), fields=tuple(specs))
 
 
@@ -101,7 +103,7 @@ def _make(old: Any, /, **given: Any) -> Any:
     return type(old)(**fields)
 
 
-def _words(cls: type, field: str, value: Any) -> str:
+def _help_text(cls: type, field: str, value: Any) -> str:
     docstring = field_docstrings(cls).get(field, "")
     return f"{type(value).__name__}. {docstring}" if dataclasses.is_dataclass(value) else docstring
 
@@ -109,6 +111,6 @@ def _words(cls: type, field: str, value: Any) -> str:
 def _summary(cls: type, field: str) -> str:
     """The docstring of a field, then the name and the first paragraph of the class of its item."""
     docstring = inspect.getdoc(cls) or ""
-    if docstring.startswith(f"{cls.__name__}("):  # what dataclasses make where there is none
+    if docstring.startswith(f"{cls.__name__}("):  # the generated docstring of a dataclass without one
         docstring = ""
     return " ".join(f"{field} {cls.__name__}. {docstring.partition(chr(10) * 2)[0]}".split())

@@ -4,10 +4,10 @@
     replacing_together             several files of a folder that belong together, e.g. an exported model
     replacing_folder               a whole folder, e.g. all files of one generated sample
     write_json, read_json          JSON of m4's own, with a SHA-256 of its content under "sha256"
-    parse_json, decode_text        what users give: strict, with errors that say what is wrong
+    parse_json, decode_text        users' files: strict, with errors that say what is wrong
     locked                         a folder that one process may use at a time
 
-Digests find damage (a flipped bit, a cut file, a swapped name), not forgery.
+Digests find damage (a flipped bit, a truncated file, a swapped name), not forgery.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ logger = logging.getLogger(__name__)
 
 try:
     import fcntl
-except ImportError:  # Windows: temporaries are never taken for left over, and nothing is locked
+except ImportError:  # Windows: no temporaries are removed as leftovers, and nothing is locked
     fcntl = None
 
 DIGESTS = "digests.json"
-FORMAT = 2  # of JSON with a digest, under "m4": so that damage to the name of the digest is noticed, too
-TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12}|\d{1,10})\.tmp")  # the latter of versions before 0.2
+FORMAT = 2  # of JSON with a digest, under "m4", so that damage to the digest's key is noticed too
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12}|\d{1,10})\.tmp")  # the latter: versions before 0.2
 SURROGATE = re.compile("[\ud800-\udfff]")
 
-# What names from files may not hold: they become paths, rows of tables and keys of JSON.
+# Characters that names from files may not have: they become paths, rows of tables and keys of JSON.
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|\ud800-\udfff]|^\.|^~|^ | $|^$')
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
@@ -49,8 +49,8 @@ RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
 
 def shown(name: str | os.PathLike) -> str:
-    """A name that can be printed, and written in one field of a table: bytes that are not UTF-8 and control characters
-    escaped."""
+    """A name that can be printed, and written in one field of a table, with control characters and bytes that are not
+    UTF-8 escaped."""
     text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text)
 
@@ -67,10 +67,10 @@ def check_name(name: Any, what: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, of this writer alone, which takes its place when all went well.
+    """A temporary path beside `path`, of this writer alone, which replaces it if the block succeeds.
 
     The content is on disk before it has the name, and the name is on disk before this returns. The temporary is locked
-    while its writer lives, so that `remove_leftovers` takes those of dead writers alone.
+    while its writer lives, so that `remove_leftovers` removes those of dead writers only.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError that names no file, as those of writing to an open one (a full disk), names this one."""
+    """Adds this path to an OSError that names no file, as those of writing to an open one (a full disk)."""
     try:
         yield
     except OSError as error:
@@ -98,13 +98,13 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """A reader sees the old file or the whole new one, never a half."""
+    """Writes a file; readers see the old one or the whole new one, never a part."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Deletes the temporaries of `replacing` in a folder whose writers are gone (killed); returns them."""
+    """Deletes and returns the temporaries of `replacing` in a folder whose writers were killed."""
     removed = []
     if fcntl is None or not folder.is_dir():
         return removed
@@ -134,7 +134,7 @@ def _temporary(path: Path, *, is_folder: bool = False) -> tuple[Path, int]:
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # taken for left over just now: another name
+        except BlockingIOError:  # `remove_leftovers` of another process holds it: try another name
             os.close(lock)
             continue
         except OSError:  # a file system without locks
@@ -145,7 +145,7 @@ def _temporary(path: Path, *, is_folder: bool = False) -> tuple[Path, int]:
 
 
 def sync(path: Path) -> None:
-    """Content of a file, or the names in a folder, from memory to disk."""
+    """Flushes the content of a file, or the names in a folder, to disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
@@ -172,13 +172,13 @@ def digest(path: str | os.PathLike) -> str:
 
 
 def write_digests(folder: Path, names: list[str]) -> None:
-    """digests.json: size and SHA-256 of these files of a folder (paths within it)."""
+    """Writes digests.json: size and SHA-256 of these files of a folder (paths within it)."""
     files = {n: {"size": (folder / n).stat().st_size, "sha256": digest(folder / n)} for n in sorted(names)}
     write_json(folder / DIGESTS, {"files": files})
 
 
 def check_digests(folder: Path, names: list[str] | None = None) -> bool:
-    """Whether a folder has digests.json; ValueError names a file that is missing or not what was written.
+    """Whether a folder has digests.json; ValueError names a file that is missing or has changed.
 
     `names`: the files that are about to be read (default: all that are listed); each must be listed.
     """
@@ -200,11 +200,11 @@ def check_digests(folder: Path, names: list[str] | None = None) -> bool:
 
 @contextlib.contextmanager
 def replacing_together(folder: str | os.PathLike, *, with_digests: bool = True) -> Iterator[Path]:
-    """A temporary folder whose files replace those of `folder` together, with their digests; others there stay.
+    """A temporary folder whose files replace those of `folder` together, with their digests; other files stay.
 
-    Killed before the new digests are written, the old files are whole; killed later, `check_digests` names a file that
-    is of the other set. So what is read is the old set or the new one, never a mixture. Without digests each file is
-    whole, but nothing tells a mixture.
+    If killed before the new digests are written, the old files are whole; if killed later, `check_digests` names a file
+    of the other set. So readers get the old set or the new one, never a mixture. Without digests each file is whole,
+    but a mixture goes unnoticed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,6 +216,7 @@ def replacing_together(folder: str | os.PathLike, *, with_digests: bool = True) 
             write_digests(temporary, names)
         for name in names:
             sync(temporary / name)
+        # Digests first: from here on, any file that is still an old one is an error.
         for name in (*([DIGESTS] if with_digests else []), *names):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / name, folder / name)
@@ -227,9 +228,9 @@ def replacing_together(folder: str | os.PathLike, *, with_digests: bool = True) 
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `path`, which takes its place when all went well; what was there before is deleted.
+    """A temporary folder beside `path`, which replaces it if the block succeeds; the old folder is deleted.
 
-    Killed at any time, `path` is the old folder, the whole new one, or not there, but never a mixture.
+    If killed at any time, `path` is the old folder, the whole new one, or missing, but never a mixture.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +263,7 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 without its byte-order mark. ValueError for other encodings, also those that only a NUL betrays."""
+    """UTF-8 without its byte-order mark. ValueError for other encodings, also those that only a NUL shows."""
     try:
         text = data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -276,8 +277,8 @@ def decode_text(data: bytes) -> str:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """A JSON value. ValueError for what is not JSON, keys that are there twice, numbers that are not finite, half
-    surrogate pairs, and nesting that Python cannot follow."""
+    """A JSON value. ValueError for invalid JSON, repeated keys, numbers that are not finite, half surrogate pairs,
+    and nesting that is too deep for Python."""
     try:
         text = decode_text(data) if isinstance(data, bytes) else data
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
@@ -290,9 +291,9 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def write_json(path: str | os.PathLike, value: dict[str, Any]) -> None:
-    """A JSON object with the SHA-256 of its content, atomically; `read_json` gives the object back.
+    """A JSON object with the SHA-256 of its content, atomically; `read_json` returns the object.
 
-    The keys "m4" and "sha256" are taken.
+    The keys "m4" and "sha256" are reserved.
     """
     value = {**value, "m4": FORMAT}
     text = json.dumps({**value, "sha256": _json_digest(value)}, indent=1)
@@ -300,7 +301,7 @@ def write_json(path: str | os.PathLike, value: dict[str, Any]) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """What `write_json` wrote, or an object of a version before 0.2, which has no digest. ValueError names the file."""
+    """The object in a file of `write_json`, or of a version before 0.2, without digest. ValueError names the file."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -362,23 +363,23 @@ def check_strings(value: Any) -> None:
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterator[bool]:
-    """The lock file `path` for this process alone, until the end. ValueError says who holds it; with `wait`, a line
-    says so each minute until it is free.
+    """Locks the file `path` for this process during the block. ValueError names the holder; with `wait`, a line in the
+    log names it each minute until the lock is free.
 
-    The system lets go of it when its holder dies, however that happens. False where file systems have no locks.
+    The system releases it when its holder dies, however that happens. Yields False where file systems have no locks.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-    start, said = time.monotonic(), 0
+    start, num_lines = time.monotonic(), 0
     try:
         while (is_mine := _lock(file)) is None:
             holder = shown(os.pread(file, 200, 0).decode("utf-8", "replace") or "another process")
             if not wait:
                 raise ValueError(f"{what} is in use by {holder}; wait for it, stop it, or choose another folder")
-            if time.monotonic() - start >= 60 * said:
+            if time.monotonic() - start >= 60 * num_lines:
                 logger.info(shown(f"waiting for {holder}, which is at {what}"))
-                said += 1
+                num_lines += 1
             time.sleep(0.2)
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -388,7 +389,7 @@ def locked(path: str | os.PathLike, what: str, *, wait: bool = False) -> Iterato
 
 
 def _lock(file: int) -> bool | None:
-    """Locks an open file for this process: None if another holds it, False where that cannot be told."""
+    """Locks an open file for this process: None if another holds it, False where locks are not supported."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Pictures of many results at once, and the files that they go to."""
+"""Pictures of many results at once, and PNG files of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def labelled(picture: UInt8[np.ndarray, "_ _ 3"] | None, text: str) -> UInt8[np.
 
 
 def _printable(text: str) -> str:
-    """All that PIL's built-in font has, on one line."""
+    """The text in characters of PIL's built-in font, on one line."""
     return text.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
 
 

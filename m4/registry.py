@@ -1,7 +1,7 @@
-"""What a file may name, and how it comes back: dataclasses as JSON, tokenizers as safetensors. Never a pickle.
+"""The classes that files may name, and dataclasses to and from JSON. Never a pickle.
 
-A name is either an entry point of the group `m4.components` (how a user's own package joins in) or that of a dataclass
-within m4 or m4_tokenizers, never a module: files may move. No code is ever read from a run's folder.
+A name is either an entry point of the group `m4.components` (how users' packages register theirs) or that of a
+dataclass within m4 or m4_tokenizers, never a module: files may move. No code is ever read from a run's folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def classes() -> dict[str, str]:
     return modules
 
 
-# Names of 0.1 for classes and fields that have others now.
+# Old names of classes and fields (version 0.1) -> those of today.
 RENAMED = {"Direction": "ConditionalTask"}
 RENAMED_FIELDS = {
     "ModelConfig": {"separate_depth": "num_independent_blocks"},
@@ -86,7 +86,7 @@ def component_class(name: Any) -> type:
 
 
 def _name_of(cls: type) -> str:
-    """An entry point's name, else the name of the class, which stays when files move."""
+    """The name of a class in files: that of its entry point, else the class's own."""
     value = f"{cls.__module__}:{cls.__qualname__}"
     names = [name for name, entry in components().items() if entry.value == value]
     return names[0] if names else cls.__qualname__
@@ -105,8 +105,8 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The inverse of `to_json`; lists become tuples again. ValueError names unknown fields, those that are missing, and
-    values of another type than the field's."""
+    """The inverse of `to_json`; lists become tuples again. ValueError names unknown and missing fields, and values of
+    another type than the field's."""
     if isinstance(value, list):
         return tuple(from_json(v) for v in value)
     if not isinstance(value, dict):
@@ -143,7 +143,7 @@ def from_json(value: Any) -> Any:
 
 
 def config_in(folder: Path) -> Any:
-    """What config.json of a run or an exported model says. ValueError names the file."""
+    """The config in config.json of a run or an exported model. ValueError names the file."""
     value = read_json(folder / "config.json")
     try:
         config = from_json(value)
@@ -158,7 +158,7 @@ def config_in(folder: Path) -> Any:
 def _hints(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls)
-    except (NameError, TypeError):  # of names that are there for a type checker alone
+    except (NameError, TypeError):  # annotations that only a type checker can resolve
         return {}
 
 
@@ -167,7 +167,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type, as far as numbers, texts, tuples, mappings and choices go."""
+    """Whether a value is of a field's type; checks numbers, strings, tuples, dataclasses and choices alone."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, a) for a in args)

@@ -4,9 +4,9 @@
     JSON header   {"__metadata__": {...}, name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
     data          tensors without gaps
 
-The digest is that of the file with 64 zeros in its own place. Two keys say that a file has one, so that no single
-damage to a key hides it; files of others, and those of m4 before 0.2, have neither. A file may be larger than memory,
-and nothing is ever unpickled.
+The digest is that of the file with 64 zeros in place of it. Two keys mark a file that has one, so that damage to a
+single key cannot hide it; files of other programs, and of m4 before 0.2, have neither. A file may be larger than
+memory, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OTHERS = {name: np.dtype(code) for name, code in {**_CODES, "U8": "u1", "BOOL": 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # bytes, as safetensors' own limit
 
-# What goes into the metadata of a file that is to have a digest (as strings, or within the JSON of one of them).
+# Entries of the metadata of a file with a digest (as strings, or within the JSON of one of them).
 SEAL = {"m4_format": "2", "m4_sha256": "0" * 64}
 _DIGEST = re.compile(rb'"m4_sha256\\?": ?\\?"([0-9a-f]{64})\\?"')
 _KEYS = re.compile(rb"m4_format|m4_sha256")
@@ -46,8 +46,8 @@ _KEYS = re.compile(rb"m4_format|m4_sha256")
 
 def _place(header: bytes) -> slice | None:
     """Where the 64 digits are in the bytes from the file's start to the end of its header."""
-    found = _DIGEST.search(header)
-    return found and slice(*found.span(1))
+    match = _DIGEST.search(header)
+    return match and slice(*match.span(1))
 
 
 def sealed(data: bytes) -> bytes:
@@ -60,15 +60,15 @@ def sealed(data: bytes) -> bytes:
 def check_seal(path: Path, file: BinaryIO, start: bytes) -> bool:
     """Whether a file has a digest; ValueError unless it is that of its content.
 
-    `start`: its bytes to the end of the header, after which `file` stands.
+    `start`: its bytes to the end of the header, which is the position of `file`.
     """
     if not _KEYS.search(start):
         return False
     place = _place(start)
-    found = hashlib.sha256(start if place is None else start[: place.start] + b"0" * 64 + start[place.stop :])
+    actual = hashlib.sha256(start if place is None else start[: place.start] + b"0" * 64 + start[place.stop :])
     while piece := file.read(1 << 20):
-        found.update(piece)
-    if place is None or found.hexdigest().encode() != start[place]:
+        actual.update(piece)
+    if place is None or actual.hexdigest().encode() != start[place]:
         raise ValueError(f"{shown(path)} is damaged: its SHA-256 is not that of what was written")
     return True
 
@@ -98,7 +98,7 @@ class TensorFile:
     def read(cls, path: str | Path, *, dtypes: dict[str, np.dtype] = DTYPES, is_checked: bool = False) -> TensorFile:
         """Reads and checks the header, and the file's digest if it has one and it is not `is_checked` already.
 
-        ValueError: a pickle, a corrupt, damaged or cut-off file, another dtype than `dtypes`.
+        ValueError: a pickle, a corrupt, damaged or truncated file, another dtype than `dtypes`.
         """
         path = Path(path)
         path = path / "model.safetensors" if path.is_dir() else path
@@ -145,7 +145,7 @@ class TensorFile:
         return max((e.end for e in self.entries.values()), default=0)
 
     def check_finite(self, name: str, array: np.ndarray) -> np.ndarray:
-        """The array; ValueError names the tensor that it was read from if some of its numbers are not finite."""
+        """The array; ValueError names its tensor if some of its values are not finite."""
         if not is_finite(array):
             count = int((~np.isfinite(array.astype(np.float32))).sum())
             raise ValueError(f"{shown(self.path)}: {count:,} of the {array.size:,} numbers of {name} are not finite")
@@ -153,7 +153,7 @@ class TensorFile:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether all numbers of an array of floats are; a few million at a time, for memory."""
+    """Whether all values of an array of floats are finite; checks a few million at a time, to save memory."""
     flat = np.ravel(array)
     return all(np.isfinite(flat[i : i + (1 << 22)].astype(np.float32)).all() for i in range(0, flat.size, 1 << 22))
 
@@ -173,8 +173,8 @@ def parse_header(text: bytes | str) -> tuple[dict[str, str], dict[str, Entry]]:
         if not isinstance(value["dtype"], str):
             raise TypeError(f"the dtype of {name!r} must be a name")
         for key in ("shape", "data_offsets"):
-            numbers = value[key]
-            if not isinstance(numbers, list) or not all(type(x) is int and 0 <= x < 1 << 60 for x in numbers):
+            sizes = value[key]
+            if not isinstance(sizes, list) or not all(type(x) is int and 0 <= x < 1 << 60 for x in sizes):
                 raise TypeError(f"the {key} of {name!r} must be whole numbers from 0")
         if len(value["data_offsets"]) != 2:
             raise TypeError(f"the data_offsets of {name!r} must be two")
@@ -183,8 +183,8 @@ def parse_header(text: bytes | str) -> tuple[dict[str, str], dict[str, Entry]]:
 
 
 def literal_like(text: str, like: Any, what: str) -> Any:
-    """A value of the original's configs, which stand in headers as Python literals: of the type of its default `like`
-    (None: a whole number or None; a str may also stand there as it is). ValueError begins with `what`."""
+    """A value of 4M's configs, which headers hold as Python literals: of the type of its default `like` (None: a whole
+    number or None; a str needs no quotes). ValueError begins with `what`."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
@@ -236,7 +236,7 @@ def make_header(shapes: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[s
 def write(path: Path, header: str, tensors: Iterable[Iterable[np.ndarray]]) -> None:
     """Header and data (each tensor in the header's order, in any number of pieces), under the name only when whole.
 
-    A header with `SEAL` gets the file's digest.
+    A header with `SEAL` receives the file's digest.
     """
     start = len(header.encode()).to_bytes(8, "little") + header.encode()
     digest, place = hashlib.sha256(start), _place(start)

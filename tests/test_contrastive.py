@@ -144,7 +144,7 @@ def test_each_group_is_encoded_by_itself(config, batch, modalities):
 @pytest.mark.parametrize("weighted,axes", [(False, {"data": 8}), (True, {"data": 2, "fsdp": 2, "tensor": 2})])
 def test_eight_devices_equal_one(weighted, axes, config, batch, modalities, monkeypatch):
     """Rows are compared over the whole batch, whatever the cut."""
-    monkeypatch.setattr(sharding, "MIN_SIZE_TO_CUT", 1)
+    monkeypatch.setattr(sharding, "MIN_SIZE_TO_SHARD", 1)
     contrast = dataclasses.replace(CONTRAST, weighted=weighted)
     graph, params = nnx.split(Model(config.model, modalities, rngs=nnx.Rngs(0)), nnx.Param)
 

@@ -147,7 +147,7 @@ def train(config, mesh, make_example):
 
 def test_eight_devices_in_micro_batches_equal_one(config, make_example, teacher, monkeypatch):
     """And the teacher stays as it is."""
-    monkeypatch.setattr(sharding, "MIN_SIZE_TO_CUT", 1)
+    monkeypatch.setattr(sharding, "MIN_SIZE_TO_SHARD", 1)
     alone, kept, found = train(config, on({"data": 1}), make_example)
     parts = dataclasses.replace(config, micro_batches=2)
     together, also_kept, others = train(parts, on({"data": 2, "fsdp": 2, "tensor": 2}), make_example)

@@ -90,7 +90,7 @@ SLOW = [(1, 4, 2), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 1, 4), (1, 8, 1), (1, 2,
 @pytest.mark.parametrize("shape", [*QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW)], ids=str)
 def test_every_mesh_trains_as_one_device(shape, config, batches, alone, monkeypatch):
     """Losses, parameters, their average and the optimizer's state over 20 steps, within float32 rounding."""
-    monkeypatch.setattr(sharding, "MIN_SIZE_TO_CUT", 1)
+    monkeypatch.setattr(sharding, "MIN_SIZE_TO_SHARD", 1)
     mesh = MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]).make()
     state, found = train(config, mesh, batches)
     np.testing.assert_allclose(found, alone[1], rtol=2e-6)

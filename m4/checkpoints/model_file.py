@@ -24,11 +24,11 @@ from m4.registry import from_json, to_json
 from m4.tensor_file import DTYPE_NAMES, DTYPES, SEAL, TensorFile, make_header, write
 from m4.tokens.modality import Features, Grid, Modalities
 
-MAX_POSITIONS = 1 << 22  # of a modality: what a fixed table of positions may have in rows
+MAX_POSITIONS = 1 << 22  # rows of a modality's fixed table of positions, at most
 
 
 def describe(model_config: Any, modalities: Modalities) -> dict[str, str]:
-    """The metadata of a model file, for its digest too."""
+    """The metadata of a model file, with a place for its digest."""
     return {**SEAL, "m4_model": json.dumps({"model": to_json(model_config), "modalities": to_json(list(modalities))})}
 
 
@@ -53,8 +53,8 @@ def read_description(file: TensorFile) -> tuple[ModelConfig, Modalities]:
 
 
 def check_sizes(c: ModelConfig, modalities: Modalities, file: TensorFile) -> None:
-    """ValueError where a config claims more than its file can hold, before anything of that size is made."""
-    num_tensors, numbers = len(file.entries), sum(math.prod(e.shape) for e in file.entries.values())
+    """ValueError where a config claims more than its file can hold, before anything of that size is allocated."""
+    num_tensors, num_values = len(file.entries), sum(math.prod(e.shape) for e in file.entries.values())
     blocks = {name: getattr(c, name) for name in ("encoder_depth", "decoder_depth")}
     sizes = {"width": c.width, "hidden": c.hidden}
     for extension in c.extensions:
@@ -69,12 +69,12 @@ def check_sizes(c: ModelConfig, modalities: Modalities, file: TensorFile) -> Non
         if m.learned_positions:
             sizes[f"positions of {m.name}"] = rows * c.width
         positions[f"positions of {m.name}"] = rows
-    for claims, most in ((blocks, num_tensors), (sizes, numbers), (positions, MAX_POSITIONS)):
+    for claims, most in ((blocks, num_tensors), (sizes, num_values), (positions, MAX_POSITIONS)):
         for name, value in claims.items():
             if not 0 <= value <= most:
                 raise ValueError(
                     f"{shown(file.path)}: its config says {name} = {value:,}, which no file of {num_tensors:,} tensors "
-                    f"with {numbers:,} numbers can hold; allowed here: 0 to {most:,}"
+                    f"with {num_values:,} numbers can hold; allowed here: 0 to {most:,}"
                 )
 
 
@@ -92,7 +92,7 @@ def save_model(model: Model, path: str | Path, *, dtype: str = "", metadata: Map
 def load_model(path: str | Path, *, is_checked: bool = False) -> Model:
     """The model in a file written by `save_model` or `python -m m4 convert`, parameters in float32.
 
-    ValueError for a damaged file, and for numbers that are not finite. `is_checked`: its digest is known to be right.
+    ValueError for a damaged file, and for values that are not finite. `is_checked`: its digest is known to be right.
     """
     return model_in(TensorFile.read(path, is_checked=is_checked))
 
@@ -118,10 +118,10 @@ def check_names(file: TensorFile, expected: dict[str, tuple[int, ...]], optional
             if n in file.entries and file.entries[n].shape != s
         ],
     }
-    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise ValueError(f"{shown(file.path)} does not fit its config. " + ". ".join(found))
+    lists = [f"{len(names)} {kind}: {_shortened(names)}" for kind, names in problems.items() if names]
+    if lists:
+        raise ValueError(f"{shown(file.path)} does not fit its config. " + ". ".join(lists))
 
 
-def _some(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -1,11 +1,11 @@
-"""Numbered checkpoints of a run, each with the digests of all its files: whole and as written, or named as damaged.
+"""Numbered checkpoints of a run, with digests of all files: each is complete and unchanged, or reported as damaged.
 
-WORKDIR/checkpoints/STEP/{params, optimizer, average, counters}   arrays (Orbax); average: if the run keeps one
+WORKDIR/checkpoints/STEP/{params, optimizer, average, counters}   arrays (Orbax); average: if the run has one
 WORKDIR/checkpoints/STEP/{data, config}                           JSON: position of the example stream, the run's config
 WORKDIR/checkpoints/STEP/digests.json                             written last (a step of version 0.1 has none)
 
-A step gets its name when all its files and their digests are on disk. One that is damaged is never used, nor is an
-older one taken unasked: `skip_damaged` asks for it.
+A step gets its name when all its files and their digests are on disk. A damaged step is never used, and an older
+one is taken only with `skip_damaged`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from m4.files import DIGESTS, check_digests, naming, read_json, shown, sync, wri
 
 logger = logging.getLogger(__name__)
 
-DAMAGED = ".damaged"  # behind the step's number: put aside until the step is saved again
+DAMAGED = ".damaged"  # suffix of a damaged step's folder, until the step is saved again
 
 
 _EPath: Any = type(epath.Path("/"))  # its class is private
 
 
 class LiteralPath(_EPath):
-    """A local path in which [ ] ? * are letters: Orbax looks for files by patterns that begin with its folder."""
+    """A local path in which [ ] ? * are literal: Orbax globs for files with patterns that begin with its folder."""
 
     def glob(self, pattern: str):
         return (self._new(p) for p in glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
@@ -65,6 +65,7 @@ class StepWithDigests(atomicity.AtomicRenameTemporaryPath):
 
 
 def _finish(written: Path, final: Path) -> None:
+    """Files to disk, digests to disk, folders to disk, and only then the final name: a named step is complete."""
     files = [p for p in written.rglob("*") if p.is_file()]
     for path in files:
         sync(path)
@@ -82,7 +83,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def check_step(folder: Path, items: tuple[str, ...] = ()) -> bool:
-    """Whether a step has digests; ValueError names a file of it that is not as written.
+    """Whether a step has digests; ValueError names a file of it that has changed.
 
     `items`: those that are about to be read (default: all).
     """
@@ -95,14 +96,14 @@ def check_step(folder: Path, items: tuple[str, ...] = ()) -> bool:
     wanted = [name for name in listed if not items or "/" not in name or name.split("/")[0] in items]
     for item in items:
         if not any(name.startswith(f"{item}/") for name in wanted):
-            there = sorted({n.split("/")[0] for n in listed if "/" in n})
-            raise ValueError(f"{shown(folder)} has no {item}; it has: {', '.join(there)}")
+            present = sorted({n.split("/")[0] for n in listed if "/" in n})
+            raise ValueError(f"{shown(folder)} has no {item}; it has: {', '.join(present)}")
     return check_digests(folder, wanted)
 
 
 def explain(folder: Path, step: int, error: Exception, items: tuple[str, ...] = ()) -> ValueError:
-    """What to say of a damaged step, and which older step is whole."""
-    text = f"{shown(folder.parent)}: its checkpoint of step {step} is damaged or incomplete: {_what(error)}"
+    """The error about a damaged step, which names the newest older step that is whole."""
+    text = f"{shown(folder.parent)}: its checkpoint of step {step} is damaged or incomplete: {_first_line(error)}"
     for older in reversed([s for s in steps_in(folder) if s < step]):
         try:
             checked = check_step(folder / str(older), items)
@@ -116,15 +117,17 @@ def explain(folder: Path, step: int, error: Exception, items: tuple[str, ...] = 
     return ValueError(f"{text}. No other step of this run is whole: move {shown(folder)} away to begin again")
 
 
-def _is_ours(error: Exception) -> bool:
+def _is_own_error(error: Exception) -> bool:
     return isinstance(error, ValueError) and "\n" not in str(error) and "tensorstore" not in str(error)
 
 
-def _what(error: Exception) -> str:
-    """Ours are a sentence; of others the first line is enough."""
+def _first_line(error: Exception) -> str:
+    """The text of m4's own errors (one sentence), or the first line of others."""
     lines = str(error).strip().splitlines() or [""]
     return (
-        lines[0] if _is_ours(error) or isinstance(error, RuntimeError) else f"{type(error).__name__}: {lines[0][:200]}"
+        lines[0]
+        if _is_own_error(error) or isinstance(error, RuntimeError)
+        else f"{type(error).__name__}: {lines[0][:200]}"
     )
 
 
@@ -142,38 +145,38 @@ def read_step(folder: Path, step: int, args: Mapping[str, Any]) -> Any:
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, args: Mapping[str, Any]) -> tuple[Any, Exception | None]:
-    """What Orbax restores, or the one error of it that matters.
+    """What Orbax restores, or its one error that matters.
 
-    Of a damaged step without digests it raises errors of every kind (TensorStore's, JSON's, KeyError), and leaves tasks
-    behind whose own tracebacks would be printed whenever they are deleted.
+    For a damaged step without digests it raises errors of every kind (TensorStore's, JSON's, KeyError), and leaves
+    tasks behind whose own tracebacks would be printed when they are deleted.
     """
     _silence_tasks()
     try:
         return manager.restore(step, args=ocp.args.Composite(**args)), None
     except Exception as error:
-        return None, error if _is_ours(error) else RuntimeError(_what(error))
+        return None, error if _is_own_error(error) else RuntimeError(_first_line(error))
 
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Around whatever may raise the error of a save, which Orbax writes in the background: OSError, if it was the
-    system's (a full disk), else ValueError, both with the folder of the checkpoints."""
+    """Translates errors of a save, which Orbax writes in the background: OSError if it was the system's (a full disk),
+    else ValueError, both with the folder of the checkpoints."""
     _silence_tasks()
     try:
-        with naming(folder):  # writing to an open file, Orbax's JSON for one, names none
+        with naming(folder):  # errors of writing to an open file, such as Orbax's JSON, name none
             yield
     except OSError:
         raise
     except Exception as error:  # whatever Orbax and TensorStore raise
         if (cause := system_error(error, str(folder))) is not None:
             raise cause from error
-        raise ValueError(f"a checkpoint could not be written into {shown(folder)}: {_what(error)}") from error
+        raise ValueError(f"a checkpoint could not be written into {shown(folder)}: {_first_line(error)}") from error
 
 
 @functools.cache
 def _silence_tasks() -> None:
-    """Tracebacks of Orbax's tasks would hide the sentence that says what is wrong: those of tasks that nobody waits for
-    are not printed, nor are those that are raised anyway logged."""
+    """Silences tracebacks of Orbax's tasks, which would hide the sentence that says what is wrong: those of tasks that
+    nobody waits for, and logs of those that are raised anyway."""
     for name in ("asyncio", "absl"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     before = sys.unraisablehook
@@ -191,9 +194,9 @@ def _silence_tasks() -> None:
 class Checkpoints:
     """Numbered checkpoints in a folder, written in the background, complete or not at all.
 
-    Kept: the last `keep_last`, and those of every `keep_every` steps (0: no further ones). `close` when done.
-    skip_damaged: the newest whole step is taken where a newer one is damaged, which is put aside; without it,
-    ValueError names the file, the step and the newest one that is whole.
+    It keeps the last `keep_last`, and those of every `keep_every` steps (0: no others). Call `close` when done.
+    skip_damaged: damaged steps are put aside and the newest whole one is taken; without it, ValueError names the file,
+    the step and the newest one that is whole.
     """
 
     folder: Path
@@ -217,7 +220,7 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(LiteralPath(self.folder), options=options)
 
     def _choose(self) -> None:
-        """Checks the newest step (process 0 does), and puts it aside if it is damaged and that is wanted."""
+        """Checks the newest step (process 0 does), and puts it aside if it is damaged and `skip_damaged` is set."""
         failure = None
         if jax.process_index() == 0:
             while steps := steps_in(self.folder):
@@ -241,7 +244,7 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         logger.info(
-            f"the checkpoint of step {step} is damaged and skipped: {_what(why)}\n"
+            f"the checkpoint of step {step} is damaged and skipped: {_first_line(why)}\n"
             f"it is put aside as {shown(aside)} until step {step} is saved again"
         )
 
@@ -253,7 +256,7 @@ class Checkpoints:
     def save(self, step: int, parts: Mapping[str, Any], data: dict[str, Any], config: dict[str, Any]) -> None:
         """Copies the arrays of each part's tree, then writes them while training goes on.
 
-        OSError or ValueError if this save or the one before fails, as far as that is known by now.
+        OSError or ValueError if this save or the one before has failed by now.
         """
         if step == self.latest:
             return
@@ -270,7 +273,7 @@ class Checkpoints:
         if not self._is_read_back and self._first is None and jax.process_count() == 1:
             smallest = min(parts, key=lambda name: sum(x.nbytes for x in jax.tree.leaves(parts[name])))
             self._first = step, smallest, jax.device_get(parts[smallest])
-        self._forget_damaged()
+        self._delete_put_aside()
 
     def check(self) -> None:
         """Raises the error of the last save, once it has failed. Does not wait for it."""
@@ -278,14 +281,14 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the save in flight, if there is one; raises its error."""
+        """Waits for the save in progress, if any; raises its error."""
         with _writing(self.folder):
             self.manager.wait_until_finished()
         self._read_back()
 
     def _read_back(self) -> None:
-        """ValueError unless a small part of a job's first save can be read again: that nothing in this folder can is
-        found out now, not after the last step."""
+        """ValueError unless a small part of a job's first save can be read again: an unreadable folder is reported
+        now, not after the last step."""
         if self._first is None:
             return
         (step, name, saved), self._first, self._is_read_back = self._first, None, True
@@ -298,8 +301,8 @@ class Checkpoints:
             if not np.array_equal(x, y, equal_nan=True):
                 raise explain(self.folder, step, ValueError(f"{name} is read back as something else"))
 
-    def _forget_damaged(self) -> None:
-        """Deletes what was put aside, of steps that are whole again."""
+    def _delete_put_aside(self) -> None:
+        """Deletes damaged steps that were put aside and have been saved again."""
         for aside in self.folder.glob(f"*{DAMAGED}") if jax.process_index() == 0 else ():
             if (self.folder / aside.name.removesuffix(DAMAGED)).is_dir():
                 shutil.rmtree(aside, ignore_errors=True)
@@ -307,9 +310,9 @@ class Checkpoints:
     def restore(
         self, parts: Mapping[str, Any], tokenizers: Mapping[str, str] = {}
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The last step's arrays with the given shapes and places, and the position of the example stream.
+        """The last step's arrays with the given shapes and shardings, and the position of the example stream.
 
-        ValueError if they cannot be read, if the position is not that of so many steps, or if the run's `tokenizers`
+        ValueError if they cannot be read, if the position is not that of this step, or if the run's `tokenizers`
         (hashes by modality) are not those that it was saved with.
         """
         step = self.latest
@@ -339,18 +342,18 @@ class Checkpoints:
         return {name: restored[name] for name in parts}, restored["data"]
 
     def kept(self) -> str:
-        """What there is to go on from, in words."""
+        """A sentence that lists the complete checkpoints."""
         steps = ", ".join(map(str, steps_in(self.folder))) or "none"
         return f"complete checkpoints in {shown(self.folder.parent)}: {steps}"
 
     def close(self) -> None:
         self.finish()
         self.manager.close()
-        self._forget_damaged()
+        self._delete_put_aside()
 
 
 def _batches(step: int, data: Any, config: Any) -> list[list[int]]:
-    """[number of steps, batch size] of a run up to a step. ValueError unless the saved position is what they read."""
+    """[number of steps, batch size] of a run up to a step. ValueError unless the saved position agrees."""
     if "next_example" not in data or not ("batches" in data or "batch_size" in config):
         return []  # not saved by a run
     batches = data["batches"] if "batches" in data else [[step, config["batch_size"]]]  # version 0.1 had one size

@@ -1,12 +1,12 @@
 """Loading a trained model for use, and exporting it.
 
 WORKDIR/checkpoints/STEP        see m4.checkpoints.numbered
-WORKDIR/config.json             all that is needed to build the model again
+WORKDIR/config.json             the config, from which the model is built again
 WORKDIR/tokenizers/*.safetensors
 
 An exported model, and each model of the package (m4/pretrained/), is a folder with the same config.json and
-tokenizers/, the parameters in one model.safetensors, and digests.json. What is read is checked first: by digests, and
-the tokenizers against the config and against those that the model was trained with.
+tokenizers/, the parameters in one model.safetensors, and digests.json. Files are checked
+before they are read: by digests, and tokenizers against the config and those that the model was trained with.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ logger = logging.getLogger(__name__)
 
 
 def tokenizer_file(folder: Path, modality: Modality) -> Path:
-    """Where a run keeps a tokenizer: by signal, and by name for Features (the signal's tokens have the other file)."""
+    """The file of a run's tokenizer: by signal, and by name for Features (the signal's tokens have the other file)."""
     stem = modality.name if isinstance(modality, Features) else modality.signal
     return folder / "tokenizers" / f"{stem}.safetensors"
 
 
 def keep_tokenizers(folder: Path, modalities: Modalities, files: Mapping[str, Path]) -> None:
-    """Copies the tokenizers of a run's data folder (by modality) into its own folder. What is there already and
-    computes something else, or is damaged, is replaced, with a line that says so."""
+    """Copies the tokenizers of a run's data folder (by modality) into its own folder. A file that exists but
+    computes something else, or is damaged, is replaced, with a line in the log."""
     for m in modalities:
         own, data = tokenizer_file(folder, m), files[m.name].read_bytes()
         if own.exists() and own.read_bytes() != data:
@@ -71,7 +71,7 @@ def keep_tokenizers(folder: Path, modalities: Modalities, files: Mapping[str, Pa
 
 
 def replace_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
-    """Writes a tokenizer over its file. Where that is part of an exported model, the model's digests then have it."""
+    """Writes a tokenizer over its file, and updates the digests of the exported model, if it is part of one."""
     folder, name = file.parent.parent, f"{file.parent.name}/{file.name}"
     listed = read_json(folder / DIGESTS)["files"] if (folder / DIGESTS).exists() else {}
     if name in listed:
@@ -83,7 +83,7 @@ def replace_tokenizer(tokenizer: Tokenizer, file: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """What generation and evaluation need of a run."""
+    """A trained model as generation and evaluation need it."""
 
     model: Model
     tokenizers: dict[str, Tokenizer]
@@ -94,9 +94,9 @@ class TrainedModel:
 def load_run(path: str | Path) -> TrainedModel:
     """A trained model with its config and tokenizers, by any of
 
-    WORKDIR, WORKDIR/checkpoints/STEP   a run's last checkpoint, or another (of a run that averages, the average)
-    FOLDER                              what `export` wrote
-    NAME                                a model of the package, unless a run lies in a folder of this name
+    WORKDIR, WORKDIR/checkpoints/STEP   a run's last checkpoint, or another (its average, if the run has one)
+    FOLDER                              an exported model
+    NAME                                a model of the package, unless a run is in a folder of this name
     """
     workdir, wanted = Path(path), None
     if workdir.name.isdecimal() and workdir.parent.name == "checkpoints":
@@ -136,7 +136,7 @@ def _check_own(file: Path, tokenizer: Tokenizer, modality: Modality, hashes: Map
     """ValueError unless a tokenizer is that of a modality, and the one of the training (`hashes`, if known)."""
 
     def identity(m: Modality) -> list[Any]:
-        # Without fields that are younger than some configs.
+        # Without fields that older configs lack.
         return [type(m).__name__, m.name, m.signal, m.vocab_size, m.max_tokens]
 
     if identity(tokenizer.modality) != identity(modality):
@@ -144,9 +144,9 @@ def _check_own(file: Path, tokenizer: Tokenizer, modality: Modality, hashes: Map
             f"{shown(file)} holds the tokenizer of another modality: {tokenizer.modality}; its place is for {modality}"
         )
     name = modality.name
-    if name in hashes and (found := tokenizer_hash(tokenizer)) != hashes[name]:
+    if name in hashes and (own_hash := tokenizer_hash(tokenizer)) != hashes[name]:
         raise ValueError(
-            f"{shown(file)} holds another tokenizer of {name} ({found}) than the model was trained with "
+            f"{shown(file)} holds another tokenizer of {name} ({own_hash}) than the model was trained with "
             f"({hashes[name]}); put back the one of the training's data folder"
         )
 
@@ -182,8 +182,8 @@ def _restore(
 def export(path: str | Path, out: str | Path, *, dtype: str = "BF16") -> None:
     """Writes a trained model (see `load_run`) into a folder that `load_run` reads, with its scores if there are any.
 
-    The parameters are rounded to `dtype`, a name of m4.tensor_file.DTYPES; what is computed with them is not. A model
-    that is in the folder is replaced as a whole.
+    The parameters are rounded to `dtype`, a name of m4.tensor_file.DTYPES; computations with them are not. A model in
+    the folder is replaced as a whole.
     """
     run, scores = load_run(path), Path(path) / "metrics.json"
     with replacing_run(run, out, dtype=dtype) as folder:
@@ -199,10 +199,10 @@ def write_run(run: TrainedModel, out: str | Path, *, dtype: str = "BF16") -> Non
 
 @contextlib.contextmanager
 def replacing_run(run: TrainedModel, out: str | Path, *, dtype: str) -> Iterator[Path]:
-    """A temporary folder with a model (see `export`), whose files replace those of `out` together, with what else is
-    written there."""
-    out, given = Path(out), type(run.config)
-    config = dataclasses.replace(run.config, workdir="", data_dir=given.data_dir, init_from="")
+    """A temporary folder with a model (see `export`), whose files replace those of `out` together, with all
+    other files that the caller writes into it."""
+    out, defaults = Path(out), type(run.config)
+    config = dataclasses.replace(run.config, workdir="", data_dir=defaults.data_dir, init_from="")
     config = dataclasses.replace(config, objectives=tuple(objective.exported() for objective in config.objectives))
     remove_leftovers(out)
     with replacing_together(out) as folder:
@@ -211,15 +211,15 @@ def replacing_run(run: TrainedModel, out: str | Path, *, dtype: str) -> Iterator
         save_model(run.model, folder / "model.safetensors", dtype=dtype, metadata={"step": str(run.step)})
         write_json(folder / "config.json", to_json(config))
         yield folder
-        (out / "metrics.json").unlink(missing_ok=True)  # scores of the model before
+        (out / "metrics.json").unlink(missing_ok=True)  # scores of the previous model
 
 
 def check_tokenizers(source: str | Path, own: Mapping[str, Tokenizer]) -> None:
     """ValueError unless the tokenizers that a trained model has in common with a run compute the same. `source`: see
-    `load_run`; of a model file none are known."""
-    theirs = {} if Path(source).is_file() else load_run(source).tokenizers
-    for name in [name for name in theirs if name in own]:
-        if tokenizer_hash(theirs[name]) != tokenizer_hash(own[name]):
+    `load_run`; a model file has none."""
+    others = {} if Path(source).is_file() else load_run(source).tokenizers
+    for name in [name for name in others if name in own]:
+        if tokenizer_hash(others[name]) != tokenizer_hash(own[name]):
             raise ValueError(
                 f"{source} has another tokenizer of {name} than this run, for which its weights mean nothing; its own "
                 f"are m4_tokenizers.modalities.stored.tokenizers_of('{source}'), and a modality of another name is new"

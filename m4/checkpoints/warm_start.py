@@ -21,12 +21,12 @@ from m4.model.stack import is_stack
 
 @dataclasses.dataclass
 class LoadedWeights:
-    """What `load_weights` did, as names of parameters; rows of tables as TABLE[MODALITY]."""
+    """Names of the parameters that `load_weights` loaded or not; rows of tables as TABLE[MODALITY]."""
 
     loaded: list[str]
-    new: list[str]  # of this model alone: left as they were initialised
+    new: list[str]  # of this model alone: their initial values stay
     missing: list[str]  # of the other model alone: not used
-    mismatched: list[str]  # in both, with different shapes: left as they were initialised
+    mismatched: list[str]  # in both, with different shapes: their initial values stay
 
     def __str__(self) -> str:
         parts = []
@@ -38,10 +38,10 @@ class LoadedWeights:
 
 
 def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, LoadedWeights]:
-    """Parameters with all that fits of a trained model (see `load_run`) or a model file; each stays where it is.
+    """Parameters with all fitting values of a trained model (see `load_run`) or a model file; shardings stay.
 
     Tables are matched by modality, so that a model with further modalities keeps the old ones' rows bit for bit. The
-    new rows stay as they were drawn, but with the spread of the old ones, for the model to tell them apart.
+    new rows keep their random values, scaled to the spread of the old ones, so that the model can tell them apart.
     ValueError if nothing fits.
     """
     source = Path(source)
@@ -58,12 +58,12 @@ def load_weights(params: Any, model: Model, source: str | Path) -> tuple[Any, Lo
 
 
 class _Matching:
-    """Parameters of a model, one after the other, with the other model's values where those have a place."""
+    """Replaces parameters of a model, one after the other, with the other model's values of the same name and shape."""
 
     def __init__(self, model: Model, other: Model):
         self.names, self.rows = model.modalities.names, model.table_rows
         self.other_names, self.other_rows = other.modalities.names, other.table_rows
-        self.theirs = {name: np.asarray(x) for name, x in parameters(nnx.state(other, nnx.Param)).items()}
+        self.other_values = {name: np.asarray(x) for name, x in parameters(nnx.state(other, nnx.Param)).items()}
         self.configs = model.config, other.config
         self.report, self.used = LoadedWeights([], [], [], []), set()
 
@@ -75,15 +75,15 @@ class _Matching:
             return x
         if name in self.rows:
             return self._table(name, x)
-        if name not in self.theirs:
+        if name not in self.other_values:
             self.report.new.append(name)
             return x
         self.used.add(name)
-        return self._put(x, self.theirs[name], None, name)
+        return self._load(x, self.other_values[name], None, name)
 
     def finished(self) -> LoadedWeights:
-        """The report, now that all parameters had their turn: what the other model has besides is missing here."""
-        for name in self.theirs:
+        """The report, after all parameters were visited: what only the other model has is missing here."""
+        for name in self.other_values:
             if name not in self.other_rows:
                 self.report.missing += [name] * (name not in self.used)
                 continue
@@ -93,31 +93,31 @@ class _Matching:
                     self.report.missing.append(f"{name}[{modality}]")
         return self.report
 
-    def _put(self, x: jax.Array, value: np.ndarray, rows: tuple[int, int] | None, name: str) -> jax.Array:
+    def _load(self, x: jax.Array, value: np.ndarray, rows: tuple[int, int] | None, name: str) -> jax.Array:
         if value.shape != (x.shape if rows is None else (rows[1] - rows[0], *x.shape[1:])):
             self.report.mismatched.append(f"{name} {list(value.shape)} instead of {list(x.shape)}")
             return x
         self.report.loaded.append(name)
-        return _set(x, value.astype(x.dtype), rows)
+        return _replace(x, value.astype(x.dtype), rows)
 
     def _block(self, path: tuple, i: int, x: jax.Array) -> jax.Array:
-        """One block's part of stacked parameters, which model files keep block by block."""
+        """One block's part of stacked parameters, which model files store block by block."""
         name = ".".join(map(str, (path[0], i, *path[1:])))
-        if name not in self.theirs:
+        if name not in self.other_values:
             self.report.new.append(name)
             return x
         self.used.add(name)
-        value = self.theirs[name]
+        value = self.other_values[name]
         if all(is_by_modality(c, name) for c in self.configs) and value.shape[1:] == x.shape[2:]:
             value = np.array(jax.device_get(x[i]))
             for row, modality in enumerate(self.names):
                 if modality in self.other_names:
-                    value[row] = self.theirs[name][self.other_names.index(modality)]
-        return self._put(x, value[None], (i, i + 1), name)
+                    value[row] = self.other_values[name][self.other_names.index(modality)]
+        return self._load(x, value[None], (i, i + 1), name)
 
     def _table(self, name: str, x: jax.Array) -> jax.Array:
         """A table's rows, modality by modality; new ones take the spread of those that were loaded."""
-        known, fresh = [], []
+        loaded, fresh = [], []
         for i, modality in enumerate(self.names):
             place = self.rows[name][i], self.rows[name][i + 1]
             if place[0] == place[1]:
@@ -131,13 +131,13 @@ class _Matching:
                 fresh.append(place)
                 continue
             self.used.add(title)
-            values = self.theirs[name][old[0] : old[1]]
-            x = self._put(x, values, place, title)
+            values = self.other_values[name][old[0] : old[1]]
+            x = self._load(x, values, place, title)
             if values.shape[1] == x.shape[1]:
-                known.append(values)
-        known = np.concatenate(known) if known else np.zeros((0, 1))
-        for place in fresh if len(known) > 1 else ():
-            x = _at_scale(x, place, float(known.std(axis=0).mean()))
+                loaded.append(values)
+        loaded = np.concatenate(loaded) if loaded else np.zeros((0, 1))
+        for place in fresh if len(loaded) > 1 else ():
+            x = _at_scale(x, place, float(loaded.std(axis=0).mean()))
         return x
 
 
@@ -152,8 +152,8 @@ def _at_scale(x: jax.Array, rows: tuple[int, int], spread: float) -> jax.Array:
     return jax.jit(scale, out_shardings=x.sharding)(x)
 
 
-def _set(x: jax.Array, value: np.ndarray, rows: tuple[int, int] | None) -> jax.Array:
-    """x with a value from the host in its place, or in place of some rows; cut over devices as x is."""
+def _replace(x: jax.Array, value: np.ndarray, rows: tuple[int, int] | None) -> jax.Array:
+    """x, or some of its rows, replaced by a value from the host; sharded as x is."""
     if rows is None:
         return jax.make_array_from_callback(x.shape, x.sharding, lambda index: value[index])
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=rows[0], axis=0)

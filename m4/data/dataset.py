@@ -18,12 +18,12 @@ from m4.tokens.tokenizer import Examples
 class Source(Protocol):
     """Aligned raw examples: a frozen dataclass, so that its fields identify its data.
 
-    A source over files that may be edited has `signature(data_dir) -> str` too, which changes when they do; it is asked
-    first, and raises a ValueError for files that are not there.
+    A source over files that may be edited has `signature(data_dir) -> str` too, which changes when they do; it is
+    called first, and raises a ValueError for missing files.
     """
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
-        """Renders, downloads or checks what is needed; returns at once when it is there."""
+        """Renders, downloads or checks what is needed; returns at once when it exists."""
 
     def split(self, name: str, data_dir: str | os.PathLike) -> Examples:
         """Raw examples of "train", "validation", "test" or another split that the source has.

@@ -1,4 +1,4 @@
-"""All that comes before training, each stage skipped when it is there: raw data, tokenizers, token shards.
+"""All that comes before training, each stage skipped when its result exists: raw data, tokenizers, token shards.
 
     source --crops, tokenizers--> TOKENS/{split}-00000-of-00010.array_record + {split}.json + tokenizers/*.safetensors
 
@@ -42,7 +42,7 @@ NUM_PROBES = 256  # places where a data set is searched for a signal
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What training needs of the preparation: tokenizers by modality name, and a folder of shards for each data set."""
+    """The results of the preparation: tokenizers by modality name, and a folder of shards for each data set."""
 
     tokenizers: dict[str, Tokenizer]
     tokenizer_files: dict[str, Path]
@@ -63,10 +63,10 @@ def prepare(
 ) -> Prepared:
     """Raw data, tokenizers and token shards of a run. ValueError names shards whose tokenizers are not the run's."""
     data_dir = Path(data_dir)
-    Modalities([r.modality for r in recipes])  # names the doubles before any work
+    Modalities([r.modality for r in recipes])  # reports duplicate names before any work
     with FileBarrier(data_dir, team) as others:
         signatures = {}
-        for dataset in datasets:  # says what is wrong before any work
+        for dataset in datasets:  # reports errors of token shards and sources before any work
             for split in splits if dataset.tokens else ():
                 TokenShards(Path(dataset.tokens), split)
             has_signature = hasattr(dataset.source, "signature")
@@ -107,16 +107,16 @@ def prepare(
 
 
 def _check_tokenizers(folder: Path, split: str, hashes: Mapping[str, str], files: Mapping[str, Path]) -> None:
-    for name, theirs in TokenShards(folder, split).manifest["tokenizers"].items():
-        if name in hashes and hashes[name] != theirs:
+    for name, shards_hash in TokenShards(folder, split).manifest["tokenizers"].items():
+        if name in hashes and hashes[name] != shards_hash:
             if files[name] == _beside(folder, name):
                 raise ValueError(
                     f"{shown(files[name])} is damaged or was replaced: the token shards beside it were made with "
-                    f"another tokenizer ({theirs}) than it holds ({hashes[name]})"
+                    f"another tokenizer ({shards_hash}) than it holds ({hashes[name]})"
                 )
             raise ValueError(
-                f"the token shards in {folder} were made with another tokenizer of {name} ({theirs}) than this run's "
-                f"({hashes[name]}); tokenize the data again, or leave out the data set"
+                f"the token shards in {folder} were made with another tokenizer of {name} ({shards_hash}) than this "
+                f"run's ({hashes[name]}); tokenize the data again, or leave out the data set"
             )
 
 
@@ -124,7 +124,7 @@ def _tokenizer_file(
     recipe: Recipe, datasets: Seq[Dataset], signatures: Mapping[str, str], data_dir: Path, seed: int,
     others: FileBarrier, recipes: Seq[Recipe],
 ) -> Path:  # fmt: skip
-    """The tokenizer that finished shards were made with; else the recipe's, fitted by process 0 unless it is there."""
+    """The tokenizer that finished shards were made with; else the recipe's, fitted by process 0 unless it exists."""
     name = recipe.modality.name
     for dataset in datasets:
         if dataset.tokens and (file := _beside(Path(dataset.tokens), name)).exists():
@@ -139,13 +139,13 @@ def _tokenizer_file(
             if not file.exists():
                 logger.info(shown(f"fitting tokenizer {name}"))
                 save_tokenizer(_fitted(recipe, datasets, data_dir, seed, recipes), file)
-            lock.unlink(missing_ok=True)  # whoever gets it after this finds the file
+            lock.unlink(missing_ok=True)  # its next holder finds the file
     others.wait(file.exists, f"process 0 to fit tokenizer {name} ({file})")
     return file
 
 
 def _beside(folder: Path, name: str) -> Path:
-    """The tokenizer of a modality that token shards bring along."""
+    """The file of a modality's tokenizer beside token shards."""
     return folder / "tokenizers" / f"{name}.safetensors"
 
 
@@ -153,8 +153,8 @@ class ExamplesWithSignal(Seq):
     """The examples that have what a recipe reads. One without it, or a bad one that may be skipped, is replaced by the
     next.
 
-    Bad is what cannot be read, or what the recipe's `check` refuses, as its tokenizer would when shards are written:
-    ValueError names the first, or that which exceeds the share `skip_bad` of all examples.
+    An example is bad if it cannot be read, or if the recipe's `check` refuses it, as its tokenizer would when shards
+    are written. ValueError names the first, or that which exceeds the share `skip_bad` of all examples.
     """
 
     def __init__(self, examples: Examples, recipe: Recipe, *, skip_bad: float, label: str = ""):
@@ -194,18 +194,18 @@ class ExamplesWithSignal(Seq):
     def _signal(self, example: dict[str, Any]) -> Any | None:
         modality = self.recipe.modality
         signal_of = getattr(self.recipe, "signal_of", None)
-        if signal_of is not None:  # which may be computed from other signals
+        if signal_of is not None:  # the signal may be computed from other signals
             return signal_of(example)
         return example[modality.signal] if modality.signal in example and not is_tokenized(example, modality) else None
 
     def reads_some(self) -> bool:
-        """Whether any of some examples, spread over all, has it."""
+        """Whether any of up to NUM_PROBES examples, evenly spread over all, has the signal."""
         places = np.unique(np.linspace(0, len(self) - 1, NUM_PROBES).astype(int))
         return any(self._usable(i) is not None for i in places.tolist())
 
 
 def _fitted(recipe: Recipe, datasets: Seq[Dataset], data_dir: Path, seed: int, recipes: Seq[Recipe]) -> Tokenizer:
-    """A new tokenizer; says how many bad examples were skipped."""
+    """A new tokenizer; logs how many bad examples were skipped."""
     name, parts = recipe.modality.name, []
     examples = _fitting_examples(recipe, datasets, data_dir, seed, parts, recipes=recipes)
     try:
@@ -232,7 +232,7 @@ def _fitting_examples(
     *,
     recipes: Seq[Recipe] = (),
 ) -> Examples:
-    """Training examples that have the recipe's signal, of the data sets by their weights; `used` takes their parts."""
+    """Training examples that have the recipe's signal, mixed by the data sets' weights; `used` receives the parts."""
     parts, weights = [], []
     for dataset in datasets:
         if dataset.source is not None:
@@ -267,52 +267,53 @@ def pretokenize(
     seed: int = 0,
     others: FileBarrier | None = None,
 ) -> None:
-    """Writes this process's token shards of one split, then waits until all are there and the manifest is written."""
+    """Writes this process's token shards of one split, then waits until all exist and the manifest is written."""
     others = others or FileBarrier(data_dir, WorkerGroup())
     team = others.team
     manifest_file = folder / f"{split}.json"
     if manifest_file.exists():
         return
-    job = ShardWriter(dataset, dict(tokenizer_files), folder, split, data_dir, seed, EXAMPLES_PER_SHARD)
+    writer = ShardWriter(dataset, dict(tokenizer_files), folder, split, data_dir, seed, EXAMPLES_PER_SHARD)
     what, lock = f"token shards of {shown(folder)}", folder / f".{split}-{team.index}-of-{team.count}.lock"
     with locked(lock, f"writing {what}", wait=True):  # of another run on the same data
         if not manifest_file.exists():
-            _write_mine(job, team)
+            _write_own_shards(writer, team)
         done = set()
 
         def all_written() -> bool:
-            done.update(i for i in range(len(job.names)) if i not in done and job.written(i))
-            return manifest_file.exists() or len(done) == len(job.names)
+            done.update(i for i in range(len(writer.names)) if i not in done and writer.written(i))
+            return manifest_file.exists() or len(done) == len(writer.names)
 
         others.wait(all_written, f"the other processes to write their shards of {shown(folder)}")
         if not manifest_file.exists():
-            job.finish(manifest_file)
-        lock.unlink(missing_ok=True)  # whoever gets it after this finds the manifest
+            writer.finish(manifest_file)
+        lock.unlink(missing_ok=True)  # its next holder finds the manifest
 
 
-def _write_mine(job: ShardWriter, team: WorkerGroup) -> None:
-    """The shards of this process that are not there, or not whole."""
-    for folder in (job.folder, job.folder / "tokenizers"):
+def _write_own_shards(writer: ShardWriter, team: WorkerGroup) -> None:
+    """Writes the shards of this process that are missing or not whole."""
+    for folder in (writer.folder, writer.folder / "tokenizers"):
         remove_leftovers(folder)
-    for name, file in job.tokenizer_files.items():
-        copy, content = _beside(job.folder, name), file.read_bytes()
-        if not copy.exists() or tokenizer_hash(load_tokenizer(copy)) != tokenizer_hash(job.tokenizers[name]):
+    for name, file in writer.tokenizer_files.items():
+        copy, content = _beside(writer.folder, name), file.read_bytes()
+        if not copy.exists() or tokenizer_hash(load_tokenizer(copy)) != tokenizer_hash(writer.tokenizers[name]):
             write_atomically(copy, content)
-    mine = range(team.index, len(job.names), team.count)
-    missing = [i for i in mine if not job.written(i, whole=True)]
-    num_left = sum(len(job.indices(i)) for i in mine)
-    title = f"tokens: {job.dataset.label} {job.split}".encode("ascii", "backslashreplace").decode()
-    with tqdm(total=num_left, desc=title, unit="example", file=sys.stdout, mininterval=1) as bar:
-        bar.update(num_left - sum(len(job.indices(i)) for i in missing))
+    # Every count-th shard, so that all processes have about equal work.
+    mine = range(team.index, len(writer.names), team.count)
+    missing = [i for i in mine if not writer.written(i, whole=True)]
+    num_mine = sum(len(writer.indices(i)) for i in mine)
+    title = f"tokens: {writer.dataset.label} {writer.split}".encode("ascii", "backslashreplace").decode()
+    with tqdm(total=num_mine, desc=title, unit="example", file=sys.stdout, mininterval=1) as bar:
+        bar.update(num_mine - sum(len(writer.indices(i)) for i in missing))
         if team.workers > 1 and len(missing) > 1:
             with workers.pool(min(team.workers, len(missing))) as pool:
-                for i, _ in zip(missing, pool.map(functools.partial(_write, job), missing), strict=True):
-                    bar.update(len(job.indices(i)))
+                for i, _ in zip(missing, pool.map(functools.partial(_write, writer), missing), strict=True):
+                    bar.update(len(writer.indices(i)))
         else:
             for i in missing:
-                job.write(i, bar)
+                writer.write(i, bar)
 
 
-def _write(job: ShardWriter, index: int) -> None:
+def _write(writer: ShardWriter, index: int) -> None:
     with tqdm(disable=True) as bar:
-        job.write(index, bar)
+        writer.write(index, bar)

@@ -1,6 +1,6 @@
 """The signals of one sample, from files or written out: read as training reads them, all with one geometry.
 
-    wide.png  128 x 64    depth.png  256 x 128    boxes.json       the same picture at any scale
+    wide.png  128 x 64    depth.png  256 x 128    boxes.json       the same image at any scale
         |  the middle square, or (pad) the whole with bars  |          |
     rgb  64 x 64          depth  64 x 64          boxes in coordinates of that square
 
@@ -36,15 +36,22 @@ from m4.data.sources.files import (
 from m4.files import check_strings, shown
 from m4.tokens.tokenizer import ChecksParts, Tokenizer, WritesOut, image_size
 
-GREY = 128  # of bars beside an image
-BARS = {"depth": 0, "relative_depth": 0, "normals": 0, "instances": 0, "mask": False, "edges": 0}  # in other signals
+GREY = 128  # value of the bars beside an image
+BARS = {
+    "depth": 0,
+    "relative_depth": 0,
+    "normals": 0,
+    "instances": 0,
+    "mask": False,
+    "edges": 0,
+}  # value in other signals
 
 
 # ---- Files and what is written out ----------------------------------------------------------------------------------
 
 
 def kind_of(tokenizer: Tokenizer) -> str:
-    """What a tokenizer reads (m4.data.sources.files.KINDS), "" if it reads files in its own way."""
+    """The kind of signal that a tokenizer reads (m4.data.sources.files.KINDS), "" if it reads files in its own way."""
     return getattr(tokenizer, "kind", "")
 
 
@@ -53,9 +60,9 @@ def file_of(
 ) -> Path | None:
     """The file that a value names, beside `folder` if that is given; None if the value is the signal itself.
 
-    Signals that cannot be written out (images, depth, ...) are always files. Of the others (texts, labels, boxes, ...)
-    a Path is one, and so is a str that ends in an extension of such files (.txt, .json, ...) and is there; of words
-    (texts and labels) only if `words_name_files`.
+    Signals that cannot be written out (images, depth, ...) are always files. For the others (texts, labels, boxes, ...)
+    a Path is one, and so is a str that ends in an extension of such files (.txt, .json, ...) and exists; for texts
+    and labels only if `words_name_files`.
     """
     path = Path(value) if folder is None else folder / value
     if isinstance(value, Path) or kind not in LITERAL:
@@ -77,7 +84,7 @@ class _Value(NamedTuple):
     kind: str
     file: str
     size: tuple[int, ...] | None = None
-    is_read: bool = True  # from a file or text: else it came as training gives it
+    is_read: bool = True  # from a file or text; else it was given as training gives it
 
 
 def _read(name: str, value: Any, tokenizer: Tokenizer, folder: Path | None, words_name_files: bool) -> _Value:
@@ -107,7 +114,7 @@ def _is_map(kind: str, tokenizer: Tokenizer) -> bool:
 
 
 def written_out(kind: str, text: str) -> Any:
-    """A signal that is written out: words, or JSON."""
+    """A signal that is written out: a text, or JSON."""
     if kind in ("text", "class"):
         check_strings(text)
         return text
@@ -119,7 +126,7 @@ def written_out(kind: str, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How images of H x W pixels (or that at another scale) become squares: their middle, or the whole with bars."""
+    """How images of H x W pixels (or at another scale) become squares: their middle, or the whole with bars."""
 
     height: int
     """Rows, pixels."""
@@ -130,14 +137,14 @@ class Geometry:
 
     @property
     def window(self) -> tuple[np.ndarray, np.ndarray]:
-        """(y, x) where the square begins and ends, as shares of the picture's height and width: with bars beyond it."""
+        """(y, x) where the square begins and ends, as shares of the image's height and width; bars are beyond it."""
         extent = np.array([self.height, self.width], np.float64)
         side = (extent.max() if self.pad else extent.min()) / extent
         return (1 - side) / 2, (1 + side) / 2
 
     def picture(self, pixels: Shaped[np.ndarray, "H W ..."], kind: str, size: int) -> Shaped[np.ndarray, "h h ..."]:
-        """Images and edges are resized with an antialiased filter; of all others the nearest pixels are taken, which
-        mixes no unknown with what is known, and invents no classes."""
+        """Images and edges are resized with an antialiased filter. All others take the nearest pixels, which mixes no
+        unknown values with known ones, and invents no classes."""
         if pixels.shape[:2] == (size, size):
             return pixels
         if kind in ("image", "edges"):
@@ -163,25 +170,25 @@ class Geometry:
         first = [round((size - n) * 0.5) for n in num]
         out = np.full((size, size, *pixels.shape[2:]), BARS[kind], pixels.dtype)
         rows, columns = (
-            ((np.arange(n) + 0.5) * of / n).astype(int) for n, of in zip(num, (height, width), strict=True)
+            ((np.arange(n) + 0.5) * length / n).astype(int) for n, length in zip(num, (height, width), strict=True)
         )
         out[first[0] : first[0] + num[0], first[1] : first[1] + num[1]] = pixels[np.ix_(rows, columns)]
         return out
 
     def points(self, points: np.ndarray) -> np.ndarray:
-        """(y, x) of the picture, [n 2] -> of the square; what is beyond it is outside of [0, 1]."""
+        """(y, x) in the image, [n 2] -> in the square; points beyond it are outside of [0, 1]."""
         start, stop = self.window
         return (points - start[None]) / (stop - start)[None]
 
     def boxes(self, bbox: np.ndarray) -> tuple[np.ndarray, Bool[np.ndarray, " n"]]:
-        """[n 4] clipped to the square, and which of them have a part in it."""
+        """Boxes [n 4] clipped to the square, and which of them have a part in it."""
         lowest, highest = (self.points(p) for p in np.split(np.asarray(bbox, np.float64).reshape(-1, 4), 2, axis=1))
         thin = highest == lowest
         inside = np.where(thin, (lowest >= 0) & (lowest <= 1), (highest > 0) & (lowest < 1)).all(axis=1)
         return np.concatenate([lowest, highest], axis=1).clip(0, 1).astype(np.float32), np.asarray(inside)
 
     def mask(self, cells: np.ndarray) -> np.ndarray:
-        """A mask of h x h cells over the whole picture -> over the square."""
+        """A mask of h x h cells over the whole image -> over the square."""
         size = len(cells)
         start, stop = self.window
         middles = (np.arange(size) + 0.5)[:, None] / size * (stop - start)[None] + start[None]
@@ -242,8 +249,8 @@ def read_sample(
     """The signals of one sample by name ("rgb", "caption#not"), as `tokenizers` of the same names take them.
 
     A value is a file or written out (`file_of` tells which), or it is the signal already. Signals that show the same
-    picture (images, depth, normals, maps, masks, boxes, points) share one geometry: they are resized on the short side
-    and cropped to the middle, or padded with bars (`pad`). Names with different tags are different pictures.
+    image (rgb, depth, normals, maps, masks, boxes, points) share one geometry: they are resized on the short side
+    and cropped to the middle, or padded with bars (`pad`). Names with different tags are different images.
     ValueError names the file; notices (warnings) say what was changed.
     """
     read = {n: _read(n, value, tokenizers[n], folder, words_name_files) for n, value in values.items()}
@@ -266,13 +273,13 @@ def read_sample(
 
 
 def read_samples(inputs: Mapping[str, Seq[Any]], tokenizers: Mapping[str, Tokenizer]) -> dict[str, list[Any]]:
-    """`read_sample` of lists of one length (None: the sample lacks it); a str is never a file of words.
-    ValueError says the sample's place in the lists."""
+    """`read_sample` of lists of one length (None: the sample lacks it); a str is never a text file.
+    ValueError names the sample's place in the lists."""
     read: dict[str, list[Any]] = {name: [None] * len(signals) for name, signals in inputs.items()}
     for i in range(max(map(len, inputs.values()), default=0)):
-        there = {name: signals[i] for name, signals in inputs.items() if signals[i] is not None}
+        given = {name: signals[i] for name, signals in inputs.items() if signals[i] is not None}
         try:
-            signals = read_sample(there, tokenizers, words_name_files=False)
+            signals = read_sample(given, tokenizers, words_name_files=False)
         except ValueError as error:
             raise error if len(read[next(iter(read))]) == 1 else ValueError(f"sample {i}: {error}") from error
         for name, signal in signals.items():
@@ -309,9 +316,9 @@ def _fitted(pixels: np.ndarray, value: _Value, geometry: Geometry, size: int) ->
 
 
 def read_mask(file: str | Path, tokenizer: Tokenizer, picture: Any, *, pad: bool = False) -> Bool[np.ndarray, "h h"]:
-    """What stays of a picture (True), as its tokenizer's pixels: the bright part of another one, read as images are.
+    """The pixels of an image that stay (True), at its tokenizer's size: the bright part of the mask file.
 
-    `picture`: the file of the one that is kept in part, or its array [H W ...]. Both have the same shape, at any scale.
+    `picture`: the file of the image that is kept in part, or its array [H W ...]. Both have one shape, at any scale.
     ValueError otherwise; a notice if nothing or everything stays.
     """
     path, mask = shown(file), load_mask(file)
@@ -329,10 +336,10 @@ def read_mask(file: str | Path, tokenizer: Tokenizer, picture: Any, *, pad: bool
 
 
 def load_mask(file: str | Path) -> Bool[np.ndarray, "H W"]:
-    """The bright part of a picture, in its own pixels: see `m4.data.sources.pictures.to_mask`."""
+    """The bright part of an image, at its own size: see `m4.data.sources.pictures.to_mask`."""
     return decode("a mask", shown(file), content(file), "mask")
 
 
 def fit_mask(mask: Bool[np.ndarray, "H W"], tokenizer: Tokenizer, *, pad: bool = False) -> Bool[np.ndarray, "h h"]:
-    """A mask in the geometry of the picture that it lies on; with bars, these do not stay."""
+    """A mask in the geometry of its image; bars, if any, do not stay."""
     return Geometry(*mask.shape, pad).picture(mask, "mask", image_size(tokenizer))

@@ -1,4 +1,4 @@
-"""One split of one data set to token shards and their manifest."""
+"""Writes one split of one data set as token shards and their manifest."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from m4.tokens.tokenizer import Examples, Tokenizer, load_tokenizer, tokenizer_h
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES_PER_CALL = 256  # what a tokenizer gets at once
-NUM_NAMED = 100  # skipped examples that the manifest names
+EXAMPLES_PER_CALL = 256  # that a tokenizer encodes at once
+NUM_NAMED = 100  # skipped examples that the manifest names, at most
 
 
 def raw_examples(dataset: Dataset, split: str, data_dir: Path, seed: int, tokenizers: Iterable[Any] = ()) -> Examples:
-    """What is tokenized of a data set: its source's examples, or aligned crops of them, or chosen signals of these.
+    """The examples of a data set that are tokenized: its source's, or aligned crops of them, or some of their signals.
     Files are read as `tokenizers` (or recipes) take them."""
     examples = read_for(dataset.source.split(split, data_dir), tokenizers)
     examples = dataset.crops.of(examples, seed=seed) if dataset.crops else examples
@@ -101,39 +101,41 @@ class ShardWriter:
     def indices(self, shard: int) -> range:
         return range(shard * self.examples_per_shard, min((shard + 1) * self.examples_per_shard, self.num_examples))
 
-    def _facts_file(self, shard: int) -> Path:
+    def _statistics_file(self, shard: int) -> Path:
         return self.folder / f".{self.names[shard]}.json"
 
     def written(self, shard: int, *, whole: bool = False) -> bool:
-        """Whether a shard is there, of the size that was written; `whole`: with the content that was written."""
+        """Whether a shard exists with the size that was written; `whole`: with the content that was written."""
         path = self.folder / self.names[shard]
-        if not path.is_file() or not self._facts_file(shard).exists():
+        if not path.is_file() or not self._statistics_file(shard).exists():
             return False
         try:
-            facts = read_json(self._facts_file(shard))
+            saved = read_json(self._statistics_file(shard))
         except ValueError:
             return False  # damaged: the shard is written again
-        return path.stat().st_size == facts["bytes"] and (not whole or digest(path) == facts["content"])
+        return path.stat().st_size == saved["bytes"] and (not whole or digest(path) == saved["content"])
 
     def write(self, shard: int, bar: tqdm) -> None:
         """One shard; beside it, hidden, which ids it holds, what was skipped and its SHA-256, for the manifest."""
-        facts, path = ShardStatistics(self.tokenizers), self.folder / self.names[shard]
+        statistics, path = ShardStatistics(self.tokenizers), self.folder / self.names[shard]
         with replacing(path) as temporary:
             with contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1")) as writer:
+                # Examples are written in the order of their indices, so that record i is the same in every run.
                 for batch in self._read(self.indices(shard)):
-                    for record in self._encode(batch, facts):
+                    for record in self._encode(batch, statistics):
                         writer.write(safetensors.numpy.save(record))
-                        facts.add(record)
+                        statistics.add(record)
                     bar.update(len(batch))
-            if num_records(temporary) != facts.num_examples:  # a full disk need not be an error of the writer
+            if num_records(temporary) != statistics.num_examples:  # a full disk need not be an error of the writer
                 raise ValueError(f"{shown(path)} was not written whole; is the disk full?")
+            # The statistics first, then the shard under its final name: one without them counts as not written.
             write_json(
-                self._facts_file(shard),
-                {**facts.saved(), "bytes": temporary.stat().st_size, "content": digest(temporary)},
+                self._statistics_file(shard),
+                {**statistics.saved(), "bytes": temporary.stat().st_size, "content": digest(temporary)},
             )
 
     def _read(self, indices: range) -> Iterator[list[tuple[int, Any]]]:
-        """Batches of (index, example or the error that it gave); the next is read while one is encoded."""
+        """Batches of (index, example or the error of reading it); the next batch is read while one is encoded."""
 
         def read(index: int):
             try:
@@ -150,13 +152,13 @@ class ShardWriter:
                 ahead = [pool.submit(read, i) for i in following]
                 yield [future.result() for future in now]
 
-    def _encode(self, batch: list[tuple[int, Any]], facts: ShardStatistics) -> Iterator[dict[str, np.ndarray]]:
-        """Records of the good examples; the first bad one is an error, or is skipped if the data set says so."""
+    def _encode(self, batch: list[tuple[int, Any]], statistics: ShardStatistics) -> Iterator[dict[str, np.ndarray]]:
+        """Records of the good examples; the first bad one is an error, or is skipped if `skip_bad` allows."""
         good = [(i, e) for i, e in batch if not isinstance(e, Exception)]
         errors = [(i, e) for i, e in batch if isinstance(e, Exception)]
         try:
             records = encode([e for _, e in good], self.tokenizers)
-        except Exception:  # find the bad ones
+        except Exception:  # encodes one example at a time, to find the bad ones
             records, whole = [], []
             for i, example in good:
                 try:
@@ -167,28 +169,28 @@ class ShardWriter:
             good = whole
         for index, error in sorted(errors, key=lambda pair: pair[0]):
             error = named_error(error, f"example {index} of {self.dataset.label} {self.split}")
-            facts.skipped.append(str(error))
-            if len(facts.skipped) > self.dataset.skip_bad * self.num_examples:
+            statistics.skipped.append(str(error))
+            if len(statistics.skipped) > self.dataset.skip_bad * self.num_examples:
                 raise ValueError(
-                    f"{error}{limit(self.dataset.skip_bad, len(facts.skipped), self.num_examples)}"
+                    f"{error}{limit(self.dataset.skip_bad, len(statistics.skipped), self.num_examples)}"
                 ) from error
         for _, example in good:
-            facts.add_given(example)
+            statistics.add_given(example)
         yield from records
 
     def finish(self, manifest_file: Path) -> None:
-        """Writes the manifest from what is known of the shards, which all are there."""
+        """Writes the manifest from the statistics of the shards, which all exist."""
         total, shards = ShardStatistics(self.tokenizers), {}
         for i, name in enumerate(self.names):
             if not self.written(i):
-                self._facts_file(i).unlink(missing_ok=True)
+                self._statistics_file(i).unlink(missing_ok=True)
                 raise ValueError(f"token shard {shown(self.folder / name)} was damaged meanwhile; start again")
-            stored = read_json(self._facts_file(i))
-            facts = ShardStatistics.of(stored, self.tokenizers)
-            total += facts
-            if facts.num_examples:  # else all of its examples were skipped
+            stored = read_json(self._statistics_file(i))
+            statistics = ShardStatistics.of(stored, self.tokenizers)
+            total += statistics
+            if statistics.num_examples:  # else all of its examples were skipped
                 shards[name] = {
-                    "num_examples": facts.num_examples,
+                    "num_examples": statistics.num_examples,
                     "bytes": stored["bytes"],
                     "sha256": stored["content"],
                 }
@@ -223,7 +225,7 @@ class ShardWriter:
 
 
 class ShardStatistics:
-    """What is known of written records, to be added up over shards."""
+    """Counts over written records, which add up over shards."""
 
     def __init__(self, tokenizers: Mapping[str, Tokenizer]):
         self.tokenizers = tokenizers
@@ -247,8 +249,8 @@ class ShardStatistics:
     def __iadd__(self, other: ShardStatistics) -> ShardStatistics:
         self.num_examples += other.num_examples
         self.skipped += other.skipped
-        for ours, theirs in zip(self._counters(), other._counters(), strict=True):
-            ours.update(theirs)
+        for counter, more in zip(self._counters(), other._counters(), strict=True):
+            counter.update(more)
         for name, used in other.used.items():
             self.used[name] |= used
         return self
@@ -257,7 +259,7 @@ class ShardStatistics:
         return self.num_examples_with, self.num_tokens, self.given, self.sets
 
     def saved(self) -> dict[str, Any]:
-        """As JSON."""
+        """The counts as JSON values; `of` reads them."""
         used = {name: base64.b64encode(np.packbits(used).tobytes()).decode() for name, used in self.used.items()}
         counters = [dict(counter) for counter in self._counters()]
         return {"num_examples": self.num_examples, "skipped": self.skipped, "counters": counters, "used": used}
@@ -268,6 +270,6 @@ class ShardStatistics:
         self.num_examples, self.skipped = saved["num_examples"], saved["skipped"]
         for name, used in self.used.items():
             used[:] = np.unpackbits(np.frombuffer(base64.b64decode(saved["used"][name]), np.uint8), count=len(used))
-        for ours, theirs in zip(self._counters(), saved["counters"], strict=True):
-            ours.update(theirs)
+        for counter, counts in zip(self._counters(), saved["counters"], strict=True):
+            counter.update(counts)
         return self

@@ -3,10 +3,10 @@
     shards of data set 0  --shuffle, repeat--.
     shards of data set 1  --shuffle, repeat--+--mix--> example 0, 1, 2, ... --this process's share--> mask --> device
 
-The stream is a fixed list of examples, numbered from 0, in which every data set is reshuffled as a whole each epoch and
+The stream is a fixed list of examples, indexed from 0, in which every data set is reshuffled as a whole each epoch and
 the data sets keep their shares (evenly spread, and within 1% of the weights). A position in it is one integer. Batch t
 of N examples holds examples t N to t N + N - 1, of which process p of P takes every P-th: with any number of processes,
-workers or another batch size a run goes on at the same example. An example's mask depends on the seed and its number
+workers or another batch size a run continues at the same example. An example's mask depends on the seed and its index
 alone.
 """
 
@@ -37,7 +37,7 @@ PREFETCH = 2  # batches that wait for the training step, on the device if the st
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """Records whose arrays can be those of a model's modalities; ValueError names the record of one that cannot."""
+    """Records whose arrays fit a model's modalities; ValueError names the record of one that does not."""
 
     records: TokenShards
     modalities: Modalities
@@ -58,7 +58,7 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class Episodes:
-    """Records by episode: `size` consecutive ones."""
+    """Records grouped into episodes of `size` consecutive ones."""
 
     records: Seq[dict[str, np.ndarray]]
     size: int
@@ -71,17 +71,17 @@ class Episodes:
 
 
 def by_example(shards: Seq[TokenShards | Checked], datasets: Seq[Dataset]) -> list[Examples]:
-    """What is masked at once: a record, or an episode."""
-    found: list[Examples] = []
+    """The units that are masked as one example: records, or episodes."""
+    units: list[Examples] = []
     for part, dataset in zip(shards, datasets, strict=True):
         records: Any = part
-        found.append(Episodes(records, dataset.shots.num_records) if dataset.shots else records)
-    return found
+        units.append(Episodes(records, dataset.shots.num_records) if dataset.shots else records)
+    return units
 
 
 @dataclasses.dataclass(frozen=True)
 class TaggedExamples:
-    """Records that know which data set they are of."""
+    """Records with the index of the data set that each is from."""
 
     records: Examples
     dataset: int
@@ -94,10 +94,12 @@ class TaggedExamples:
 
 
 def examples(shards: Seq[Examples], weights: Seq[float], *, seed: int) -> Any:
-    """The whole stream before it is masked: (number in the stream, (data set, stored arrays)), endless; a
+    """The whole stream before it is masked: (index in the stream, (data set, stored arrays)), endless; a
     grain.MapDataset, whose types let every element be missing."""
     import grain  # here, for --help to come fast
 
+    # Shuffle before repeat: every epoch holds each record once, in a new order. Each data set has its own seed. Mixing
+    # comes last, and is deterministic, so that element i of the stream can be read without those before it.
     parts = [
         grain.MapDataset.source(TaggedExamples(part, k)).seed(seed * len(shards) + k).shuffle().repeat()
         for k, part in enumerate(shards)
@@ -121,18 +123,19 @@ class ApplyMasking:
 
     def __call__(self, batch: Seq[tuple[int, tuple[int, Any]]]) -> MaskedBatch:
         keys = np.array([(self.seed, index) for index, _ in batch], np.uint64)
-        of, examples = [self.datasets[dataset] for _, (dataset, _) in batch], [example for _, (_, example) in batch]
+        datasets, examples = [self.datasets[i] for _, (i, _) in batch], [example for _, (_, example) in batch]
         masking, parts = self.masking, []
-        for shots in dict.fromkeys(d.shots for d in of):
-            rows = [i for i, d in enumerate(of) if d.shots == shots]
+        # Rows of one kind of episode, or of no episodes, are masked together; `interleave` restores their order.
+        for shots in dict.fromkeys(d.shots for d in datasets):
+            rows = [i for i, d in enumerate(datasets) if d.shots == shots]
             part = [examples[i] for i in rows]
             if shots:
-                made = shots.batch(part, self.modalities, keys[rows], masking.num_inputs, masking.num_targets)
+                masked = shots.batch(part, self.modalities, keys[rows], masking.num_inputs, masking.num_targets)
             else:
-                made = masking(
-                    part, self.modalities, keys[rows], [of[i].strategies or masking.strategies for i in rows]
+                masked = masking(
+                    part, self.modalities, keys[rows], [datasets[i].strategies or masking.strategies for i in rows]
                 )
-            parts.append((rows, made))
+            parts.append((rows, masked))
         num_vectors = masking.num_inputs if any(d.shots for d in self.datasets) else 0
         return interleave(parts, num_vectors)
 
@@ -152,8 +155,8 @@ def check_served(shards: TokenShards, dataset: Dataset, masking: Masking, modali
 class Stream:
     """This process's share of every batch of `batch_size` examples, endless. Call `close` when done.
 
-    num_workers: processes that read and mask; 0: threads of this process. place: what becomes of a batch while others
-    train, such as its transfer to the device.
+    num_workers: processes that read and mask; 0: threads of this process. place: called on each batch ahead of its use,
+    e.g. to transfer it to the device.
     """
 
     def __init__(
@@ -191,6 +194,7 @@ class Stream:
         import grain
 
         index, count = self.share
+        # Process p takes every P-th example, so that batches hold the same examples with any number of processes.
         mine = self.examples[self.next_example + index :: count]
         batches = mine.batch(self.batch_size // count, drop_remainder=True, batch_fn=list).map(self.mask)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
@@ -226,7 +230,7 @@ class Stream:
         return batch
 
     def mean_targets(self, count: int = 128) -> dict[str, float]:
-        """Target tokens of each modality in an example, on average over the first of the stream."""
+        """Target tokens of each modality in an example, on average over the first `count` of the stream."""
         targets = self.mask([self.examples[i] for i in range(count)]).targets
         names = self.mask.modalities.names
         return dict(zip(names, np.bincount(targets.modality[targets.valid], minlength=len(names)) / count, strict=True))
@@ -235,7 +239,7 @@ class Stream:
         return {"next_example": self.next_example, "identity": self.identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from there. ValueError if it is a place in another stream."""
+        """Continues at a saved position. ValueError if it is one in another stream."""
         if state["identity"] != self.identity:
             raise ValueError(
                 "the saved position is one in another stream of examples: the data sets, their weights, tokenizers, "

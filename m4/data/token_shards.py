@@ -1,8 +1,8 @@
-"""Token shards of one split: random access to stored arrays, after the files were found to be what was written.
+"""Token shards of one split: random access to stored arrays, after the files were verified.
 
     {split}.json                           the manifest: of each shard its examples, bytes and SHA-256; written last
     {split}-00000-of-00010.array_record    records, one example each; a hash in the file guards each as it is read
-    .{split}.verified.json                 which files were found whole, by size, times and inode
+    .{split}.verified.json                 which files were verified, by size, times and inode
 
 Before anything is read, the SHA-256 of every shard is compared with the manifest's: that finds swapped, replaced and
 damaged files. It is done once for each file, and again when its size, time or inode change. What changes without that
@@ -31,14 +31,14 @@ from m4.errors import closest
 from m4.files import check_name, digest, read_json, shown, write_json
 
 VERSION = 2  # of token shards: raised whenever the same data and tokenizers give others
-NUM_THREADS = 4  # that verify files
+NUM_THREADS = 4  # threads that verify files
 WORTH_A_BAR = 2**30  # bytes: checking fewer takes a second
 _verified: dict[str, list[int]] = {}  # of this process: for folders that cannot be written to
 
 
 @dataclasses.dataclass(frozen=True)
 class _Whole:
-    """A shard for grain's reader: with its number of examples, so that what is at fault is named rightly."""
+    """A shard for grain's reader, with its number of examples, so that errors name the right shard."""
 
     filename: str
     take: int
@@ -71,7 +71,7 @@ class TokenShards:
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What decides which example is where."""
+        """The part of the manifest that decides which example has which index."""
         return {k: self.manifest[k] for k in ("num_examples", "tokenizers", "sets")}
 
     def __getstate__(self):
@@ -103,11 +103,11 @@ class TokenShards:
             ) from error
 
     def _verify(self) -> None:
-        """Each shard once: its size, number of records and SHA-256."""
-        memory = self.folder / f".{self.split}.verified.json"
+        """Checks the size, number of records and SHA-256 of each shard that was not verified before."""
+        record = self.folder / f".{self.split}.verified.json"
         known = {}
-        with contextlib.suppress(ValueError):  # not there, or damaged: all are verified
-            known = read_json(memory)
+        with contextlib.suppress(ValueError):  # missing or damaged: all are verified
+            known = read_json(record)
         stamps = {}
         for path, shard in zip(self.paths, self.shards.values(), strict=True):
             if not path.is_file():
@@ -138,8 +138,8 @@ class TokenShards:
                 bar.update(self.shards[path.name]["bytes"])
         _verified.update({os.path.abspath(path): stamps[path.name] for path in new})
         if new:
-            with contextlib.suppress(OSError):  # a folder of somebody else: each process verifies it
-                write_json(memory, stamps)
+            with contextlib.suppress(OSError):  # a read-only folder: each process verifies it
+                write_json(record, stamps)
 
     def _verify_shard(self, path: Path) -> None:
         shard = self.shards[path.name]
@@ -165,7 +165,7 @@ def num_records(shard: Path) -> int:
 
 
 def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
-    """ValueError unless a manifest is complete and its numbers agree."""
+    """ValueError unless a manifest is complete and its counts agree."""
     if manifest.get("version") != VERSION:
         raise ValueError(f"{shown(file)} was written by another version of m4; tokenize the data again")
     kinds = {"num_examples": int, "shards": dict, "tokenizers": dict, "sets": list}

@@ -1,4 +1,4 @@
-"""`python -m m4 demo`: a local page to drop in any signals and see others appear. Needs the extra `demo` (Gradio)."""
+"""`python -m m4 demo`: a local page that generates any signals from any others. Needs the extra `demo` (Gradio)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from m4.tokens.tokenizer import WritesOut
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN = 128  # grey of what is not generated yet
+UNKNOWN = 128  # grey of tokens that are not generated yet
 PICTURE = 256  # pixels on the page
 MAX_WAITING = 32  # clicks that wait for their turn
 
@@ -98,7 +98,7 @@ def _generate(
     seed = int(seed or 0)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            inputs, keep = _read(sampler, values, wanted, Path(scratch))
+            inputs, fixed = _read(sampler, values, wanted, Path(scratch))
         stages = [_stage(sampler, name, int(steps), temperature, guidance) for name in wanted]
         if not inputs:
             raise ValueError("give at least one input")
@@ -110,7 +110,7 @@ def _generate(
 
     def work():
         try:
-            events.put(sampler(inputs, stages, keep=keep, seed=seed, on_step=lambda *event: events.put(event)))
+            events.put(sampler(inputs, stages, keep=fixed, seed=seed, on_step=lambda *event: events.put(event)))
         except Exception as error:
             events.put(error)
 
@@ -125,10 +125,10 @@ def _generate(
         if isinstance(event, Exception):
             raise event
         if isinstance(event, Results):
-            words = [event[n] if isinstance(event[n], str) else f"{n}: {_short(event[n])}" for n in event
+            texts = [event[n] if isinstance(event[n], str) else f"{n}: {_short(event[n])}" for n in event
                      if isinstance(sampler.modalities.as_target(n), Sequence)]  # fmt: skip
             yield {out[n]: _large(event.draw(n)) for n in event} | {
-                text: "\n".join(words), status: f"done, seed {seed}", again: gr.update(visible=editable in event)
+                text: "\n".join(texts), status: f"done, seed {seed}", again: gr.update(visible=editable in event)
             }  # fmt: skip
             return
         target, ids, known = event
@@ -137,18 +137,18 @@ def _generate(
 
 
 def _read(sampler: Sampler, values: dict[str, Any], wanted: list[str], scratch: Path) -> tuple[dict, dict]:
-    """Signals by name, and what of a picture that is painted on stays."""
-    inputs, keep = {}, {}
+    """Signals by name, and for images that are painted on the mask of the pixels that stay."""
+    inputs, fixed = {}, {}
     for name, value in values.items():
         m, tokenizer = sampler.modalities.as_input(name), sampler.input_tokenizer(name)
-        if isinstance(value, dict):  # of the picture editor
+        if isinstance(value, dict):  # from the image editor
             if value["background"] is None:
                 continue
             picture, painted = _picture(value)
             if name in wanted:
                 if not painted.any():
                     raise ValueError(f"{name} is given and asked for: paint on it what is to be redone, or untick it")
-                keep[name] = fit_mask(~painted, tokenizer)
+                fixed[name] = fit_mask(~painted, tokenizer)
             inputs[name] = scratch / f"{len(inputs)}.png"
             Image.fromarray(picture).save(inputs[name])
             continue
@@ -162,11 +162,11 @@ def _read(sampler: Sampler, values: dict[str, Any], wanted: list[str], scratch: 
         if name in wanted and MASK not in value:
             raise ValueError(f"{name} is given and asked for: write {MASK} where it is to be generated, or untick it")
         inputs[name] = cast(WritesOut, tokenizer).from_text(value) if kind_of(tokenizer) else value
-    return sampler.read_sample(inputs, words_name_files=False), keep
+    return sampler.read_sample(inputs, words_name_files=False), fixed
 
 
 def _is_text(sampler: Sampler, m: Sequence) -> bool:
-    """Anything else could be read from a file of this machine."""
+    """Whether a sequence is plain text: the value of any other could name a file of this machine."""
     return isinstance(sampler.tokenizers[m.name].decode([np.array([m.end_id])])[0], str)
 
 
@@ -186,7 +186,7 @@ def _stage(sampler: Sampler, name: str, steps: int, temperature: float, guidance
 
 
 def _partial(sampler: Sampler, target: str, ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """What there is of a target, grey where it is not known yet."""
+    """The target so far, grey where it is not known yet."""
     m, tokenizer = sampler.modalities.as_target(target), sampler.tokenizer(target)
     if isinstance(m, Sequence):
         return tokenizer.draw(tokenizer.decode([trim(ids[known], m)])[0], image=None)
@@ -198,7 +198,7 @@ def _partial(sampler: Sampler, target: str, ids: np.ndarray, known: np.ndarray) 
 
 
 def _large(picture: np.ndarray) -> np.ndarray:
-    """Small pictures enlarged by a whole factor, for their pixels to be seen."""
+    """Small pictures enlarged by a whole factor, so that their pixels are visible."""
     factor = max(PICTURE // max(picture.shape[:2]), 1)
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
@@ -215,13 +215,13 @@ def launch(
 ) -> None:  # fmt: skip
     """Serves until interrupted. No file outside the page's own uploads can be read, and none larger than `max_mb`.
 
-    Uploads and results take `max_storage_mb` at most: the oldest go. `allowed_hosts`: names of this machine, beside
-    localhost and `host`, under which browsers may use the page.
+    Uploads and results take `max_storage_mb` at most: the oldest are deleted. `allowed_hosts`: names of this machine,
+    beside localhost and `host`, under which browsers may use the page.
     """
     if max_mb < 1 or max_storage_mb < max_mb:
         raise ValueError(f"an upload of {max_mb} MiB and storage of {max_storage_mb} MiB: at least 1, and storage more")
     hosts = Hosts(listens=host, allowed=check_hosts(allowed_hosts))
-    with tempfile.TemporaryDirectory() as folder:  # uploads and results, gone with the server
+    with tempfile.TemporaryDirectory() as folder:  # uploads and results, deleted with the server
         keep_temporary_files_in(Path(folder))
         refuse_large_pictures()
         room = Room(Path(folder), max_storage_mb * 2**20)

@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from m4.data.sources.pictures import MAX_PIXELS
 
 MAX_MESSAGE = 2**22  # bytes of a request that uploads nothing: texts, boxes, settings
-MAX_LAYERS = 4  # of a picture that is painted on; the page makes one
-MAX_PENDING = 4  # pictures that pages handed over and did not use yet; Gradio keeps them in memory
+MAX_LAYERS = 4  # of an image that is painted on; the page uses one
+MAX_PENDING = 4  # images that pages sent and did not use yet; Gradio holds them in memory
 IN_USE = 60  # seconds for which a file is not removed
 UPLOADS = ("/upload", "/component_server")  # ends of paths
 EVERY_ADDRESS = ("", "0.0.0.0", "::")
@@ -40,8 +40,8 @@ EVERY_ADDRESS = ("", "0.0.0.0", "::")
 class Hosts:
     """Names under which the page is used: loopback, the address it listens on, and those that are allowed besides.
 
-    Another name in a browser's request is one that a foreign site had resolved to this machine (DNS rebinding). Of a
-    page that listens on every address any address will do, which cannot be rebound, and the machine's own name.
+    Another name in a browser's request is one that a foreign site resolved to this machine (DNS rebinding). A page that
+    listens on every address accepts any address, which cannot be rebound, and the machine's own name.
     """
 
     listens: str
@@ -50,7 +50,7 @@ class Hosts:
     """Other names under which it may be used; () is none."""
 
     def __contains__(self, host: str) -> bool:
-        """Whether a Host header, or what follows "https://" in an Origin, is of this page."""
+        """Whether a Host header, or an Origin without its "https://", is of this page."""
         name = _name(host)
         try:
             address = ipaddress.ip_address(name)
@@ -94,50 +94,50 @@ def _name(host: str) -> str:
 
 
 class Room:
-    """A folder of uploads and results that holds `max_bytes` at most: the oldest files go, those in use stay."""
+    """A folder of uploads and results of at most `max_bytes`: the oldest files are deleted, those in use stay."""
 
     def __init__(self, folder: Path, max_bytes: int):
-        self.folder, self.max_bytes, self.coming, self.lock = folder, max_bytes, 0, threading.Lock()
+        self.folder, self.max_bytes, self.reserved, self.lock = folder, max_bytes, 0, threading.Lock()
 
     def reserve(self, num_bytes: int) -> bool:
-        """Room for what is about to come, by removing old files; False if there is none. `free` gives it back."""
+        """Reserves bytes for an upload, by deleting old files; False if there are too few. `free` releases them."""
         with self.lock:
-            if not self._make(num_bytes):
+            if not self._delete_old_files(num_bytes):
                 return False
-            self.coming += num_bytes
+            self.reserved += num_bytes
             return True
 
     def free(self, num_bytes: int) -> None:
         with self.lock:
-            self.coming -= num_bytes
+            self.reserved -= num_bytes
 
     def tidy(self) -> None:
-        """Removes what is beyond `max_bytes`."""
+        """Deletes old files beyond `max_bytes`."""
         with self.lock:
-            self._make(0)
+            self._delete_old_files(0)
 
-    def _make(self, num_bytes: int) -> bool:
+    def _delete_old_files(self, num_bytes: int) -> bool:
         files = []
         for path in self.folder.rglob("*"):
             try:
                 status = path.lstat()
-            except OSError:  # gone meanwhile
+            except OSError:  # deleted meanwhile
                 continue
             if not path.is_dir():
                 files.append((status.st_mtime, status.st_size, path))
-        excess = sum(size for _, size, _ in files) + self.coming + num_bytes - self.max_bytes
+        excess = sum(size for _, size, _ in files) + self.reserved + num_bytes - self.max_bytes
         for changed, size, path in sorted(files):
             if excess <= 0 or changed > time.time() - IN_USE:
                 break
             path.unlink(missing_ok=True)
             excess -= size
             if path.parent != self.folder:
-                with contextlib.suppress(OSError):  # others are in it
+                with contextlib.suppress(OSError):  # not empty
                     path.parent.rmdir()
         return excess <= 0
 
 
-# ---- The door -------------------------------------------------------------------------------------------------------
+# ---- Requests -------------------------------------------------------------------------------------------------------
 
 
 class Guard:
@@ -171,7 +171,7 @@ class Guard:
 
 
 def _length(headers: Headers, most: int) -> int:
-    """Bytes that a request may send: as many as it says, else `most`; -1 if it says more."""
+    """Bytes that a request may send: its content length, else `most`; -1 if that is more."""
     if "content-length" not in headers:
         return most
     length = headers["content-length"]
@@ -179,29 +179,30 @@ def _length(headers: Headers, most: int) -> int:
 
 
 class _Body:
-    """What a request sends, `limit` bytes at most."""
+    """The body of a request, `limit` bytes at most."""
 
     def __init__(self, receive: Receive, limit: int):
-        self.receive, self.limit, self.seen, self.is_read = receive, limit, 0, False
+        self.receive, self.limit, self.num_bytes, self.is_read = receive, limit, 0, False
 
     async def __call__(self) -> Message:
         message = await self.receive()
         if message["type"] == "http.request":
-            self.seen += len(message["body"]) if "body" in message else 0
-            self.is_read = not message.get("more_body", False)  # ASGI: false where it is not said
-            if self.seen > self.limit:
+            self.num_bytes += len(message["body"]) if "body" in message else 0
+            self.is_read = not message.get("more_body", False)  # ASGI: false by default
+            if self.num_bytes > self.limit:
                 raise HTTPException(413, "the request is too large")
         else:
-            self.is_read = True  # the other side is gone
+            self.is_read = True  # the client has disconnected
         return message
 
     def read_before_errors(self, send: Send) -> Send:
-        """A client that is still sending meets a closed connection, and never reads why it was refused."""
+        """Reads the whole body before an error is sent: a client that is still sending would see a closed connection,
+        and never read why it was refused."""
 
         async def after_the_body(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
                 with contextlib.suppress(HTTPException):
-                    while not self.is_read and self.seen <= self.limit:
+                    while not self.is_read and self.num_bytes <= self.limit:
                         await self()
             await send(message)
 
@@ -209,7 +210,7 @@ class _Body:
 
 
 def _unframed(send: Send) -> Send:
-    """No foreign page may show this one in a frame, to be clicked without being seen."""
+    """Forbids foreign pages to show this one in a frame (clickjacking)."""
 
     async def with_header(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -224,13 +225,13 @@ def _unframed(send: Send) -> Send:
 
 
 def refuse_large_pictures() -> None:
-    """Of every picture that this process opens, by its header: Gradio decodes what it is given before we see it."""
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # PIL warns from here on, and refuses twice of it
+    """Refuses every image that this process opens with too many pixels in its header: Gradio decodes uploads itself."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # PIL warns above this number, and refuses above twice of it
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def bounded(editor: gr.ImageEditor) -> gr.ImageEditor:
-    """An editor that keeps few pictures which pages hand over, and takes few layers; Gradio's own takes any number."""
+    """An editor that holds few images that pages sent, and accepts few layers; Gradio's own accepts any number."""
     accept, preprocess = editor.accept_blobs, editor.preprocess
 
     @server
@@ -260,7 +261,7 @@ def check_hosts(names: Seq[str]) -> tuple[str, ...]:
 
 
 def keep_temporary_files_in(folder: Path) -> None:
-    """Of this process, Gradio's included, so that they count."""
+    """Puts temporary files of this process, Gradio's included, into a folder whose size is limited."""
     import tempfile
 
     os.environ["GRADIO_TEMP_DIR"] = tempfile.tempdir = str(folder)

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from m4.distributed.worker_group import roll_call, saying
+from m4.distributed.worker_group import logging_wait, roll_call
 
 
 def join_processes() -> None:
     """Joins the processes of a job of several: those of Slurm, Open MPI or a TPU slice find each other, others through
     JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Alone it does nothing.
 
-    Each says soon, then each minute, who is missed. ValueError for variables that make no sense or are incomplete, and
-    after five minutes without the others.
+    After some seconds, then each minute, each process logs which others are missing. ValueError for variables that are
+    invalid or incomplete, and after five minutes without the others.
     """
     e = os.environ
     if jax.distributed.is_initialized():
@@ -40,31 +40,32 @@ def join_processes() -> None:
             raise ValueError(f"{name} is set, but JAX_COORDINATOR_ADDRESS is not; set it to HOST:PORT of process 0")
     many_tasks = any(int(e.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
     if many_tasks or "," in e.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in e:
-        with saying("waiting for the other processes of the job (Slurm, Open MPI or a TPU slice) to start"):
+        with logging_wait("waiting for the other processes of the job (Slurm, Open MPI or a TPU slice) to start"):
             jax.distributed.initialize()
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[int], str]]:
-    """What says that the job is to end after this step: "SIGTERM", "Ctrl-C", or "". A second Ctrl-C ends it at once.
+    """A function of the step that returns why the job must end after it: "SIGTERM", "Ctrl-C", or "" (go on). A second
+    Ctrl-C ends the job at once.
 
-    Of several processes any may get SIGTERM; Ctrl-C ends them at once.
+    With several processes any may receive SIGTERM; Ctrl-C ends them at once.
     """
     if jax.process_count() > 1:  # JAX has its own handler, and the processes agree on the step
         from jax.experimental import multihost_utils
 
         yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
         return
-    asked = []
+    received = []
 
-    def ask(number, frame):
-        asked.append("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+    def on_signal(number, frame):
+        received.append("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: asked[0] if asked else ""
-    finally:  # what comes next, such as the evaluation, has no steps to end after
+        yield lambda step: received[0] if received else ""
+    finally:  # later stages, such as the evaluation, have no steps to end after
         for number, handler in before.items():
             signal.signal(number, handler)

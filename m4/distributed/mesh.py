@@ -1,16 +1,16 @@
-"""Meshes, and where arrays live: the batch and the parameters are cut by a short list of rules.
+"""Meshes, and how arrays are sharded over them: the batch and the parameters by a short list of rules.
 
 Axes, from the slowest network to the fastest:
 
-    data     copies of the parameters, the batch cut: only gradients cross it. Slices and nodes come first.
-    fsdp     the batch cut, and the parameters too: each device gathers a layer before it computes it
-    tensor   the columns of a layer's first product and the rows of its second cut, the batch not
+    data     copies of the parameters, the batch sharded: only gradients cross it. Slices and nodes come first.
+    fsdp     the batch and the parameters sharded: each device gathers a layer before it computes it
+    tensor   the columns of a layer's first product and the rows of its second sharded, the batch not
 
-    parameter                                    its axes are cut over
+    parameter                                    its axes are sharded over
     tables of tokens [V D]                       None, (fsdp, tensor)
     kernels of query, key_value and up [D F]     fsdp, tensor
     kernels of out and down [F D]                tensor, fsdp
-    all others                                   fsdp, on the largest axis that it divides; small ones nowhere
+    all others                                   fsdp, on the largest axis that it divides; small ones are whole
 
 The same code runs on one CPU and on many hosts. Enter the mesh (`jax.set_mesh`) where the step is called or compiled.
 """
@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from m4.distributed.constraints import BATCH
 
 AXES = ("data", "fsdp", "tensor")
-MIN_SIZE_TO_CUT = 2**14  # smaller arrays are not worth a collective
+MIN_SIZE_TO_SHARD = 2**14  # smaller arrays are not worth a collective
 
 RULES = (
     (r"(token|decoder|output)_embedding$", (None, ("fsdp", "tensor"))),
@@ -62,7 +62,7 @@ class MeshConfig:
         return data, self.fsdp, self.tensor
 
     def make(self, devices: Any = None) -> jax.sharding.Mesh:
-        """Over all devices of the job, or these. Slices (or nodes) are the outermost part of the data axis."""
+        """The mesh over all devices of the job, or these. Slices (or nodes) are the outermost part of the data axis."""
         devices = jax.devices() if devices is None else list(devices)
         shape = self.shape(len(devices))
         groups = {getattr(d, "slice_index", 0) or 0 for d in devices}
@@ -79,20 +79,20 @@ class MeshConfig:
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
-    """Of one parameter, by the rules above; an axis that its part of the mesh does not divide is left whole."""
-    if math.prod(shape) < MIN_SIZE_TO_CUT:
+    """The sharding of one parameter by the rules above; an axis that its part of the mesh does not divide is whole."""
+    if math.prod(shape) < MIN_SIZE_TO_SHARD:
         return P()
     for pattern, axes in RULES:
-        if re.search(pattern, path):  # blocks have their number as a first axis
+        if re.search(pattern, path):  # stacked blocks have the block as a first axis
             axes = (None,) * (len(shape) - len(axes)) + axes
-            return P(*(_that_divides(a, n, mesh) for a, n in zip(axes, shape, strict=True)))
+            return P(*(_if_divisible(a, n, mesh) for a, n in zip(axes, shape, strict=True)))
     for axis in sorted(range(len(shape)), key=lambda a: -shape[a]):
         if shape[axis] % mesh.shape["fsdp"] == 0:
             return P(*("fsdp" if a == axis else None for a in range(len(shape))))
     return P()
 
 
-def _that_divides(axes: Any, size: int, mesh: jax.sharding.Mesh) -> Any:
+def _if_divisible(axes: Any, size: int, mesh: jax.sharding.Mesh) -> Any:
     if axes is None or size % math.prod(mesh.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,))):
         return None
     return axes
@@ -101,15 +101,15 @@ def _that_divides(axes: Any, size: int, mesh: jax.sharding.Mesh) -> Any:
 def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """A NamedSharding for every array of parameters, or of an optimizer's state, whose arrays have the same paths."""
 
-    def of(path, x):
+    def sharding(path, x):
         keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path]
         return NamedSharding(mesh, parameter_spec(".".join(keys).removesuffix(".value"), x.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """This process's rows -> the global batch, cut over data and fsdp."""
+    """This process's rows -> the global batch, sharded over data and fsdp."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH)), x), batch)
 
 
@@ -120,7 +120,7 @@ def check_sizes(
     width: int,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
 ) -> None:
-    """ValueError if the mesh does not divide what it cuts."""
+    """ValueError if the mesh does not divide what it shards."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
     if batch_size % ways:
         raise ValueError(f"batch_size={batch_size} must be a multiple of data x fsdp x micro_batches = {ways}")
@@ -132,7 +132,7 @@ def check_sizes(
 
 
 def bytes_by_device(tree: Any) -> dict[Any, int]:
-    """How much of the arrays each local device holds."""
+    """Bytes of the arrays that each local device holds."""
     held = collections.Counter()
     for x in jax.tree.leaves(tree):
         for shard in x.addressable_shards:
@@ -142,7 +142,7 @@ def bytes_by_device(tree: Any) -> dict[Any, int]:
 
 def part_of_batch(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     """(index, count): the part of each batch that this process feeds. Processes whose devices hold the same examples
-    (a layer cut over hosts) feed the same part."""
+    (a layer sharded over hosts) feed the same part."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows_of: dict[int, list[int]] = {}
     for row, devices in enumerate(mesh.devices.reshape(ways, -1)):

@@ -18,21 +18,21 @@ logger = logging.getLogger(__name__)
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody can tell whether another process lives
+except ImportError:  # Windows: processes cannot see whether another one lives
     fcntl = None
 
 
-# What the processes of one job have in common, and other jobs on the same data do not.
+# Variables that the processes of one job share, and other jobs on the same data do not.
 JOB = ("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "MEGASCALE_COORDINATOR_ADDRESS")
-GRACE = 5  # seconds after which a process that has not started is missed
+GRACE = 5  # seconds after which a process that has not started is reported
 PATIENCE = 300.0  # seconds until a job whose processes do not all start is given up
-NAMING = 30.0  # seconds until the name of a host must be known
+NAMING = 30.0  # seconds until the name of a host must resolve
 GREETING = "m4-roll-call"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerGroup:
-    """Who shares the work of preparation: processes that see the same files."""
+    """The processes that share the work of preparation, and see the same files."""
 
     index: int = 0
     """This process, from 0."""
@@ -54,8 +54,8 @@ class FileBarrier:
 
         locked                 it works
         not there              it has not started, or is done
-        unlocked, a message    it failed: since this process started, or in an earlier run if it said so before
-        unlocked, empty        it died without a word, if it was seen alive
+        unlocked, a message    it failed: since this process started, or in an earlier run if it was there before
+        unlocked, empty        it died without a message, if it was seen alive
     """
 
     def __init__(self, data_dir: Path, team: WorkerGroup):
@@ -74,7 +74,7 @@ class FileBarrier:
             self.old = {i: message for i in self.indices if (message := self._message(i))}
             self.data_dir.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._note(self.team.index), os.O_CREAT | os.O_RDWR, 0o666)
-            for _ in range(40):  # others look by locking it for a moment
+            for _ in range(40):  # others check by locking it for a moment
                 with contextlib.suppress(OSError):
                     if fcntl:
                         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,7 +87,7 @@ class FileBarrier:
         if self.team.count > 1:
             if error is None:
                 self._note(self.team.index).unlink(missing_ok=True)
-            else:  # with the time, for the same failure of another run to differ
+            else:  # with the time, so that the same failure in another run differs
                 os.pwrite(self._file, shown(f"{kind.__name__}: {error}\0{time.time_ns()}").encode(), 0)
             os.close(self._file)
 
@@ -97,7 +97,7 @@ class FileBarrier:
         return ""
 
     def _is_locked(self, index: int) -> bool:
-        """Whether a process holds its note: it lives. False too where file systems have no locks."""
+        """Whether a process holds its note, and so lives. False also where file systems have no locks."""
         with contextlib.suppress(OSError):
             file = os.open(self._note(index), os.O_RDONLY)
             try:
@@ -122,7 +122,7 @@ class FileBarrier:
             raise ValueError(f"process {index} of {self.team.count} died without a word; start all processes again")
 
     def wait(self, done: Callable[[], bool], what: str) -> None:
-        """Until `done()`. Says what it waits for, and soon, then each minute, which processes have not started."""
+        """Waits until `done()`. Logs for what, and after GRACE, then each minute, which processes have not started."""
         start, times = time.monotonic(), [0, GRACE]
         while not done():
             for index in self.indices:
@@ -130,10 +130,10 @@ class FileBarrier:
             passed = time.monotonic() - start
             if passed >= times[0]:
                 text = f"process {self.team.index} of {self.team.count} waits for {what}"
-                missed = [i for i in self.indices if i not in self.lives and not self._is_locked(i)]
-                if missed and passed >= GRACE:
+                missing = [i for i in self.indices if i not in self.lives and not self._is_locked(i)]
+                if missing and passed >= GRACE:
                     named = ", ".join(
-                        f"{i} (its last run failed with {self._old(i)})" if i in self.old else str(i) for i in missed
+                        f"{i} (its last run failed with {self._old(i)})" if i in self.old else str(i) for i in missing
                     )
                     text += f"; not started, or not on these files: process {named}"
                 logger.info(shown(text))
@@ -148,10 +148,10 @@ class FileBarrier:
 
 
 def roll_call(address: str, count: int, index: int, *, patience: float = PATIENCE) -> None:
-    """Returns when all processes of a job are there: 1, 2, ... report to process 0 at `address`, host:port.
+    """Returns when all processes of a job have started: 1, 2, ... report to process 0 at `address`, host:port.
 
-    JAX waits for them in silence, and ends the process itself if one stays away. ValueError for an address that makes
-    no sense, and after `patience` seconds.
+    JAX itself waits silently, and kills the process if one does not start. ValueError for an invalid address, and
+    after `patience` seconds.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -159,26 +159,26 @@ def roll_call(address: str, count: int, index: int, *, patience: float = PATIENC
     host = host.strip("[]")  # of IPv6
     if count == 1:
         return
-    _known(host, min(patience, NAMING))
+    _wait_for_name(host, min(patience, NAMING))
     waiting = _Waiting(index, count, patience)
     if index == 0:
-        _hear(int(port), count, waiting)
+        _collect_reports(int(port), count, waiting)
     else:
         _report((host, int(port)), index, waiting)
 
 
 @contextlib.contextmanager
-def saying(text: str) -> Iterator[None]:
-    """Says a line after some seconds, then each minute, as long as it takes."""
+def logging_wait(text: str) -> Iterator[None]:
+    """Logs `text` after GRACE seconds, then each minute, until the block ends."""
     done = threading.Event()
 
-    def say_so():
+    def log_repeatedly():
         pause = GRACE
         while not done.wait(pause):
             logger.info(shown(text))
             pause = 60
 
-    thread = threading.Thread(target=say_so, daemon=True)
+    thread = threading.Thread(target=log_repeatedly, daemon=True)
     thread.start()
     try:
         yield
@@ -187,9 +187,9 @@ def saying(text: str) -> Iterator[None]:
         thread.join()
 
 
-def _known(host: str, patience: float) -> None:
-    """ValueError unless the name of a host is known; where all hosts start at once, it may take a while."""
-    start, is_said = time.monotonic(), False
+def _wait_for_name(host: str, patience: float) -> None:
+    """Waits until the name of a host resolves, which may take a while where all hosts start at once; else raises."""
+    start, is_logged = time.monotonic(), False
     while True:
         try:
             socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -198,48 +198,48 @@ def _known(host: str, patience: float) -> None:
             text = f"the host {host!r} of JAX_COORDINATOR_ADDRESS is not known ({error.strerror})"
             if time.monotonic() - start > patience:
                 raise ValueError(text) from error
-            if not is_said:
+            if not is_logged:
                 logger.info(shown(f"{text}; waiting for {patience:.0f} seconds"))
-            is_said = True
+            is_logged = True
             time.sleep(1)
 
 
 class _Waiting:
-    """Says after some seconds, then each minute, who is missed; ValueError when patience ends."""
+    """Logs after GRACE seconds, then each minute, which processes are missing; ValueError after `patience` seconds."""
 
     def __init__(self, index: int, count: int, patience: float):
         self.who, self.patience = f"process {index} of {count}", patience
         self.start, self.next = time.monotonic(), GRACE
 
-    def tell(self, missed: str) -> None:
+    def check(self, missing: str) -> None:
         passed = time.monotonic() - self.start
         if passed > self.patience:
-            raise ValueError(f"{self.who} waited {self.patience:.0f} seconds for {missed}; start all processes again")
+            raise ValueError(f"{self.who} waited {self.patience:.0f} seconds for {missing}; start all processes again")
         if passed >= self.next:
-            logger.info(shown(f"{self.who} waits for {missed}"))
+            logger.info(shown(f"{self.who} waits for {missing}"))
             self.next = passed + 60
 
 
-def _hear(port: int, count: int, waiting: _Waiting) -> None:
+def _collect_reports(port: int, count: int, waiting: _Waiting) -> None:
     try:
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         server = socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
     except OSError as error:
         raise ValueError(f"port {port} of JAX_COORDINATOR_ADDRESS cannot be used: {error.strerror}") from error
-    there: dict[int, socket.socket] = {}
+    connections: dict[int, socket.socket] = {}
     with server, contextlib.ExitStack() as stack:
         server.settimeout(0.2)
-        while len(there) < count - 1:
-            missed = [str(i) for i in range(1, count) if i not in there]
-            waiting.tell(f"process {', '.join(missed)} (JAX_PROCESS_ID) to start")
-            with contextlib.suppress(OSError, ValueError):  # nobody came, or somebody else
+        while len(connections) < count - 1:
+            missing = [str(i) for i in range(1, count) if i not in connections]
+            waiting.check(f"process {', '.join(missing)} (JAX_PROCESS_ID) to start")
+            with contextlib.suppress(OSError, ValueError):  # no connection, or one of another program
                 connection, _ = server.accept()
                 stack.enter_context(connection)
                 connection.settimeout(2)
                 greeting, index, total = connection.recv(100).decode().split()
                 if greeting == GREETING and int(total) == count and 0 < int(index) < count:
-                    there[int(index)] = connection
-        for connection in there.values():
+                    connections[int(index)] = connection
+        for connection in connections.values():
             with contextlib.suppress(OSError):
                 connection.sendall(b"all")
 
@@ -247,7 +247,7 @@ def _hear(port: int, count: int, waiting: _Waiting) -> None:
 def _report(address: tuple[str, int], index: int, waiting: _Waiting) -> None:
     host, port = address
     while True:
-        waiting.tell(f"process 0 at {host}:{port} (JAX_COORDINATOR_ADDRESS), or for those that it waits for")
+        waiting.check(f"process 0 at {host}:{port} (JAX_COORDINATOR_ADDRESS), or for those that it waits for")
         with contextlib.suppress(OSError), socket.create_connection(address, timeout=2) as connection:
             connection.settimeout(1)
             connection.sendall(f"{GREETING} {index} {waiting.who.rpartition(' ')[2]}".encode())
@@ -255,6 +255,6 @@ def _report(address: tuple[str, int], index: int, waiting: _Waiting) -> None:
                 with contextlib.suppress(TimeoutError):
                     if connection.recv(10) == b"all":
                         return
-                    break  # process 0 is gone: its successor is looked for
-                waiting.tell(f"the processes that process 0 at {host}:{port} waits for")
+                    break  # process 0 is gone: connect to its successor
+                waiting.check(f"the processes that process 0 at {host}:{port} waits for")
         time.sleep(0.3)

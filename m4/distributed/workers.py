@@ -14,7 +14,7 @@ from m4.command_line import log_to_output, logs_to_output
 
 
 def leave_with_parent(*_) -> None:
-    """Called in a worker: ends it when its parent is killed, where it would wait for its next task for ever."""
+    """Called in a worker: ends it when its parent is killed; else it would wait for its next task for ever."""
 
     parent = multiprocessing.parent_process()
     assert parent is not None, "this process is no worker"
@@ -27,7 +27,7 @@ def leave_with_parent(*_) -> None:
 
 
 def start_worker(log: bool, *_) -> None:
-    """Called first in a worker, which logs as its parent does (`log`) and ends with it."""
+    """Called first in a worker: it logs as its parent does (`log`) and ends with it."""
     if log:
         log_to_output()
     leave_with_parent()
@@ -35,7 +35,7 @@ def start_worker(log: bool, *_) -> None:
 
 @contextlib.contextmanager
 def pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned, not forked: the caller may hold threads (jax, grain), which a fork would leave in an unknown state.
+    """A pool of spawned processes: a fork would leave the threads of its parent (jax, grain) in an unknown state.
 
     ValueError if one of them is killed.
     """

@@ -1,1 +1,1 @@
-"""Released models of others, to and from m4's."""
+"""Converts models that others released to m4 and back."""

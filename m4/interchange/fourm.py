@@ -1,9 +1,9 @@
-"""The original 4M: its modalities, model sizes and batches (Mizrahi et al. 2023; Bachmann et al. 2024).
+"""The released 4M: its modalities, model sizes and batches (Mizrahi et al. 2023; Bachmann et al. 2024).
 
-B batch, L tokens of one modality, N input slots, M target slots, F numbers in one feature vector
+B batch, L tokens of one modality, N input slots, M target slots, F values in one feature vector
 
-Everything that 4M-7, 4M-21 and their super-resolution models know of a modality stands in one line below. A modality
-of your own is one more `Grid`, `Sequence` or `Features`: a config lists any mixture of both.
+Each modality of 4M-7, 4M-21 and their super-resolution models is one line below. A modality of your own is one more
+`Grid`, `Sequence` or `Features`: a config lists any mixture of both.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def _vector(name: str, signal: str) -> Grid:
     return Grid(name=name, signal=signal, vocab_size=8192, shape=(16,), learned_positions=True)
 
 
-def _words(name: str, signal: str, max_length: int, **fields) -> Sequence:
-    """Ids of the original's WordPiece file: [EOS] = 3, sentinels from [S_1] = 5 to [S_199] = 203."""
+def _text(name: str, signal: str, max_length: int, **fields) -> Sequence:
+    """Ids of 4M's WordPiece file: [EOS] = 3, sentinels from [S_1] = 5 to [S_199] = 203."""
     ids: dict[str, Any] = {"vocab_size": 30_000, "first_sentinel": 5, "num_sentinels": 199, "end_id": 3}
     return Sequence(name=name, signal=signal, max_length=max_length, **ids, **fields)
 
@@ -55,8 +55,8 @@ MODALITIES: dict[str, Modality] = {
     for m in (
         # 4M-7, at 224 x 224 pixels
         _pixels("rgb@224", "rgb", 14),
-        _words("caption", "caption", 256),
-        _words("det", "boxes", 256),
+        _text("caption", "caption", 256),
+        _text("det", "boxes", 256),
         _grid("tok_rgb@224", "rgb", 16_384, 14),
         _grid("tok_depth@224", "depth", 8192, 14),
         _grid("tok_normal@224", "normals", 8192, 14),
@@ -64,10 +64,10 @@ MODALITIES: dict[str, Modality] = {
         _grid("tok_clip@224", "clip", 8192, 14),
         # 4M-21
         Features(name="t5_caption", signal="t5_caption", shape=(77,), size=4096, bias=True),
-        _words("metadata", "metadata", 40, chunk_ids=(1204, 2204)),  # a field, v1=*, and its value
-        _words("human_poses", "poses", 275),
-        _words("color_palette", "palette", 23),
-        _words("sam_instance", "instances", 290),
+        _text("metadata", "metadata", 40, chunk_ids=(1204, 2204)),  # a field, v1=*, and its value
+        _text("human_poses", "poses", 275),
+        _text("color_palette", "palette", 23),
+        _text("sam_instance", "instances", 290),
         _grid("tok_canny_edge@224", "edges", 8192, 14),
         _grid("tok_sam_edge@224", "sam_edges", 8192, 14),
         _grid("tok_dinov2@224", "dinov2", 8192, 16),
@@ -103,7 +103,7 @@ SIZES = {  # name: (width, heads, encoder blocks, decoder blocks)
 
 
 def modality(name: str) -> Modality:
-    """The original's modality of that name; ValueError with the closest match."""
+    """4M's modality of that name; ValueError with the closest match."""
     if name not in MODALITIES:
         raise ValueError(f"unknown modality {name!r} of the original; {closest(name, list(MODALITIES))}")
     return MODALITIES[name]
@@ -117,7 +117,7 @@ def released(
 ) -> ModelConfig:
     """A released model: `released("base")`, `released("large", qk_norm=True)`, `released("tiny", mlp="gelu")`.
 
-    Its tables are those of the original's training: one of the encoder, one of the decoder.
+    Its tables are those of 4M's training: one of the encoder, one of the decoder.
     """
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; {closest(size, list(SIZES))}")
@@ -130,16 +130,16 @@ def released(
 
 
 def num_parameters(config: ModelConfig, modalities: Modalities) -> int:
-    """As the original counts: its decoder has two tables of all that it predicts, one to read and one to answer from,
-    and there are no shots."""
+    """Parameters as ml-4m counts them: its decoder has two tables of all targets, one for inputs and one for logits,
+    and no embeddings of shots."""
     model = nnx.eval_shape(lambda: Model(config, modalities, rngs=nnx.Rngs(0)))
-    ours = {path[0]: 0 for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    counts = {path[0]: 0 for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        ours[path[0]] += math.prod(x.shape)
+        counts[path[0]] += math.prod(x.shape)
     rows = {side: sum(m.vocab_size for m in modalities if getattr(m, side)) for side in ("is_input", "is_target")}
     tables = (rows["is_input"] + 2 * rows["is_target"]) * config.width
     not_counted = ("token_embedding", "decoder_embedding", "output_embedding", "shot_embedding")
-    return tables + sum(count for name, count in ours.items() if name not in not_counted)
+    return tables + sum(count for name, count in counts.items() if name not in not_counted)
 
 
 def masked_batch(
@@ -150,13 +150,13 @@ def masked_batch(
     num_targets: int,
     target_order: Seq[str] | None = None,
 ) -> MaskedBatch:
-    """A batch as the original's masking makes it -> the same tokens at the same slots.
+    """A batch of ml-4m's masking -> the same tokens at the same slots.
 
     `batch[name]` holds "tensor" (ids [B L] or [B h w], normalised images [B C H W], vectors [B L F]), "input_mask"
-    and "target_mask" (bool [B L], True = masked out). Inputs stand in the order of `batch`, targets in `target_order`,
-    and of either the first num_inputs or num_targets are kept.
+    and "target_mask" (bool [B L], True = masked out). Inputs are in the order of `batch`, targets in `target_order`, of
+    which the first num_inputs and num_targets are kept.
 
-    The visible tokens of a sequence are numbered consecutively, on both sides. A sequence's target slot reads one
+    The visible tokens of a sequence have consecutive positions, on both sides. A sequence's target slot reads one
     visible token and predicts the next:
 
         tensor          a  S1 b  $  S1 c  d  S2        (S1 b $ ... as `m4.masking.dirichlet` draws it)

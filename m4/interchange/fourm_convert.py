@@ -1,14 +1,14 @@
-"""Released 4M weights <-> ours: `python -m m4 convert IN OUT`, bit for bit in both directions.
+"""Released 4M weights <-> m4: `python -m m4 convert IN OUT`, bit for bit in both directions.
 
-    original                                    m4
+    4M                                          m4
     encoder.0.attn.qkv.weight [3D D]            encoder.0.attention.query.kernel [D D], .key_value.kernel [D 2D]
     encoder.0.mlp.fc1.weight, .fc3.weight       left and right half of encoder.0.mlp.up.kernel [D 2F]
     encoder_embeddings.MOD.token_emb.weight     rows of token_embedding
     decoder_embeddings.MOD.token_emb.weight     rows of decoder_embedding (sequences; a grid's are never read)
     decoder_embeddings.MOD.to_logits.weight     rows of output_embedding
 
-What the original stores and its function does not need (position tables, zero biases, the decoder's embeddings of
-grids) is checked and travels along as "original:NAME", and so does the header: the way back gives the same bytes.
+Tensors that 4M stores but does not use (position tables, zero biases, the decoder's embeddings of grids) are checked
+and stored as "original:NAME", and so is the header: the conversion back gives the same bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from m4.tokens.modality import Features, Grid, Modalities, Modality, Sequence
 
 KEPT = "original:"
 
-# The original's config and what it means when a key is absent.
+# 4M's config, with the values of absent keys.
 DEFAULTS = {
     "domains_in": [], "domains_out": [], "encoder_depth": 12, "decoder_depth": 12, "dim": 768, "num_heads": 12,
     "mlp_ratio": 4.0, "qkv_bias": True, "proj_bias": True, "mlp_bias": True, "norm_bias": True, "act_layer": "GELU",
@@ -49,7 +49,7 @@ DEFAULTS = {
 
 
 def parse_config(file: TensorFile) -> dict[str, Any]:
-    """The original's config from the metadata strings, one Python literal each (act_layer: a plain word)."""
+    """4M's config from the metadata strings, one Python literal each (act_layer: a plain word)."""
     if "enc_type" in file.metadata:
         raise ValueError(f"{file.path} is a tokenizer: `python -m m4_tokenizers convert` converts it")
     config = dict(DEFAULTS)
@@ -82,7 +82,7 @@ def modalities_of(config: dict[str, Any], file: TensorFile, declared: Seq[Modali
 
 
 def _declaration(name: str, file: TensorFile) -> str:
-    """What a declaration of a modality would look like, as far as its tensors tell."""
+    """An example declaration of a modality, with what can be inferred from its tensors."""
     shapes = {n.rsplit(f".{name}.", 1)[-1]: e.shape for n, e in file.entries.items() if f"_embeddings.{name}." in n}
     rows = next((shape[0] for key, shape in shapes.items() if key in ("token_emb.weight", "to_logits.weight")), 8192)
     count = shapes["pos_emb"][1] if "pos_emb" in shapes else 196
@@ -98,7 +98,7 @@ def _declaration(name: str, file: TensorFile) -> str:
 
 
 def model_config(config: dict[str, Any], *, tied: bool, path: Path) -> ModelConfig:
-    """Ours for the original's config; `tied`: the decoder's input and output embeddings are one table."""
+    """m4's config for that of 4M; `tied`: the decoder's input and output embeddings are one table."""
     kinds: dict[tuple[str, bool], Literal["swiglu", "gelu"]] = {("SiLU", True): "swiglu", ("GELU", False): "gelu"}
     mlp = (config["act_layer"], config["gated_mlp"])
     if mlp not in kinds:
@@ -132,9 +132,9 @@ def _model_config(config: dict[str, Any], mlp: Literal["swiglu", "gelu"], tied: 
 
 
 class Piece(NamedTuple):
-    """Rows `source` of an original tensor (as a matrix, or a vector) are `rows` of our parameter, or all of it.
+    """Rows `source` of a 4M tensor (as a matrix, or a vector) are `rows` of m4's parameter, or all of it.
 
-    A transposed piece lies in the columns `rows`.
+    A transposed piece is in the columns `rows`.
     """
 
     parameter: str
@@ -144,7 +144,7 @@ class Piece(NamedTuple):
 
 
 def layout(c: ModelConfig, modalities: Modalities) -> dict[str, list[Piece]]:
-    """Every tensor of the original that its function reads -> where its rows are in ours."""
+    """Every tensor that 4M uses -> where its rows are in m4's parameters."""
     tensors = _Layout(c)
     tensors.embeddings(modalities)
     for i in range(c.encoder_depth):
@@ -170,40 +170,40 @@ def layout(c: ModelConfig, modalities: Modalities) -> dict[str, list[Piece]]:
 
 
 class _Layout:
-    """Tensors of 4M (`name`) and their pieces in our parameters (`ours`), one kind of layer after the other."""
+    """Tensors of 4M (`name`) and their pieces in m4's parameters (`parameter`), by kind of layer."""
 
     def __init__(self, config: ModelConfig):
         self.config, self.pieces = config, {}
 
     def linear(self, name: str, parts: dict[str, int], bias: bool, columns: tuple[int, int] | None = None) -> None:
-        for suffix, ours in (("weight", "kernel"), *([("bias", "bias")] if bias else [])):
+        for suffix, leaf in (("weight", "kernel"), *([("bias", "bias")] if bias else [])):
             begin, self.pieces[f"{name}.{suffix}"] = 0, []
             for part, size in parts.items():
-                piece = Piece(f"{part}.{ours}", (begin, begin + size), columns, transposed=ours == "kernel")
+                piece = Piece(f"{part}.{leaf}", (begin, begin + size), columns, transposed=leaf == "kernel")
                 self.pieces[f"{name}.{suffix}"].append(piece)
                 begin += size
 
-    def norm(self, name: str, ours: str, size: int) -> None:
-        self.pieces[f"{name}.weight"] = [Piece(f"{ours}.scale", (0, size))]
+    def norm(self, name: str, parameter: str, size: int) -> None:
+        self.pieces[f"{name}.weight"] = [Piece(f"{parameter}.scale", (0, size))]
         if self.config.norm_bias:
-            self.pieces[f"{name}.bias"] = [Piece(f"{ours}.bias", (0, size))]
+            self.pieces[f"{name}.bias"] = [Piece(f"{parameter}.bias", (0, size))]
 
-    def attention(self, name: str, ours: str, cross: bool) -> None:
+    def attention(self, name: str, parameter: str, cross: bool) -> None:
         c = self.config
-        query, key_value = {f"{ours}.query": c.width}, {f"{ours}.key_value": 2 * c.width}
+        query, key_value = {f"{parameter}.query": c.width}, {f"{parameter}.key_value": 2 * c.width}
         for part, parts in {"q": query, "kv": key_value}.items() if cross else [("qkv", {**query, **key_value})]:
             self.linear(f"{name}.{part}", parts, c.qkv_bias)
-        self.linear(f"{name}.proj", {f"{ours}.out": c.width}, c.proj_bias)
+        self.linear(f"{name}.proj", {f"{parameter}.out": c.width}, c.proj_bias)
         if c.qk_norm:
-            self.norm(f"{name}.q_norm", f"{ours}.query_norm", c.width // c.num_heads)
-            self.norm(f"{name}.k_norm", f"{ours}.key_norm", c.width // c.num_heads)
+            self.norm(f"{name}.q_norm", f"{parameter}.query_norm", c.width // c.num_heads)
+            self.norm(f"{name}.k_norm", f"{parameter}.key_norm", c.width // c.num_heads)
 
-    def mlp(self, name: str, ours: str) -> None:
+    def mlp(self, name: str, parameter: str) -> None:
         c = self.config
-        for i, theirs in enumerate(("fc1", "fc3") if c.mlp == "swiglu" else ("fc1",)):
+        for i, layer in enumerate(("fc1", "fc3") if c.mlp == "swiglu" else ("fc1",)):
             columns = (i * c.hidden, (i + 1) * c.hidden)
-            self.linear(f"{name}.mlp.{theirs}", {f"{ours}.mlp.up": c.hidden}, c.mlp_bias, columns)
-        self.linear(f"{name}.mlp.fc2", {f"{ours}.mlp.down": c.width}, c.mlp_bias)
+            self.linear(f"{name}.mlp.{layer}", {f"{parameter}.mlp.up": c.hidden}, c.mlp_bias, columns)
+        self.linear(f"{name}.mlp.fc2", {f"{parameter}.mlp.down": c.width}, c.mlp_bias)
 
     def table(self, name: str, parameter: str, offsets: tuple[int, ...], i: int) -> None:
         rows = offsets[i], offsets[i + 1]
@@ -235,18 +235,18 @@ class _Layout:
 
 
 def unread(c: ModelConfig, modalities: Modalities, pieces: dict[str, list[Piece]]) -> dict[str, Modality | None]:
-    """Tensors that an original may hold and its function does not read -> the modality that they belong to, if any."""
-    found: dict[str, Modality | None] = {}
+    """Tensors that a 4M checkpoint may hold but 4M does not use -> the modality that they belong to, if any."""
+    tensors: dict[str, Modality | None] = {}
     if not c.norm_bias:
         norms = (n.removesuffix(".weight") for n, (piece, *_) in pieces.items() if piece.parameter.endswith(".scale"))
-        found.update({f"{norm}.bias": None for norm in norms})
+        tensors.update({f"{norm}.bias": None for norm in norms})
     for m in modalities:
         for side, used in (("encoder", m.is_input), ("decoder", m.is_target)):
             if used and not m.learned_positions:
-                found[f"{side}_embeddings.{m.name}.pos_emb"] = m
+                tensors[f"{side}_embeddings.{m.name}.pos_emb"] = m
         if m.is_target and isinstance(m, Grid):
-            found[f"decoder_embeddings.{m.name}.token_emb.weight"] = m
-    return {name: m for name, m in found.items() if name not in pieces}
+            tensors[f"decoder_embeddings.{m.name}.token_emb.weight"] = m
+    return {name: m for name, m in tensors.items() if name not in pieces}
 
 
 def _expected(
@@ -254,7 +254,7 @@ def _expected(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that a file must hold.
 
-    Names of the same rows are copies of one tensor: one of them is enough, and ValueError if two differ.
+    Several names of the same rows are copies of one tensor: one of them is enough; ValueError if two differ.
     """
     names, expected = defaultdict(list), {}
     for name, parts in pieces.items():
@@ -269,7 +269,7 @@ def _expected(
 
 
 def check_unread(file: TensorFile, name: str, m: Modality | None, c: ModelConfig) -> None:
-    """ValueError if a tensor that is not read would have mattered."""
+    """ValueError if a tensor that is not used would change the result."""
     shape = file.entries[name].shape
     if m is None:
         if file.tensor(name).any():
@@ -295,7 +295,7 @@ def _same(file: TensorFile, a: str, b: str) -> bool:
 
 
 def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
-    """An original checkpoint -> a model file; returns what was done. Everything is checked before `out` is written."""
+    """A 4M checkpoint -> a model file; returns a summary. Everything is checked before `out` is written."""
     config = parse_config(file)
     modalities = modalities_of(config, file, declared)
     token, logits = ("decoder_embeddings.{}.token_emb.weight", "decoder_embeddings.{}.to_logits.weight")
@@ -304,21 +304,21 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
     c = model_config(config, tied=tied, path=file.path)
     check_sizes(c, modalities, file)
     pieces = layout(c, modalities)
-    ours = parameter_shapes(c, modalities)
+    m4_shapes = parameter_shapes(c, modalities)
 
-    expected = _expected(file, pieces, ours)
+    expected = _expected(file, pieces, m4_shapes)
     other = unread(c, modalities, pieces)
     check_names(file, expected, other)
     for name, m in other.items():
         if name in file.entries:
             check_unread(file, name, m, c)
 
-    sources = defaultdict(dict)  # parameter -> {rows: (original name, rows of the original, transposed)}
+    sources = defaultdict(dict)  # parameter -> {rows: (4M's name, 4M's rows, transposed)}
     for name in expected:
         for p in pieces[name]:
             sources[p.parameter].setdefault(p.rows, (name, p.source, p.transposed))
     shapes = {}
-    for name, shape in ours.items():
+    for name, shape in m4_shapes.items():
         dtypes = {file.entries[source].dtype for source, _, _ in sources[name].values()}
         shapes[name] = (dtypes.pop() if len(dtypes) == 1 else "F32", shape)
     kept = {KEPT + n: (file.entries[n].dtype, file.entries[n].shape) for n in other if n in file.entries}
@@ -327,7 +327,7 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
         if name.startswith(KEPT):
             yield file.tensor(name.removeprefix(KEPT))
         elif not sources[name]:
-            yield np.zeros(shapes[name][1], np.float32)  # the embeddings of in-context examples, which 4M has not
+            yield np.zeros(shapes[name][1], np.float32)  # the embeddings of in-context examples, which 4M lacks
         dtype, columns = DTYPES[shapes[name][0]], []
         for source, rows, transposed in (sources[name][k] for k in sorted(sources[name], key=lambda r: r or (0, 0))):
             part = file.check_finite(source, _matrix(file.tensor(source))[slice(*rows)]).astype(dtype)
@@ -343,26 +343,26 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
     progress = tqdm(shapes, desc=f"writing {out.name}", unit="tensor", mininterval=1, disable=None)
     write(out, make_header(shapes, metadata), (pieces_of(name) for name in progress))
     unused = sum(math.prod(shape) for n, (_, shape) in kept.items() if n.endswith("token_emb.weight"))
-    total = sum(math.prod(shape) for n, shape in ours.items() if n != "shot_embedding") + unused
+    total = sum(math.prod(shape) for n, shape in m4_shapes.items() if n != "shot_embedding") + unused
     return f"{out}: {total:,} parameters of the original, {len(modalities)} modalities, {len(file.entries)} tensors"
 
 
 def original_rows(p: Piece, array: np.ndarray) -> np.ndarray:
-    """The rows of an original tensor from our parameter (or, not transposed, from its `rows` alone)."""
+    """The rows of a 4M tensor from m4's parameter (or, if not transposed, from its `rows` alone)."""
     return array[:, slice(*p.rows or (None,))].T if p.transposed else array
 
 
-def _shape(name: str, parts: list[Piece], ours: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape that the original gives a tensor."""
-    rows, last = sum(p.source[1] - p.source[0] for p in parts), ours[parts[0].parameter]
+def _shape(name: str, parts: list[Piece], m4_shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of a tensor in 4M."""
+    rows, last = sum(p.source[1] - p.source[0] for p in parts), m4_shapes[parts[0].parameter]
     if len(last) == 1:
         return (rows,)
     matrix = (rows, last[0] if parts[0].transposed else last[1])
     return (1, *matrix) if name.endswith(("mod_emb", "pos_emb", "mask_token", "register_tokens")) else matrix
 
 
-def to_original(file: TensorFile, out: Path) -> str:
-    """A converted model file -> the original's format, with the header that it came with."""
+def to_4m(file: TensorFile, out: Path) -> str:
+    """A converted model file -> 4M's format, with its original header."""
     c, modalities = read_description(file)
     if "original_header" not in file.metadata:
         raise ValueError(f"{file.path} was not made from an original checkpoint, so there is no header to restore")
@@ -389,9 +389,9 @@ def to_original(file: TensorFile, out: Path) -> str:
 
 
 def convert(source: Path, out: Path, declared: Seq[Modality] = ()) -> str:
-    """Either direction, by what `source` is. ValueError for damage, and for numbers that are not finite."""
+    """Converts in either direction, by what `source` is. ValueError for damage, and for values that are not finite."""
     file = TensorFile.read(source)
     if out.exists() and out.resolve() == file.path.resolve():
         raise ValueError(f"{out} is the input itself; give another name")
     remove_leftovers(out.parent)
-    return to_original(file, out) if "m4_model" in file.metadata else to_m4(file, out, declared)
+    return to_4m(file, out) if "m4_model" in file.metadata else to_m4(file, out, declared)

@@ -1,1 +1,1 @@
-"""What the model reads: modalities, tokenizers, and batches of addressed tokens."""
+"""Inputs of the model: modalities, tokenizers, and batches of addressed tokens."""

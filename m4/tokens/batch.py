@@ -1,10 +1,10 @@
 """Tokens with addresses: what masking produces, the model reads and sampling writes.
 
-B batch, L tokens, K feature vectors, F numbers in one feature vector
+B batch, L tokens, K feature vectors, F values in one feature vector
 
     ids       3   7   0   1   9   0        id in the modality's own vocabulary (Features: row of features[name])
     modality  0   0   2   2   2   0        index in Modalities
-    position  5   6  17   3  60   0        place in the modality
+    position  5   6  17   3  60   0        position within the modality
     shot      0   0   0   0   0   0        0 = the query, 1.. = in-context examples
     valid     T   T   T   T   T   F        False = padding
 """
@@ -50,7 +50,7 @@ class Targets(NamedTuple):
 
 
 class MaskedBatch(NamedTuple):
-    """One training batch. Masking gives features as they are stored (uint8 pixels); models read them `normalized`."""
+    """One training batch. Masking gives features as stored (uint8 pixels); models read them `normalized`."""
 
     inputs: Tokens
     targets: Targets
@@ -64,22 +64,22 @@ def token_counts(targets: Targets, num_modalities: int) -> Int[jax.Array, " moda
 
 
 def normalized(batch: MaskedBatch, modalities: Modalities) -> MaskedBatch:
-    """Stored features -> float32; under jit, so that a quarter of the bytes travels to the device."""
+    """Stored features -> float32; call it under jit, so that a quarter of the bytes are sent to the device."""
     kinds = {m.name: m for m in modalities if isinstance(m, Features)}
     return batch._replace(features={name: kinds[name].normalize(x) for name, x in batch.features.items()})
 
 
 def pad(rows: list[np.ndarray], length: int) -> np.ndarray:
-    """Concatenates 1-D int arrays and pads with zeros to int32 [length]; too many numbers are a bug of the caller."""
+    """Concatenates 1-D int arrays and pads with zeros to int32 [length]; AssertionError if they do not fit."""
     out = np.zeros(length, np.int32)
-    joined = np.concatenate([np.zeros(0, np.int32), *rows])
-    assert len(joined) <= length, f"{len(joined)} tokens do not fit into {length} slots"
-    out[: len(joined)] = joined
+    ids = np.concatenate([np.zeros(0, np.int32), *rows])
+    assert len(ids) <= length, f"{len(ids)} tokens do not fit into {length} slots"
+    out[: len(ids)] = ids
     return out
 
 
 def interleave(parts: list[tuple[list[int], MaskedBatch]], num_vectors: int = 0) -> MaskedBatch:
-    """One batch of parts, each with the numbers of its rows in it. `num_vectors`: room for features (0: as needed)."""
+    """One batch of parts, each with the indices of its rows in it. `num_vectors`: slots of features (0: as needed)."""
     (_, first), size = parts[0], sum(len(rows) for rows, _ in parts)
 
     def join(arrays, length: int):

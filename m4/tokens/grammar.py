@@ -1,4 +1,4 @@
-"""Which tokens may follow which: sequences whose text can always be read."""
+"""Which tokens may follow which, so that generated sequences can always be decoded."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Int
 
 
 class Grammar(NamedTuple):
-    """What a sequence may be: an automaton over classes of tokens that begins in state 0 and ends in the last one.
+    """The allowed sequences: an automaton over classes of tokens that begins in state 0 and ends in the last one.
 
-    token_class [V] int32; next_state [states classes] int32, -1: not allowed; distance [states] int32: how many tokens
-    are needed at least from there to the end.
+    token_class [V] int32; next_state [states classes] int32, -1: not allowed; distance [states] int32: the
+    least number of tokens from a state to the end.
     """
 
     token_class: Int[Array | np.ndarray, " V"]
@@ -34,14 +34,15 @@ class Grammar(NamedTuple):
             for kind, to in after.items():
                 next_state[state, kind] = len(rules) if to == -1 else to
         next_state[-1, token_class[end_id]] = len(rules)
-        far = len(rules) + 1
-        distance = np.full(far, far)
+        unreachable = len(rules) + 1
+        distance = np.full(unreachable, unreachable)
         distance[-1] = 0
+        # Bellman-Ford: after round n, `distance` is exact for states at most n tokens from the end.
         for _ in rules:
-            after = np.where(next_state >= 0, distance[next_state] + 1, far)
+            after = np.where(next_state >= 0, distance[next_state] + 1, unreachable)
             distance[:-1] = np.minimum(distance, after.min(1))[:-1]
-        if (distance >= far).any():
-            raise ValueError(f"a grammar never ends from the states {np.flatnonzero(distance >= far).tolist()}")
+        if (distance >= unreachable).any():
+            raise ValueError(f"a grammar never ends from the states {np.flatnonzero(distance >= unreachable).tolist()}")
         return cls(token_class, next_state, distance.astype(np.int32))
 
     def allowed(self, state: Int[Array, " B"], room: Int[Array, ""]) -> Bool[Array, "B V"]:

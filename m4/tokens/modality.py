@@ -1,10 +1,10 @@
-"""What kinds of modality there are, what a tokenizer must offer, and how both are found by name.
+"""The kinds of modality, and the ordered modalities of a model with look-up by name.
 
 A modality turns a *signal* (what users name: rgb, depth, caption, boxes) into tokens of one kind:
 
     Grid      a fixed raster of ids, predicted in parallel        rgb_tokens  8 x 8 of 1000
     Sequence  ids in reading order, predicted left to right       caption     up to 32 of 700
-    Features  continuous vectors, input only                      rgb_pixels  8 x 8 patches of 192 numbers
+    Features  continuous vectors, input only                      rgb_pixels  8 x 8 patches of 192 values
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Grid:
     name: str
     """Name of the modality."""
     signal: str
-    """Signal that it stands for, as users name it: "rgb", "depth"."""
+    """Signal that it represents, as users name it: "rgb", "depth"."""
     vocab_size: int
     """Different token ids."""
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class Sequence:
     name: str
     """Name of the modality."""
     signal: str
-    """Signal that it stands for, as users name it: "caption", "boxes"."""
+    """Signal that it represents, as users name it: "caption", "boxes"."""
     vocab_size: int
     """Different token ids."""
     max_length: int
@@ -75,10 +75,10 @@ class Sequence:
     chunk_ids: tuple[int, int] = (0, 0)
     """Ids (first, last + 1) that begin a chunk, which is masked whole, as [EOS] does; (0, 0) makes every token one."""
     first_declaration: int = 0
-    """First of the ids that declare an answer (the first) or image i of an in-context example (number i;
+    """First of the ids that declare an answer (the first) or image i of an in-context example (index i;
     m4.masking.episodes)."""
     num_declarations: int = 0
-    """How many such ids there are; 0 is none."""
+    """Number of such ids; 0 is none."""
 
     learned_positions = False
 
@@ -98,7 +98,7 @@ class Features:
     name: str
     """Name of the modality."""
     signal: str
-    """Signal that it stands for, as users name it: "rgb"."""
+    """Signal that it represents, as users name it: "rgb"."""
     shape: tuple[int, ...]
     """Rows and columns of vectors; of a sequence of vectors (T5) its greatest length."""
     size: int
@@ -124,7 +124,7 @@ class Features:
         return math.prod(self.shape)
 
     def normalize(self, stored: Any) -> Any:
-        """[..., size] of any number type -> float32 [..., size], of numpy or (under jit) of JAX."""
+        """[..., size] of any numeric type -> float32 [..., size], of numpy or (under jit) of JAX."""
         repeats = self.size // len(self.mean)
         scale = np.tile(np.asarray(self.std, np.float32) * np.float32(self.scale), repeats)
         shift = np.tile(np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32), repeats)
@@ -167,7 +167,7 @@ class Modalities(Seq[Modality]):
         """Where each modality's rows begin in a table with `count(modality)` rows for each, and its end."""
         return tuple(int(o) for o in np.cumsum([0, *(count(m) for m in self.items)]))
 
-    def index(self, name: str) -> int:  # ty: ignore[incompatible-method-override]  found by name, not by item
+    def index(self, name: str) -> int:  # ty: ignore[incompatible-method-override]  by name, not by item
         if name not in self.names:
             raise ValueError(f"unknown modality {name!r}; {closest(name, self.names)}")
         return self.names.index(name)

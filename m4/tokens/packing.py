@@ -1,6 +1,6 @@
-"""Records, stored arrays by modality, as addressed tokens in rows of one length: what models read, in training or not.
+"""Records (stored arrays by modality) as addressed tokens in rows of one length, as models read them.
 
-n tokens, K vectors of F numbers
+n tokens, K vectors of F values
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ Record = Mapping[str, np.ndarray]  # by modality, or MODALITY#x for a second one
 
 @functools.cache
 def coarse_to_fine(shape: tuple[int, ...]) -> Int[np.ndarray, " n"]:
-    """Raster positions in an order whose beginnings are grids: 1 token, 4, 16, 64, .. evenly over the whole."""
-    offsets = []
+    """Raster positions in an order whose first 1, 4, 16, 64, .. form evenly spaced grids over the whole."""
+    levels = []
     for size in shape:
         bits = max(size - 1, 1).bit_length()
-        # A place's level: how far it is halved; the middle first.
+        # Level of a position along an axis: 0 for the middle, then one more for each halving of the spacing.
         places = (np.arange(size) + size // 2) % size
         level = np.array([0 if p == 0 else bits - ((p & -p).bit_length() - 1) for p in places.tolist()])
-        offsets.append(level)
-    level = functools.reduce(np.maximum.outer, offsets)
+        levels.append(level)
+    # A position belongs to the coarsest grid that has both its row and its column.
+    level = functools.reduce(np.maximum.outer, levels)
     return np.argsort(level.ravel(), kind="stable")
 
 
 class Packed(NamedTuple):
-    """Columns of input tokens (ids, modality, position, shot) and the vectors that ids of features count."""
+    """Columns of input tokens (ids, modality, position, shot) and the vectors that ids of features index."""
 
     columns: Int[np.ndarray, "4 n"]
     features: dict[str, np.ndarray]  # stored [k F]
@@ -58,25 +59,26 @@ class Packed(NamedTuple):
 
 
 def pack(records: Seq[Record], addresses: Seq[int], modalities: Modalities, num_tokens: int = 0) -> Packed:
-    """One example, each of its images at its own address. `num_tokens`: of each image at most so many, coarse to fine
-    (0: all)."""
+    """One example, each of its images at its own address. `num_tokens`: at most this number of each image, coarse
+    to fine (0: all)."""
     columns, features = [], {}
     for record, address in zip(records, addresses, strict=True):
         for name, stored in record.items():
             m = modalities.named(name.partition("#")[0])
             if isinstance(m, Sequence):
-                ids, place, shot = stored, np.arange(len(stored)), _addressed(stored, m, addresses, addresses[0])
+                ids, place, shot = stored, np.arange(len(stored)), _addresses(stored, m, addresses, addresses[0])
             else:
                 place = np.arange(len(stored))
                 if 0 < num_tokens < len(stored):
                     order = coarse_to_fine(m.shape)
                     place = order[order < len(stored)][:num_tokens]
                 if isinstance(m, Grid):
-                    place = place[stored[place] >= 0]  # -1: of a grid that is given in part
+                    place = place[stored[place] >= 0]  # -1: unknown tokens of a partial grid
                 ids, shot = stored[place], np.full(len(place), address)
             if isinstance(m, Features):
-                known = features.setdefault(name, [])
-                ids, _ = np.arange(len(place)) + sum(map(len, known)), known.append(ids)
+                # Ids of features are rows of the vectors so far, to which these are appended.
+                vectors = features.setdefault(name, [])
+                ids, _ = np.arange(len(place)) + sum(map(len, vectors)), vectors.append(ids)
             columns.append(np.stack([ids, np.full(len(ids), modalities.index(m.name)), place, shot]))
     nothing = Packed.nothing().columns
     return Packed(
@@ -85,19 +87,19 @@ def pack(records: Seq[Record], addresses: Seq[int], modalities: Modalities, num_
     )
 
 
-def _addressed(ids: np.ndarray, m: Sequence, addresses: Seq[int], own: int) -> np.ndarray:
-    """A text's tokens have its example's address, its declarations of images those of the images."""
-    number = ids.astype(int) - m.first_declaration
+def _addresses(ids: np.ndarray, m: Sequence, addresses: Seq[int], own: int) -> np.ndarray:
+    """Addresses of a text's tokens: that of its example, but for declarations of images those of the images."""
+    declared = ids.astype(int) - m.first_declaration
     shot = np.full(len(ids), own)
     for i, address in enumerate(addresses, 1):
-        shot[(number == i) & (i < m.num_declarations)] = address
+        shot[(declared == i) & (i < m.num_declarations)] = address
     return shot
 
 
 def stack(
     rows: Seq[Packed], modalities: Modalities, length: int, num_vectors: int
 ) -> tuple[Tokens, dict[str, np.ndarray]]:
-    """Rows padded with slots that are not valid to Tokens [B length], and the stored features [B num_vectors F] of the
+    """Rows padded with invalid slots to Tokens [B length], and the stored features [B num_vectors F] of the
     continuous modalities that any row has."""
     counts = np.array([row.columns.shape[1] for row in rows])
     columns = [np.stack([pad([row.columns[i]], length) for row in rows]) for i in range(4)]

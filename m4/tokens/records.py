@@ -1,4 +1,4 @@
-"""Raw examples to records: the stored array of every modality that an example has."""
+"""Raw examples -> records: the stored array of every modality that an example has."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from m4.tokens.tokenizer import Tokenizer
 def encode(examples: Seq[dict[str, Any]], tokenizers: Mapping[str, Tokenizer]) -> list[dict[str, np.ndarray]]:
     """Raw examples -> stored arrays by modality. ValueErrors name the example's file.
 
-    What an example has under a modality's own name, as a 1-D array of integers, is taken as its ids. A modality whose
-    signal an example lacks is left out of its record, which must have one at least. The crop, if any, is stored too.
+    A 1-D array of integers under a modality's own name is taken as its ids. A modality whose signal an example lacks
+    is left out of its record, which must have at least one. The crop, if any, is stored too.
     """
     records: list[dict[str, np.ndarray]] = [{"crop": e["crop"]} if "crop" in e else {} for e in examples]
     for name, tokenizer in tokenizers.items():
@@ -51,15 +51,15 @@ def _naming(example: Mapping[str, Any], modality: str):
 
 
 def name_of(example: Mapping[str, Any], *keys: str) -> str:
-    """What names an example in errors: the first of these keys that it has; "" if it has none."""
+    """The name of an example in errors: the first of these keys that it has; "" if it has none."""
     return next((str(example[key]) for key in keys if key in example), "")
 
 
 def named_error(error: Exception, *names: str) -> ValueError:
-    """The error with what it is about, as far as it does not say so itself; in characters that can be printed."""
+    """The error with `names` in front, those that its text lacks; in printable characters."""
     text = shown(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
-    about = [shown(name) for name in names]
-    return ValueError(": ".join([*(name for name in about if name and name not in text), text]))
+    prefixes = [shown(name) for name in names]
+    return ValueError(": ".join([*(name for name in prefixes if name and name not in text), text]))
 
 
 def is_tokenized(example: Mapping[str, Any], modality: Modality) -> bool:
@@ -75,7 +75,7 @@ def is_tokenized(example: Mapping[str, Any], modality: Modality) -> bool:
 
 
 def _given(ids: np.ndarray, modality: Modality) -> np.ndarray:
-    """Ids that were made elsewhere, compact. ValueError if they cannot be this modality's."""
+    """Ids from elsewhere, compact. ValueError if they cannot be this modality's."""
     if isinstance(modality, Sequence) and len(ids):
         last_sentinel = modality.first_sentinel + modality.num_sentinels - 1
         if ((ids >= modality.first_sentinel) & (ids <= last_sentinel)).any():

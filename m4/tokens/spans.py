@@ -1,4 +1,4 @@
-"""Texts with gaps: sentinels and what they stand for."""
+"""Texts with gaps: sentinels and the spans that they stand for."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from m4.tokens.modality import Modalities, Sequence
 
 
 def is_sentinel(inputs: Tokens, modalities: Modalities) -> Bool[Array, "B C"]:
-    first, number = (
+    first, count = (
         jnp.asarray([getattr(m, name) if isinstance(m, Sequence) else 0 for m in modalities])[inputs.modality]
         for name in ("first_sentinel", "num_sentinels")
     )
     ids = jnp.asarray(inputs.ids)
-    return (ids >= first) & (ids < first + number)
+    return (ids >= first) & (ids < first + count)
 
 
 def show_spans(ids: Int[np.ndarray, " n"], modality: Sequence) -> tuple[Int[np.ndarray, " m"], int, bool]:
     """A sequence with -1 for each run of tokens to generate -> the input as in training (a sentinel for each run), the
-    number of runs, and whether its end is among them.
+    number of runs, and whether the last run reaches the end.
 
     ValueError if there are more runs than sentinels, or none.
     """
@@ -37,7 +37,7 @@ def show_spans(ids: Int[np.ndarray, " n"], modality: Sequence) -> tuple[Int[np.n
 
 
 def fill_spans(shown: Int[np.ndarray, " m"], generated: Int[np.ndarray, " k"], modality: Sequence):
-    """The inverse: each sentinel of `shown` replaced by what was generated for it. int32 [n]."""
+    """The inverse: `shown` with each sentinel replaced by the span generated for it, int32 [n]."""
     spans, current = {modality.first_sentinel: []}, modality.first_sentinel
     for i in generated.tolist():
         if i == current + 1:
@@ -46,13 +46,13 @@ def fill_spans(shown: Int[np.ndarray, " m"], generated: Int[np.ndarray, " k"], m
         else:
             spans[current].append(i)
     last = modality.first_sentinel + modality.num_sentinels
-    # A model that ran out of room left the last spans empty.
+    # Where the model ran out of slots, the last spans are empty.
     filled = [spans.get(i, []) if modality.first_sentinel <= i < last else [i] for i in shown.tolist()]
     return np.array([i for span in filled for i in span], np.int32)
 
 
 def trim(ids: Int[np.ndarray, " n"], modality: Sequence, limit: int = 0) -> np.ndarray:
-    """A sequence up to its end token, which is added if the model closed the span without one or ran out of room.
+    """A sequence up to its end token, which is added if the model closed the span without one or ran out of slots.
 
     At most `limit` ids (0: as many as the modality may have).
     """

@@ -1,4 +1,4 @@
-"""What a tokenizer is, and its file: one safetensors with arrays, class, config and card."""
+"""Protocols of tokenizers and recipes, and tokenizer files: one safetensors with arrays, class, config and card."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from m4.registry import _name_of, component_class, components
 from m4.tensor_file import DTYPES, OTHERS, SEAL, TensorFile, sealed
 from m4.tokens.modality import Modality
 
-# Modules of version 0.1 by class. `tokenizer_hash` goes on hashing module:class for these, so that what was prepared
-# and saved with a tokenizer goes on knowing it.
+# Modules of version 0.1 by class. `tokenizer_hash` still hashes module:class for these, so that data and models of
+# that version still match their tokenizers.
 _MODULES_0_1 = {
     name: module
     for module, names in {
@@ -52,7 +52,7 @@ _MODULES_0_1 = {
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """One safetensors file: arrays, and class, config and card as JSON. Saving what was loaded is byte-equal."""
+    """Writes one safetensors: arrays, and class, config and card as JSON. A loaded tokenizer is saved byte-equal."""
     name = _name_of(type(tokenizer))
     if name not in components():
         raise ValueError(
@@ -84,7 +84,7 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 
 def load_tokenizer(path: Path, *, is_checked: bool = False) -> Tokenizer:
-    """The tokenizer in a file written by `save_tokenizer`. ValueError names a file that is damaged or is none.
+    """The tokenizer in a file written by `save_tokenizer`. ValueError names a file that is damaged or no tokenizer.
 
     `is_checked`: the file's digest is known to be right.
     """
@@ -109,7 +109,7 @@ def load_tokenizer(path: Path, *, is_checked: bool = False) -> Tokenizer:
 
 @runtime_checkable
 class Examples(Protocol):
-    """What is read by index, from 0 on: raw examples, stored records, or lists of them."""
+    """Raw examples, stored records, or lists of them, by index from 0."""
 
     def __len__(self) -> int: ...
 
@@ -124,8 +124,8 @@ class Tokenizer(Protocol):
     grids (n = prod(shape), raster order) and sequences (n <= max_length, ends in end_id), stored [n size] for features.
 
     With an attribute `kind` (m4.data.sources.files.KINDS: what its signals are), files are read by the common reader,
-    in training too; then `from_text(text)` gives a signal that is written out, and `check(signal)`, if there, refuses
-    what cannot be encoded. Without one, `read` is asked.
+    in training too; then `from_text(text)` gives a signal that is written out, and `check(signal)`, if present, refuses
+    what cannot be encoded. Without one, `read` is called.
     """
 
     modality: Modality
@@ -188,4 +188,4 @@ class Recipe(Protocol):
     modality: Modality
 
     def fit(self, source: Examples, *, seed: int) -> Tokenizer:
-        """Fits (and trains) on raw examples; the tokenizer's card says how well it went."""
+        """Fits (and trains) on raw examples; the tokenizer's card reports the quality."""

@@ -41,7 +41,7 @@ def table(argv: list[str]) -> None:
 def convert(argv: list[str]) -> None:
     """Converts a released 4M tokenizer to a tokenizer file, or such a file back.
 
-    IN is a VQVAE or DiVAE in safetensors; the way back gives the bytes that came in. --signal says
+    IN is a VQVAE or DiVAE in safetensors; converting back gives the same bytes. --signal says
     which signal it is for, where its config and its file's name leave it open.
     """
     from m4_tokenizers.interchange import fourm_tokenizers
@@ -76,12 +76,12 @@ def main(argv: Seq[str]) -> None:
     if not argv or argv[0] not in VERBS:
         from m4.errors import closest
 
-        asked = bool(argv) and argv[0] in ("-h", "--help")
+        wants_help = bool(argv) and argv[0] in ("-h", "--help")
         lines = [f"  {name:9} {(f.__doc__ or '').splitlines()[0]}" for name, f in VERBS.items()]
-        wrong = f"error: no verb {argv[0]!r}; {closest(argv[0], list(VERBS))}\n\n" if argv and not asked else ""
+        wrong = f"error: no verb {argv[0]!r}; {closest(argv[0], list(VERBS))}\n\n" if argv and not wants_help else ""
         usage = f"{wrong}usage: python -m m4_tokenizers VERB ...\n\n" + "\n".join(lines)
-        print(usage, file=sys.stdout if asked else sys.stderr)
-        raise SystemExit(0 if asked else 2)
+        print(usage, file=sys.stdout if wants_help else sys.stderr)
+        raise SystemExit(0 if wants_help else 2)
     from m4.command_line import ends_with_a_sentence
 
     with ends_with_a_sentence():

@@ -1,7 +1,7 @@
-"""What a reconstruction is compared by. A recipe names some of these; the training loss is their weighted sum.
+"""Losses of reconstructions. A recipe names some of these; the training loss is their weighted sum.
 
-`weights` says how much each number (or, for classes, each pixel) counts: 0 leaves out what is unknown, such as invalid
-depth. All are means over what counts, so that a batch of mostly unknown pixels weighs as much as any.
+`weights` are those of each value (or, for classes, each pixel): 0 leaves out unknown ones, such as invalid depth. All
+losses are weighted means, so that a batch of mostly unknown pixels counts as much as any other.
 
 B batch, H rows, W columns, C channels
 """
@@ -27,7 +27,7 @@ def weighted_mean(values: Float[Array, "B ..."], weights: Float[Array, "B ..."])
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
-    """`network`, if a loss has one, is an argument of the jitted step and comes back with each call."""
+    """`network`, if a loss has one, is an argument of the jitted step, which passes it to each call."""
 
     weight: float = 1.0
     """Factor of this loss in the sum."""
@@ -77,7 +77,7 @@ class CosineDistance(Loss):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossEntropy(Loss):
-    """Of class logits (the last axis) against class indices."""
+    """Cross-entropy of class logits (the last axis) against class indices."""
 
     def __call__(
         self,
@@ -93,7 +93,7 @@ class CrossEntropy(Loss):
 class Perceptual(Loss):
     """Distance of images in the features of VGG16; a subclass with its own `network` takes any other.
 
-    Pixels that do not count (weight 0) are those of the target on both sides.
+    Pixels of weight 0 are replaced by those of the target, and so do not count.
     """
 
     weight: float = 0.1
@@ -107,8 +107,8 @@ class Perceptual(Loss):
     def __call__(
         self, prediction: Float[Array, "B H W C"], target: Array, weights: Array, network: Any = None
     ) -> Float[Array, ""]:
-        seen = jnp.where(weights > 0, prediction, target)
-        return jnp.mean(PerceptualLoss(features=network)(seen, target))
+        visible = jnp.where(weights > 0, prediction, target)
+        return jnp.mean(PerceptualLoss(features=network)(visible, target))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class Adversarial(Loss):
     weight: float = 0.1
     """Factor of this loss in the sum."""
     first_step: int = 500
-    """Step from which it counts."""
+    """First step in which it counts."""
     width: int = 32
     """Channels of the discriminator's first layer."""
     depth: int = 3
@@ -144,6 +144,6 @@ class Discriminator(nnx.Module):
             x = jax.nn.leaky_relu(layer(x), 0.2)
         return self.score(x)
 
-    def loss(self, real: Float[Array, "B H W C"], made: Float[Array, "B H W C"]) -> Float[Array, ""]:
-        """What the discriminator minimises; the decoder minimises `-self(made).mean()`."""
-        return jnp.mean(jax.nn.relu(1 - self(real))) + jnp.mean(jax.nn.relu(1 + self(made)))
+    def loss(self, real: Float[Array, "B H W C"], decoded: Float[Array, "B H W C"]) -> Float[Array, ""]:
+        """The discriminator's loss (hinge); the decoder minimises `-self(decoded).mean()`."""
+        return jnp.mean(jax.nn.relu(1 - self(real))) + jnp.mean(jax.nn.relu(1 + self(decoded)))

@@ -97,7 +97,7 @@ def source_of(config: Any) -> Any:
 
 
 def save_or_check(folder: Path, content: dict[str, Any]) -> None:
-    """Writes config.json, or says that a training of another config is there."""
+    """Writes config.json, or raises ValueError if the folder holds the training of another config."""
     file = folder / "config.json"
     if file.exists() and read_json(file) != json.loads(json.dumps(content)):
         raise ValueError(f"{folder} holds the training of another config; give another --out, or delete it")
@@ -141,7 +141,7 @@ def evaluate(argv: Seq[str], *, description: str) -> None:
     print(json.dumps(tokenizer.card))
 
 
-# What the table says of a card, by measure: the name, and the digits behind the point.
+# Measures of a card that the table shows: the name, and the digits behind the point.
 MEASURES = {
     "psnr": ("PSNR dB", 1), "psnr_on_objects": ("on objects", 1), "ssim": ("SSIM", 3), "delta1": ("delta1", 3),
     "delta1_on_objects": ("on objects", 3), "abs_rel": ("AbsRel", 3), "mean_angle": ("mean angle", 1),
@@ -154,10 +154,10 @@ MEASURES = {
 
 def row(name: str, card: dict[str, Any]) -> str:
     parts = []
-    for key, (words, digits) in MEASURES.items():
+    for key, (title, digits) in MEASURES.items():
         if key in card:
             trivial = f" ({card[f'{key}_of_mean']:.{digits}f})" if f"{key}_of_mean" in card else ""
-            parts.append(f"{words} {card[key]:.{digits}f}{trivial}")
+            parts.append(f"{title} {card[key]:.{digits}f}{trivial}")
     used = f"{card['codes_used']:.0%} of codes, perplexity {card['perplexity']:.0f}"
     cells = [f"`{name}`", card["signal"], card["tokens_per_sample"], card["vocab_size"], "; ".join(parts), used]
     speed = f"{card['encoded_per_second']:,.0f} / {card['decoded_per_second']:,.0f}"

@@ -1,9 +1,9 @@
-"""The training loop of learned tokenizers, which goes on where it was killed.
+"""The training loop of learned tokenizers, which resumes after it was killed.
 
     examples -> batch of a step -> encoder, quantizer, decoder -> losses -> Adam; moving averages of codebooks
 
-What a step sees depends on (seed, step) alone. With a folder: FOLDER/checkpoints, FOLDER/metrics.jsonl and TensorBoard
-events with reconstructions.
+The batch of a step depends on (seed, step) alone. With a folder: FOLDER/checkpoints, FOLDER/metrics.jsonl and
+TensorBoard events with reconstructions.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from m4_tokenizers.quantizers.codebooks import use_of_counts
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 3 * 2**30  # of arrays that are kept in memory; larger sets are read step by step
-START_EXAMPLES = 2400  # that principal components and k-means are fitted to
+MAX_BYTES = 3 * 2**30  # of arrays that stay in memory; larger sets are read step by step
+START_EXAMPLES = 2400  # to which principal components and k-means are fitted
 NUM_SHOWN = 6  # examples in TensorBoard
 TILE = 128  # pixels
 
 
 @runtime_checkable
 class Trainable(Protocol):
-    """What training reads of a recipe; vq.VQRecipe says what each means."""
+    """The fields of a recipe that training reads; vq.VQRecipe documents them."""
 
     signal: str
     name: str
@@ -77,7 +77,7 @@ class Trainable(Protocol):
 
 
 class TrainingArrays:
-    """The arrays of chosen examples, checked: what cannot be trained on is reported with its number and file."""
+    """The arrays of chosen examples, checked: ValueError names the index and file of one that cannot be trained on."""
 
     def __init__(self, recipe: Trainable, source: Examples, chosen: np.ndarray):
         self.recipe, self.source, self.chosen = recipe, source, chosen
@@ -91,7 +91,7 @@ class TrainingArrays:
 
     @property
     def arrays(self) -> np.ndarray:
-        """All of them, or the first thousand where they do not fit into memory."""
+        """All arrays, or the first thousand where all do not fit into memory."""
         return self.read(self.chosen[:1000]) if self.cached is None else self.cached
 
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -144,6 +144,8 @@ def make_step(recipe: Trainable, graph: Any, discriminator_graph: Any):
     optimizer = optimizer_of(recipe)
     critic_optimizer = recipe.adversarial and optax.adam(recipe.adversarial.learning_rate, b1=0.5)
 
+    # Order of a step: gradients of all losses, Adam, then the quantizer's moving averages (from the latents that the
+    # gradients saw), then the discriminator, on the same reconstructions.
     @functools.partial(jax.jit, donate_argnums=(0,), static_argnames=("size",))
     def step(state, batch, index, key, networks, *, size: int):
         learned, others, moments, critic = (state[k] for k in ("learned", "others", "moments", "critic"))
@@ -164,13 +166,13 @@ def make_step(recipe: Trainable, graph: Any, discriminator_graph: Any):
                 terms[type(loss).__name__] = loss(prediction, target, weights, network)
                 total = total + loss.weight * terms[type(loss).__name__]
             if critic:
-                judge = nnx.merge(discriminator_graph, jax.lax.stop_gradient(critic["learned"]))
-                terms["adversarial"] = -jnp.mean(judge(prediction))
-                on = index >= recipe.adversarial.first_step
-                total = total + jnp.where(on, recipe.adversarial.weight, 0.0) * terms["adversarial"]
+                discriminator = nnx.merge(discriminator_graph, jax.lax.stop_gradient(critic["learned"]))
+                terms["adversarial"] = -jnp.mean(discriminator(prediction))
+                has_begun = index >= recipe.adversarial.first_step
+                total = total + jnp.where(has_begun, recipe.adversarial.weight, 0.0) * terms["adversarial"]
             return total, (terms, latents, quantized.ids, prediction)
 
-        (total, (terms, latents, ids, made)), grads = jax.value_and_grad(loss_fn, has_aux=True)(learned)
+        (total, (terms, latents, ids, decoded)), grads = jax.value_and_grad(loss_fn, has_aux=True)(learned)
         updates, moments = optimizer.update(grads, moments, learned)
         learned = optax.apply_updates(learned, updates)
         if not recipe.start_from:
@@ -178,7 +180,7 @@ def make_step(recipe: Trainable, graph: Any, discriminator_graph: Any):
             model.quantizer.update(latents, ids, draw_dead)
             others = nnx.split(model, functools.partial(is_learned, recipe), ...)[2]
         if critic:
-            critic_loss = lambda p: nnx.merge(discriminator_graph, p).loss(x, jax.lax.stop_gradient(made))  # noqa: E731
+            critic_loss = lambda p: nnx.merge(discriminator_graph, p).loss(x, jax.lax.stop_gradient(decoded))  # noqa: E731
             terms["discriminator"], critic_grads = jax.value_and_grad(critic_loss)(critic["learned"])
             updates, critic_moments = critic_optimizer.update(critic_grads, critic["moments"], critic["learned"])
             critic = {"learned": optax.apply_updates(critic["learned"], updates), "moments": critic_moments}
@@ -190,7 +192,7 @@ def make_step(recipe: Trainable, graph: Any, discriminator_graph: Any):
 
 
 def is_learned(recipe: Trainable, path: tuple, leaf: Any) -> bool:
-    """Parameters that the optimizer moves: all, or the decoder's alone where the rest is taken from a file."""
+    """Parameters that the optimizer moves: all, or the decoder's alone where the rest is from a file."""
     return isinstance(leaf, nnx.Param) and (not recipe.start_from or path[0] == "decoder")
 
 
@@ -223,8 +225,8 @@ def train(recipe: Trainable, examples: TrainingArrays, *, seed: int, folder: Pat
     graph, learned, others = nnx.split(model, functools.partial(is_learned, recipe), ...)
     critic_graph, critic = None, {}
     if recipe.adversarial:
-        judge = recipe.adversarial.make(num_channels=recipe.num_channels, rngs=nnx.Rngs(random_key(seed + 1)))
-        critic_graph, critic = nnx.split(judge)
+        discriminator = recipe.adversarial.make(num_channels=recipe.num_channels, rngs=nnx.Rngs(random_key(seed + 1)))
+        critic_graph, critic = nnx.split(discriminator)
     step_fn, optimizer, critic_optimizer = make_step(recipe, graph, critic_graph)
     if critic:
         critic = {"learned": critic, "moments": critic_optimizer.init(critic)}
@@ -241,7 +243,7 @@ def train(recipe: Trainable, examples: TrainingArrays, *, seed: int, folder: Pat
 
     key, sizes = random_key(seed), recipe.sizes or (recipe.image_size,)
     networks = tuple(loss.network() for loss in recipe.losses)
-    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH))
     counts = jnp.zeros(recipe.quantizer.num_codes, jnp.int32)
     closers = (saved.close, log.close) if saved and log else ()
     with (
@@ -254,7 +256,7 @@ def train(recipe: Trainable, examples: TrainingArrays, *, seed: int, folder: Pat
             batch = ahead.result()
             ahead = reader.submit(examples.batch, i + 1, seed=seed)
             size = sizes[np.random.default_rng([seed, i, 1]).integers(len(sizes))]
-            state, scalars, used = step_fn(state, jax.device_put(batch, cut), i, key, networks, size=int(size))
+            state, scalars, used = step_fn(state, jax.device_put(batch, sharding), i, key, networks, size=int(size))
             counts = counts + used
             progress.update()
             if (i + 1) % recipe.log_every == 0 or i + 1 == recipe.num_steps:
@@ -265,7 +267,7 @@ def train(recipe: Trainable, examples: TrainingArrays, *, seed: int, folder: Pat
                 if log:
                     log.write(i + 1, scalars)
             if saved and log and ((i + 1) % recipe.save_every == 0 or i + 1 == recipe.num_steps):
-                check_loss(recipe, scalars, i + 1)  # what is not finite is not saved
+                check_loss(recipe, scalars, i + 1)  # a state that is not finite is not saved
                 saved.save(i + 1, {"state": state}, {}, {})
                 model = nnx.merge(graph, state["learned"], state["others"])
                 log.picture(i + 1, sheet([recipe.tokenizer_class(recipe=recipe, model=model, card={})], shown))
@@ -305,7 +307,7 @@ class Log:
 
 
 def sheet(tokenizers: Seq[Tokenizer], examples: Examples) -> np.ndarray:
-    """Rows of tiles: the signals of the examples, and below what the tokens of each tokenizer decode to."""
+    """Rows of tiles: the signals of the examples, and below them the reconstructions of each tokenizer."""
     given = [tokenizers[0].signal_of(example) for example in examples]
     backgrounds = [example["rgb"] for example in examples] if "rgb" in examples[0] else [None] * len(examples)
     rows = []

@@ -3,11 +3,11 @@
     signals --to_arrays--> [N H W C] --encoder--> latents --quantizer--> ids
     signals <--to_signals-- [N H W C] <--decoder-- codes <--look_up----- ids
 
-`VQRecipe` says of what parts a tokenizer is made and how it is trained; a modality is a subclass with its own
+`VQRecipe` says which parts a tokenizer has and how it is trained; a modality is a subclass with its own
 `to_arrays`, `to_signals` and `measure` (modalities/: image.py, depth.py, ...). Encoders and decoders are in networks/,
 quantizers in quantizers/, the training loop in training.py.
 
-N signals, B batch, H rows, W columns, C channels, h rows and w columns of tokens, D latent numbers
+N signals, B batch, H rows, W columns, C channels, h rows and w columns of tokens, D values of a latent
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class VQRecipe:
     decoder: Any = PatchDecoder()
     """Codes -> signal (m4_tokenizers.networks)."""
     losses: tuple[Any, ...] = (SquaredError(),)
-    """What the reconstruction is compared by (m4_tokenizers.losses); the weighted sum is minimised."""
+    """Losses of the reconstruction (m4_tokenizers.losses); the weighted sum is minimised."""
     adversarial: Any = None
     """A discriminator beside the losses (m4_tokenizers.losses.Adversarial); None leaves it out."""
     num_steps: int = 1200
@@ -89,7 +89,7 @@ class VQRecipe:
     save_every: int = 500
     """Steps between checkpoints."""
 
-    kind = ""  # of signals (m4.data.sources.files.KINDS); a recipe without has a tokenizer with its own `read`
+    kind = ""  # of signals (m4.data.sources.files.KINDS); without one, the tokenizer has its own `read`
     num_classes = 0
     embedding_size = 0
     tokenizer_class: ClassVar[Any]  # a subclass of VQTokenizer
@@ -98,7 +98,7 @@ class VQRecipe:
 
         @property
         def values(self) -> str:
-            """Of signals, in words, for the card."""
+            """A description of the signals' values, for the card."""
             ...
 
     def __post_init__(self):
@@ -125,7 +125,7 @@ class VQRecipe:
         raise NotImplementedError
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
-        """The signal of a raw example, or None; a modality that is computed from others says how."""
+        """The signal of a raw example, or None; a subclass may compute it from other signals."""
         return example[self.signal] if self.signal in example else None
 
     def to_arrays(self, signals: Seq[Any]) -> np.ndarray:
@@ -140,7 +140,7 @@ class VQRecipe:
         raise NotImplementedError
 
     def loss_weights(self, x: Array) -> Array:
-        """How much each number of the array counts in the losses."""
+        """The weight of each value of the array in the losses."""
         return jnp.ones_like(x, jnp.float32)
 
     def mean_signal(self, arrays: np.ndarray) -> Any:
@@ -157,12 +157,12 @@ class VQRecipe:
         order = np.random.default_rng(seed).permutation(len(source))
         num_held_out = min(self.num_held_out, len(source) // 5)
         chosen = np.sort(order[num_held_out:][: self.num_examples])
-        recipe: Any = self  # Trainable, but for fields that are frozen
+        recipe: Any = self  # Trainable, except that its fields are frozen
         examples = training.TrainingArrays(recipe, source, chosen)
         model = training.train(recipe, examples, seed=seed, folder=folder)
         tokenizer = self.tokenizer_class(recipe=self, model=model, card={})
         mean = self.mean_signal(examples.arrays[:4096])
-        held_out = order[:num_held_out] if num_held_out else chosen  # of fewer than five examples all are trained on
+        held_out = order[:num_held_out] if num_held_out else chosen  # with fewer than five examples all are trained on
         tokenizer.card = {
             **tokenizer.evaluate([source[int(i)] for i in np.sort(held_out)], mean=mean),
             "num_held_out": num_held_out,
@@ -176,13 +176,13 @@ class VQRecipe:
 class VQTokenizer(Reader):
     """Encodes and decodes in batches of one shape; subclasses add files and pictures.
 
-    `kept` holds what a file has beyond the recipe's parts (a converted file's original header and spare tensors).
+    `kept`: entries of a file that the recipe's parts do not use (a converted file's 4M header and spare tensors).
     """
 
     component: ClassVar[str]
 
     def __init__(self, *, recipe: VQRecipe, model: VQ, card: dict[str, Any], kept: dict[str, Any] | None = None):
-        self.recipe: Any = recipe  # of a class of its own, with further fields
+        self.recipe: Any = recipe  # a subclass of VQRecipe, with further fields
         self.card, self.modality, self.kept = card, recipe.modality, kept or {}
         self._graph, self._state = nnx.split(model)
         # One shape in which batches are run, so that nothing is compiled twice.
@@ -220,14 +220,14 @@ class VQTokenizer(Reader):
         return signals
 
     def average(self, signals: Seq[Any]) -> Any:
-        """One signal of several: the mean of what the networks see; of classes the most frequent."""
+        """The mean of several signals, as arrays of the networks; for classes, the most frequent."""
         arrays = np.concatenate([self.recipe.to_arrays([signal]) for signal in signals])
         if np.issubdtype(arrays.dtype, np.integer):
             return self.recipe.mean_signal(arrays)
         return self.recipe.to_signals(arrays.mean(0, keepdims=True))[0]
 
     def evaluate(self, examples: Examples, *, mean: Any) -> dict[str, Any]:
-        """The card: what the tokens are, and how well they reconstruct these examples, beside `mean` (a signal)."""
+        """The card: sizes of tokens, and how well they reconstruct these examples, compared with `mean` (a signal)."""
         given = [self.recipe.signal_of(example) for example in examples]
         self.decode(self.encode(given[:1]))  # compiles
         start = time.perf_counter()
@@ -280,8 +280,8 @@ class VQTokenizer(Reader):
         expected = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
         wrong = [k for k, leaf in expected.items() if k not in arrays or arrays[k].shape != leaf.shape]
         if wrong:
-            found = {k: list(arrays[k].shape) if k in arrays else "missing" for k in wrong[:5]}
-            raise ValueError(f"the arrays do not fit the recipe's {json.dumps(config['recipe'])[:200]}...: {found}")
+            shapes = {k: list(arrays[k].shape) if k in arrays else "missing" for k in wrong[:5]}
+            raise ValueError(f"the arrays do not fit the recipe's {json.dumps(config['recipe'])[:200]}...: {shapes}")
         broken = [k for k in expected if not np.isfinite(arrays[k]).all()]
         if broken:
             raise ValueError(f"the tokenizer's arrays {', '.join(broken[:5])} have values that are not finite")

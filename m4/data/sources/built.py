@@ -1,4 +1,4 @@
-"""Data sets that are built once: made by all cores, kept by tfds as ArrayRecord, read back without TensorFlow.
+"""Data sets that are built once: computed by all cores, stored by tfds as ArrayRecord, read back without TensorFlow.
 
 encode(indices) --spawned processes--> tfds, ArrayRecord --BuiltSplit--> raw examples
 """
@@ -32,7 +32,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def encode_all(encode: Callable[[range], list[dict]], count: int) -> Iterator[dict]:
-    """What `encode` gives for the first `count` indices, in order, by all cores; a few chunks wait in memory."""
+    """The results of `encode` for the first `count` indices, in order, by all cores; a few chunks wait in memory."""
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     num_workers = min(len(chunks), os.cpu_count() or 1)
     if num_workers <= 1 or count <= 4 * CHUNK:  # starting processes would take longer than the work
@@ -50,9 +50,9 @@ def encode_all(encode: Callable[[range], list[dict]], count: int) -> Iterator[di
 
 
 def build(folder: Path, make_builder: Callable[[], Any]) -> None:
-    """Builds all splits unless they are there. tfds builds beside the folder and renames: it is whole or absent.
+    """Builds all splits unless they exist. tfds builds beside the folder and renames: it is whole or absent.
 
-    Another process that builds the same is waited for; what killed ones have left is removed.
+    Waits for another process that builds the same; removes leftovers of killed ones.
     """
     if folder.exists():
         return
@@ -71,7 +71,7 @@ def build(folder: Path, make_builder: Callable[[], Any]) -> None:
             if not folder.exists():  # else another process has built the same data meanwhile
                 raise
         write_digests(folder, [path.name for path in folder.iterdir() if path.name != DIGESTS])
-        lock.unlink(missing_ok=True)  # whoever gets it after this finds the folder
+        lock.unlink(missing_ok=True)  # its next holder finds the folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class BuiltSplit:
     source: ClassVar[str]  # the class that builds the folder
 
     def decode(self, stored: dict) -> dict:
-        """What tfds stores, its images decoded, -> a raw example."""
+        """An example as tfds stores it, with its images decoded, -> a raw example."""
         raise NotImplementedError
 
     def __getstate__(self):
@@ -110,8 +110,8 @@ class BuiltSplit:
         return builder.as_data_source(self.name, decoders=skip)  # ty: ignore[invalid-argument-type]  no self, a dict: as tfds documents
 
     def _check(self) -> None:
-        """ValueError names a file that is not as it was built: records by their size, all else by its SHA-256.
-        Hashes within guard each record as it is read."""
+        """ValueError names a file that has changed: records by their size, all else by its SHA-256. Hashes within guard
+        each record as it is read."""
         if not (self.folder / DIGESTS).exists():
             return  # built before version 0.2
         files = read_json(self.folder / DIGESTS)["files"]
@@ -142,7 +142,7 @@ class BuiltSplit:
         index = int(index) % count
         try:
             stored = self._records[index]
-        except RuntimeError as error:  # which tells the kind of damage, but rarely the file
+        except RuntimeError as error:  # it names the kind of damage, but rarely the file
             raise ValueError(
                 f"cannot read example {index} from {self._shard(index)} ({error}); "
                 f"delete {self.folder} and call {self.source}.prepare again"

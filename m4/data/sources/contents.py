@@ -1,5 +1,5 @@
-"""The content of files that others gave: of ordinary files alone, since a FIFO would be waited for and /dev/zero never
-ends, and no more than memory holds."""
+"""Reads files that others gave: ordinary files alone, since a FIFO would block and /dev/zero never ends, and no more
+than memory holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from m4.files import shown
 
-MAX_BYTES = 2**32  # of a file that is read as a whole
+MAX_BYTES = 2**32  # of a file that is read whole
 
 
 def content(file: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -25,7 +25,7 @@ def content(file: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def check_regular(file: str | os.PathLike) -> os.stat_result:
-    """What the system tells about an ordinary file; ValueError for anything else under that path."""
+    """The status (os.stat) of an ordinary file; ValueError for anything else under that path."""
     status = status_of(file)
     kind = stat.S_IFMT(status.st_mode)
     if kind != stat.S_IFREG:

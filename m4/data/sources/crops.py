@@ -1,6 +1,6 @@
 """Aligned random crops and mirror images of raw examples, for all their signals at once.
 
-Axes: H rows and W columns of a picture, h and w of its part, n boxes.
+Axes: H rows and W columns of an image, h and w of its crop, n boxes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 
 from m4.tokens.tokenizer import Examples
 
-# The signals that are pictures whatever their size, with their kinds of numbers and of axes. Else they hold tokens.
+# Signals that are images if their arrays have these kinds of dtype and this which of axes; else they hold tokens.
 PICTURES = {"rgb": ("u", 3), "depth": ("f", 2), "normals": ("f", 3), "semseg": ("iu", 2), "instance": ("iu", 2)}
 
 
@@ -51,7 +51,7 @@ class Crops:
         return Cropped(examples, self, seed)
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> "Crop":
-        """A crop of a picture of so many rows and columns: a square of whole pixels."""
+        """A crop of an image of `height` x `width` pixels: a square of whole pixels."""
         shorter = min(height, width)
         side = max(1, round(rng.uniform(*self.scale) * shorter))
         if tuple(self.scale) == (1, 1):
@@ -63,7 +63,7 @@ class Crops:
 
 
 class Crop(NamedTuple):
-    """A part of a picture, as shares of its height and width in [0, 1], and whether it is mirrored after cutting."""
+    """A part of an image, as shares of its height and width in [0, 1], and whether it is mirrored after cropping."""
 
     ymin: float
     xmin: float
@@ -92,7 +92,7 @@ class Crop(NamedTuple):
         return part
 
     def boxes(self, boxes: dict[str, Any], min_visible: float) -> dict[str, Any]:
-        """bbox [n 4] and n labels, in coordinates of the part, without those of which less than a share remains."""
+        """bbox [n 4] and n labels, in coordinates of the crop, without boxes less visible than `min_visible`."""
         lowest, highest = np.split(np.asarray(boxes["bbox"], np.float64).reshape(-1, 4), 2, axis=1)  # [n 2] of (y, x)
         start, stop = np.array([self.ymin, self.xmin]), np.array([self.ymax, self.xmax])
         low, high = np.maximum(lowest, start), np.minimum(highest, stop)
@@ -108,20 +108,20 @@ class Crop(NamedTuple):
 
 @dataclass(frozen=True)
 class Cropped:
-    """A sequence of crops: numbers i * num to i * num + num - 1 are those of raw example i.
+    """A sequence of crops: indices i * num to i * num + num - 1 are those of raw example i.
 
-    The reference picture is the first in an example of rgb, depth, normals, semseg and instance; a crop is a square of
+    The reference image is the first in an example of rgb, depth, normals, semseg and instance; a crop is a square of
     its pixels. What becomes of the signals:
 
-        these five, and arrays [H W ...] of the reference's height and width    cut, mirrored, resized
+        these five, and arrays [H W ...] of the reference's height and width    cropped, mirrored, resized
         normals     their x component changes sign when mirrored, for it points right (as y points down, z forward)
-        boxes       cut, mirrored, in coordinates of the crop
-        words       as they are: a caption that says "left", or tells of what is outside of the crop, still does
+        boxes       cropped, mirrored, in coordinates of the crop
+        texts       unchanged: a caption may say "left", or describe what is outside of the crop
         crop        added: float32 [5], (ymin, xmin, ymax, xmax) of the reference in [0, 1], and 1 if mirrored, else 0
 
-    Pictures of other sizes than the reference are cut at the same shares, their edges at the nearest pixels. All other
-    signals (poses, vectors of a whole picture, tokens) are a ValueError unless the crop is the whole picture, not
-    mirrored, since their crop is not known. Crops depend on (seed, i, number of the crop) and their sizes alone.
+    Images of other sizes than the reference are cropped at the same shares, with edges at the nearest pixels. All other
+    signals (poses, vectors of a whole image, tokens) are a ValueError unless the crop is the whole image, not mirrored,
+    since their crop is not known. Crops depend on (seed, i, index of the crop) and the image's size alone.
     """
 
     examples: Examples
@@ -139,24 +139,24 @@ class Cropped:
         count = len(self)
         if not -count <= index < count:
             raise IndexError(f"crop {index} of {count}")
-        place, number = divmod(int(index) % count, self.crops.num)
+        place, crop_index = divmod(int(index) % count, self.crops.num)
         example = self.examples[place]
         file = f" ({example['file']})" if "file" in example else ""
         if "crop" in example:
             raise ValueError(f"example {place}{file} is a crop already")
-        if all(map(_is_words, example.values())):  # text alone
+        if all(map(_is_text, example.values())):  # text alone
             return example
         extent = next((example[name].shape[:2] for name in PICTURES if _is_picture(name, example, None)), None)
         if extent is None:
             raise ValueError(f"example {place}{file} has no picture to crop, but: {', '.join(example)}")
-        crop = self.crops.draw(*extent, np.random.default_rng([self.seed, place, number]))
+        crop = self.crops.draw(*extent, np.random.default_rng([self.seed, place, crop_index]))
         cropped = {}
         for name, value in example.items():
             if _is_picture(name, example, extent):
                 cropped[name] = crop.picture(name, value, self.crops.size)
             elif name == "boxes" and isinstance(value, dict):
                 cropped[name] = crop.boxes(value, self.crops.min_visible)
-            elif _is_words(value) or crop == (0, 0, 1, 1, False):
+            elif _is_text(value) or crop == (0, 0, 1, 1, False):
                 cropped[name] = value
             else:
                 kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
@@ -182,7 +182,7 @@ def _is_picture(name: str, example: dict[str, Any], extent: tuple[int, int] | No
     return value.ndim >= 2 and value.shape[:2] == extent
 
 
-def _is_words(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(map(_is_words, value.values()))
-    return isinstance(value, str) or (isinstance(value, list | tuple) and all(map(_is_words, value)))
+        return all(map(_is_text, value.values()))
+    return isinstance(value, str) or (isinstance(value, list | tuple) and all(map(_is_text, value)))

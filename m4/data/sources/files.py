@@ -1,4 +1,4 @@
-"""One stored signal of one example, from bytes: pictures, arrays, texts and boxes, each checked as it is read.
+"""One stored signal of one example, from bytes: images, arrays, texts and boxes, each checked as it is read.
 
 This is the one reader of signals: of training (`folders`, `tars`) and, through `m4.data.samples`, of everything else.
 
@@ -23,12 +23,12 @@ from m4.errors import closest
 from m4.files import decode_text, parse_json
 
 LONGEST = 1.1  # length of a normal that is still a unit vector
-SATURATED = 2**16 - 1  # of 16-bit depth: what sensors and converters write where they know nothing
+SATURATED = 2**16 - 1  # of 16-bit depth: sensors and converters write it where depth is unknown
 PICTURES = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "pbm", "pnm", "pfm")
 EXACT = ("png", "tif", "tiff", "bmp")
 SOUNDS = ("wav", "ogg", "oga", "flac", "mp3", "aiff", "opus")
 
-# What a signal's values are. A tokenizer says which kind it takes (`kind`); else the signal's name does.
+# The kind of a signal's values. A tokenizer says which kind it takes (`kind`); else the signal's name does.
 KINDS = {
     "rgb": "image",
     "depth": "depth",
@@ -65,7 +65,7 @@ EXTENSIONS = {
     "metadata": ("json", "npy"),
     "answer": ("json", "npy"),
     "audio": (*SOUNDS, "npy"),
-    "": ("npy", "png", "json", "txt"),  # of a signal of which nothing is known
+    "": ("npy", "png", "json", "txt"),  # of a signal of unknown kind
 }
 
 OTHER = EXTENSIONS[""]
@@ -73,10 +73,10 @@ LITERAL = ("text", "class", "boxes", "palette", "metadata", "answer")  # kinds t
 
 # Kinds of arrays [H W ...] that lie on the same pixels as the other signals of their example.
 ALIGNED = ("image", "mask", "edges", "depth", "relative_depth", "normals", "classes", "instances", "map")
-MAPS = ("classes", "instances", "mask", "map")  # of two axes they are a map even of integers, and never tokens
+MAPS = ("classes", "instances", "mask", "map")  # an array of two axes is a map even if of integers, and never tokens
 ANY = None
 
-ARRAYS = {  # what an array may be that is not tokens: kinds of dtype, sizes of its axes (0 = any), in words
+ARRAYS = {  # arrays that are not tokens: kinds of dtype, sizes of the axes (0 = any), text for errors
     "image": ("u", (0, 0, 3), "uint8 [H W 3]"),
     "mask": ("biuf", (0, 0), "bool [H W]"),
     "edges": ("bf", (0, 0), "floats [H W] from 0 to 1"),
@@ -91,7 +91,7 @@ ARRAYS = {  # what an array may be that is not tokens: kinds of dtype, sizes of 
     "audio": ("f", (0,), "floats [T]"),
 }
 
-MODES = {  # of pictures that hold numbers
+MODES = {  # of images that hold other values than colours
     "depth": ("I;16", "I;16B", "I"),
     "relative_depth": ("I;16", "I;16B", "I"),
     "normals": ("RGB",),
@@ -102,35 +102,35 @@ MODES = {  # of pictures that hold numbers
 
 
 def decode(signal: str, file: str, data: bytes, kind: str = "") -> Any:
-    """The value of `signal` from the content of `file`, which names it in errors and tells by its extension whether it
-    is a picture, an array or a text. `kind`: what the signal's values are; by default, what its name says (`KINDS`).
+    """The value of `signal` from the content of `file`, which names it in errors and whose extension tells whether it
+    is an image, an array or a text. `kind`: what the signal's values are; by default, what its name says (`KINDS`).
 
         image             pictures       uint8 [H W 3], any mode: see `to_rgb`
         mask              pictures, npy  bool [H W], the bright part: see `to_mask`
         edges             pictures, npy  float32 [H W], 0 to 1
         depth             png, tiff      16 bits, millimetres -> float32 [H W] metres, 0 = unknown, and so is 65535
                           npy            floats, metres; NaN, infinite and negative ones are refused
-        relative_depth    png, tiff, npy float32 [H W], any finite numbers
+        relative_depth    png, tiff, npy float32 [H W], any finite values
         normals           png            0..255 -> -1..1 -> float32 [H W 3] unit vectors, zero = unknown (black, grey)
                           npy            floats; those shorter than 1/2 are unknown
         classes,          png, tiff,     int32 [H W]: pixel values or palette indices
         instances         bmp, npy
-        map               png, tiff, npy numbers as stored, [H W] or [H W C] (palette indices)
-        features, ids     npy            numbers as stored
+        map               png, tiff, npy values as stored, [H W] or [H W C] (palette indices)
+        features, ids     npy            values as stored
         text, class       txt            str: UTF-8, stripped, not empty
-                          json           a string, or a list of strings, of which the first counts
+                          json           a string, or a list of strings, of which the first is taken
         boxes             json           [{"bbox": [ymin, xmin, ymax, xmax], "label": "cube"}, ...], in [0, 1]
                                          -> {"bbox": float32 [n 4], "label": n strings}
         palette           json           [[255, 0, 0], ...] -> uint8 [n 3]
-                          pictures       uint8 [H W 3], whose palette is meant
+                          pictures       uint8 [H W 3], of which the palette is computed
         metadata, answer  json           the value
         audio             wav, ogg, ...  m4.data.sources.sounds.Sound, at its own rate
                           npy            floats [T], at the tokenizer's rate
-        any of these      npy            tokens (see `is_tokens`), as they are
+        any of these      npy            tokens (see `is_tokens`), unchanged
         not known         npy png        the array as stored (palette indices, no rotation)
                           json txt       the value; str, UTF-8
 
-    Pictures are upright by their EXIF tag; of several in one file the first counts. ValueError "FILE: what is wrong"
+    Images are upright by their EXIF tag; the first of several in one file is taken. ValueError "FILE: what is wrong"
     for an extension that is not allowed, and for empty, damaged or refused content.
     """
     kind = kind or kind_of_name(signal)
@@ -149,7 +149,7 @@ def decode(signal: str, file: str, data: bytes, kind: str = "") -> Any:
         return from_text(kind, extension, decode_text(data))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    except Exception as error:  # decoders meet damaged bytes with errors of nearly every kind
+    except Exception as error:  # decoders raise errors of nearly every kind for damaged bytes
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file}: damaged, or not what its extension says ({reason})") from error
 
@@ -159,16 +159,16 @@ def extension_of(file: str) -> str:
 
 
 def kind_of_name(signal: str) -> str:
-    """What the values of a signal of that name are, "" if it says nothing."""
+    """The kind of a signal of that name, "" if it is unknown."""
     return KINDS[signal] if signal in KINDS else ""
 
 
 def kinds_of(tokenizers: Iterable[Any]) -> dict[str, str]:
-    """What the signals are that tokenizers (or recipes) read, by name. ValueError if two differ about one."""
+    """The kinds of the signals that tokenizers (or recipes) read, by name. ValueError if two differ about one."""
     kinds: dict[str, str] = {}
     for tokenizer in tokenizers:
         kind, name = getattr(tokenizer, "kind", ""), tokenizer.modality.signal
-        if not kind or kind == "ids":  # ids lie under the modality's name
+        if not kind or kind == "ids":  # ids are stored under the modality's name
             continue
         if name in kinds and kinds[name] != kind:
             raise ValueError(f"the signal {name!r} is read as {kinds[name]} by one tokenizer, as {kind} by another")
@@ -190,7 +190,7 @@ def is_tokens(signal: str, file: str, value: Any, kind: str = "") -> bool:
 
 
 def extent(signal: str, file: str, value: Any, kind: str = "") -> tuple[int, ...] | None:
-    """(H, W) of a decoded value that is aligned with pictures: a picture, or an array of `ALIGNED`; else None."""
+    """(H, W) of a decoded value that is aligned with images: an image, or an array of `ALIGNED`; else None."""
     kind = kind or kind_of_name(signal)
     is_picture = extension_of(file) in PICTURES
     return value.shape[:2] if is_picture or (kind in ALIGNED and not is_tokens(signal, file, value, kind)) else None
@@ -200,7 +200,7 @@ def extent(signal: str, file: str, value: Any, kind: str = "") -> tuple[int, ...
 
 
 def _array(data: bytes) -> np.ndarray:
-    """An array from .npy; unlike numpy's reader this one never trusts the header with an allocation, nor a pickle."""
+    """An array from .npy; unlike numpy's reader, it neither allocates what the header claims nor reads pickles."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
@@ -216,7 +216,7 @@ def _array(data: bytes) -> np.ndarray:
     return array.astype(dtype.newbyteorder("="), order="C")
 
 
-# ---- Picture, array, text -> value ----------------------------------------------------------------------------------
+# ---- Image, array, text -> value ------------------------------------------------------------------------------------
 
 
 def _from_picture(signal: str, data: bytes, kind: str) -> np.ndarray:
@@ -319,20 +319,20 @@ def from_text(kind: str, extension: str, text: str) -> Any:
     if value is None:
         raise ValueError("null is no value; leave the file out")
     if kind in ("text", "class"):
-        return _words(value, {"text": "caption", "class": "label"}[kind])
+        return _first_text(value, {"text": "caption", "class": "label"}[kind])
     if kind == "palette":
         return _palette(value)
     return _boxes(value) if kind == "boxes" else value
 
 
-def _words(value: Any, what: str) -> str:
+def _first_text(value: Any, what: str) -> str:
     """A caption, or the first of a list of them."""
-    words = value if isinstance(value, list) else [value]
-    if not words or not all(isinstance(x, str) for x in words):
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(x, str) for x in texts):
         raise ValueError(f"a {what} is a string or a list of strings, not {str(value)[:60]!r}")
-    if not words[0].strip():
+    if not texts[0].strip():
         raise ValueError(f"the {what} is empty")
-    return words[0].strip()
+    return texts[0].strip()
 
 
 def _palette(value: Any) -> np.ndarray:

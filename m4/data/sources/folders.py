@@ -1,4 +1,4 @@
-"""Aligned examples from folders of files, one folder per signal; what tars of the same layout share with them.
+"""Aligned examples from folders of files, one folder per signal; and the base class of `Tars`, of the same layout.
 
 root/rgb/a/0001.png   root/depth/a/0001.npy   root/caption/a/0001.txt   ->  {"rgb": ..., "depth": ..., "caption": ...}
 """
@@ -25,11 +25,11 @@ from m4.files import check_name, shown
 SPLITS = ("train", "validation", "test")
 JUNK = ("thumbs.db", "desktop.ini", "__macosx")  # left by file managers, as are names with a dot in front
 KNOWN = {*OTHER, *(extension for extensions in EXTENSIONS.values() for extension in extensions)}  # of files
-RESERVED = ("id", "file")  # what an example tells about itself
+RESERVED = ("id", "file")  # entries of an example beside its signals
 
 
 class Stored(NamedTuple):
-    """Where a signal of an example lies: a file, or a member of a tar whose content is at `offset`."""
+    """Where a signal of an example is stored: a file, or a member of a tar whose content is at `offset`."""
 
     signal: str
     container: str  # folder of the signal, or path of the tar
@@ -43,7 +43,7 @@ class Stored(NamedTuple):
 
     @property
     def file(self) -> str:
-        """The path as it is told to people."""
+        """The path as errors name it."""
         return shown(self.path)
 
     @property
@@ -62,16 +62,16 @@ def subfolders(folder: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True, kw_only=True)
 class Aligned:
-    """What `Folders` and `Tars` share: which signals and splits there are, and how files become examples."""
+    """The base of `Folders` and `Tars`: which signals and splits exist, and how files become examples."""
 
     root: str
     """Folder of the data."""
     signals: tuple[str, ...] = ()
-    """Signals to read; () is every folder there."""
+    """Signals to read; () is every folder in `root`."""
     allow_missing: bool = False
     """Examples may lack signals; else a missing one is an error."""
     validation_share: float = 0.05
-    """Share of ids in the split validation, by their hash, where folders say no splits."""
+    """Share of ids in the split validation, by their hash, where there are no folders of splits."""
     test_share: float = 0.05
     """Share of ids in the split test, by their hash."""
 
@@ -100,9 +100,9 @@ class Aligned:
         raise NotImplementedError
 
     def layout(self, data_dir: str | os.PathLike) -> dict[str, dict[str, Path]]:
-        """Folders of the signals by split, or of all splits under "" if they are told apart by hash.
+        """Folders of the signals by split, or of all splits under "" if ids are split by hash.
 
-        ValueError for a root or signal that is not there, with the closest name. A data_dir within root is no signal.
+        ValueError for a root or signal that does not exist, with the closest name. A data_dir within root is no signal.
         """
         root = Path(self.root)
         if not root.is_dir():
@@ -111,9 +111,9 @@ class Aligned:
             raise ValueError(
                 f"root and data_dir are both {root}; choose another data_dir, for what is made of the data"
             )
-        found = {n: path for n, path in subfolders(root).items() if path.resolve() != Path(data_dir).resolve()}
-        splits = {name: subfolders(folder) for name, folder in found.items() if name in SPLITS} or {"": found}
-        others = sorted(found.keys() - SPLITS)
+        folders = {n: path for n, path in subfolders(root).items() if path.resolve() != Path(data_dir).resolve()}
+        splits = {name: subfolders(folder) for name, folder in folders.items() if name in SPLITS} or {"": folders}
+        others = sorted(folders.keys() - SPLITS)
         if "" not in splits and others:
             raise ValueError(
                 f"{root} has {', '.join(others)} beside the splits {', '.join(sorted(splits))}; keep one or the other"
@@ -128,11 +128,11 @@ class Aligned:
             if name in RESERVED:
                 raise ValueError(f"{root}: a signal must not be named {name!r}, which every example has")
             check_name(name, f"a signal in {shown(root)}")
-        for split, folders in splits.items():
-            lacking = [name for name in names if name not in folders]
+        for split, signals in splits.items():
+            lacking = [name for name in names if name not in signals]
             if lacking and not self.allow_missing:
                 raise ValueError(f"{root / split} lacks {lacking[0]!r}; add it or set allow_missing=True")
-        return {split: {n: folders[n] for n in names if n in folders} for split, folders in splits.items()}
+        return {split: {n: signals[n] for n in names if n in signals} for split, signals in splits.items()}
 
     def split(self, name: str, data_dir: str | os.PathLike) -> "AlignedSplit":
         """Examples of one split, sorted by id."""
@@ -149,7 +149,7 @@ class Aligned:
         return "test" if position < self.validation_share + self.test_share else "train"
 
     def signature(self, data_dir: str | os.PathLike) -> str:
-        """12 hex digits that change with the name, size or time of any file of the signals, in any split."""
+        """Returns 12 hex digits that change with the name, size or time of any file of the signals, in any split."""
         digest = hashlib.sha256()
         for split, folders in sorted(self.layout(data_dir).items()):
             for signal, folder in sorted(folders.items()):
@@ -167,8 +167,8 @@ class AlignedSplit:
     """A sequence of raw examples, as `decode` reads them; listed when first read, so that it can be sent to workers.
 
     Besides its signals an example has `id`, and `file`, one of its files, for errors. Reading one raises ValueError
-    "FILE: what is wrong" for a signal that is missing (unless allow_missing) or there twice, for content that `decode`
-    refuses and for pictures of unequal sizes: never a shift against the neighbours.
+    "FILE: what is wrong" for a signal that is missing (unless allow_missing) or stored twice, for content that `decode`
+    refuses and for images of unequal sizes: signals are never shifted against each other.
     """
 
     source: Aligned
@@ -178,7 +178,7 @@ class AlignedSplit:
     data_dir: str
     """Folder of prepared data, for the list of examples."""
     kinds: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What signals are by name, where their tokenizers say so (m4.data.sources.files.KINDS)."""
+    """Kinds of signals by name, where their tokenizers say so (m4.data.sources.files.KINDS)."""
 
     def __getstate__(self):
         return {"source": self.source, "name": self.name, "data_dir": self.data_dir, "kinds": self.kinds}
@@ -192,7 +192,7 @@ class AlignedSplit:
 
     @functools.cached_property
     def _listed(self) -> tuple[list[tuple[str, list[Stored]]], dict[str, tuple[Stored, Stored]]]:
-        """Ids with the files of each, in order; and what `_find_halves` finds."""
+        """Ids with the files of each, in order; and the result of `_find_halves`."""
         layout = self.source.layout(self.data_dir)
         is_hashed = "" in layout
         grouped: dict[str, list[Stored]] = {}
@@ -207,8 +207,8 @@ class AlignedSplit:
         return self._listed[0]
 
     def _find_halves(self, grouped: dict[str, list[Stored]]) -> dict[str, tuple[Stored, Stored]]:
-        """Examples that lack signals which another example has, whose name differs in Unicode's normal form or in case
-        alone: by id, a file of each. Mac OS writes names in another form than others do; both look the same."""
+        """Examples that lack signals which another one has whose id differs in Unicode's normal form or in case alone:
+        by id, a file of each. Mac OS writes names in another form than others do; both look the same."""
         signals = set(self._signals)
         similar: dict[str, list[str]] = {}
         for id, files in grouped.items():
@@ -284,9 +284,9 @@ class Folders(Aligned):
     """Files aligned by their path without extension, which is the example's id.
 
         root/<signal>/<subfolders>/<name>.<ext>             split by a hash of the id
-        root/<split>/<signal>/<subfolders>/<name>.<ext>     splits train, validation, test as they are
+        root/<split>/<signal>/<subfolders>/<name>.<ext>     splits train, validation, test as given
 
-    `m4.data.sources.files.decode` tells what files may hold. Hidden files and those of file managers are left out.
+    `m4.data.sources.files.decode` describes what files may hold. Hidden files and those of file managers are left out.
     """
 
     def files(self, folder: Path) -> Iterator[str]:
@@ -326,5 +326,5 @@ def _normal(id: str) -> str:
 
 
 def _refuse(error: OSError) -> None:
-    """What os.walk would leave out without a word."""
+    """Raises for a folder that os.walk would skip silently."""
     raise ValueError(f"{shown(error.filename)} cannot be listed ({error.strerror})")

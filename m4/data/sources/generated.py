@@ -1,4 +1,4 @@
-"""What `python -m m4 generate` wrote as training examples: pseudo-labels.
+"""The results of `python -m m4 generate` as training examples: pseudo-labels.
 
 OUT/photo_1/rgb.png   OUT/photo_1/depth.png   OUT/photo_1/caption.txt   ->  {"rgb": ..., "depth": ..., "caption": ...}
 """
@@ -16,10 +16,10 @@ from m4.data.sources.folders import Aligned, Stored, subfolders
 from m4.errors import closest
 from m4.files import check_name, shown
 
-DRAWN = "_color"  # what ends so is a drawing of the signal of that name without it
+DRAWN = "_color"  # rgb_color.png is a drawing of the signal rgb
 
 
-class OfSample(Stored):
+class SampleFile(Stored):
     """A file in the folder of its example."""
 
     @property
@@ -31,8 +31,8 @@ class OfSample(Stored):
 class Generated(Aligned):
     """Examples from folders of their own, root/<id>/<signal>.<ext>, in splits by a hash of the id.
 
-    `generate --with-inputs` writes what was given beside what was made of it. Drawings are left out: a picture beside
-    another file of its name (boxes.png, normals.png), and <signal>_color.png. So is what lies beside the folders.
+    `generate --with-inputs` writes the inputs beside the predictions. Drawings are left out: an image beside another
+    file of its name (boxes.png, normals.png), and <signal>_color.png. So are files beside the folders.
     """
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
@@ -40,7 +40,7 @@ class Generated(Aligned):
         self.layout(data_dir)
 
     def layout(self, data_dir: str | os.PathLike) -> dict[str, dict[str, Path]]:
-        """Every signal lies in the root."""
+        """The root, for every signal."""
         root = Path(self.root)
         if not root.is_dir():
             raise ValueError(f"{shown(root)} {'is not a folder' if root.exists() else 'does not exist'}")
@@ -54,7 +54,7 @@ class Generated(Aligned):
         return {"": {name: root for name in self.signals or known}}
 
     def _signals(self, sample: Path) -> Iterator[tuple[str, str]]:
-        """(signal, file's name) of all that a sample's folder holds, without drawings."""
+        """(signal, file's name) of all files in a sample's folder, without drawings."""
         names = sorted(p.name for p in sample.iterdir() if not p.name.startswith(".") and extension_of(p.name))
         stems = {name: os.path.splitext(name)[0] for name in names}
         data = {stem for name, stem in stems.items() if extension_of(name) not in PICTURES}
@@ -72,7 +72,7 @@ class Generated(Aligned):
     def stored(self, signal: str, folder: Path, data_dir: str | os.PathLike) -> Iterator[Stored]:
         for name in self.files(folder):
             if os.path.splitext(os.path.basename(name))[0] == signal:
-                yield OfSample(signal, os.fspath(folder), name)
+                yield SampleFile(signal, os.fspath(folder), name)
 
     def read(self, stored: Stored) -> bytes:
         return content(stored.path)

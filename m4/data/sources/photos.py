@@ -1,6 +1,6 @@
 """Random crops of the real photographs inside the wheels of scikit-image and scikit-learn: nothing is downloaded.
 
-Axes: H rows and W columns of a picture or crop, C colours.
+Axes: H rows and W columns of an image or crop, C colours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from m4.errors import check
 VERSION = "1.0.0"  # of the examples: raise it whenever the same fields give others
 SPLITS = ("train", "validation", "test")
 
-# All colour photographs of scenes in the two wheels. Left out: grey pictures, textures, drawings, photographs through
+# All colour photographs of scenes in the two wheels. Left out: grey images, textures, drawings, photographs through
 # a microscope, a telescope or an eye's pupil, and motorcycle_right, which shows what motorcycle_left shows.
 PICTURES = {
     "astronaut.png": "skimage/data",
@@ -36,7 +36,7 @@ INSTALL = 'pip install "m4-jax[photos]"'
 
 
 def bundled(file: str, folder: str) -> Path:
-    """Path of a file within an installed package, which is not imported; ValueError naming the command if it lacks."""
+    """Path of a file within an installed package, which is not imported. ValueError names the command to install it."""
     package, _, rest = folder.partition("/")
     spec = find_spec(package)
     path = Path(spec.origin).parent / rest / file if spec and spec.origin else None
@@ -67,7 +67,7 @@ def motorcycle_depth() -> Float[np.ndarray, "H W"]:
 
 
 def region(file: str, split: str) -> tuple[int, int, int, int]:
-    """Top, left, bottom, right of the part of a picture that a split may see, drawn in `Photos`."""
+    """Top, left, bottom, right of the part of an image that a split may see, drawn in `Photos`."""
     height, width, _ = picture(file).shape
     if split == "train":
         return 0, 0, height, width // 2
@@ -79,15 +79,15 @@ def region(file: str, split: str) -> tuple[int, int, int, int]:
 class Photos:
     """Square crops of seven photographs at random places and scales: a source of real images to test on.
 
-    No pixel of a picture is in two splits: each has its part of every picture, and crops stay within it.
+    No pixel of an image is in two splits: each has its part of every image, and crops stay within it.
 
         +-----------+------------+
-        |           | validation |   (every second picture has validation and test exchanged,
+        |           | validation |   (every second image has validation and test exchanged,
         |   train   +------------+    so that neither is the one with the skies)
         |           |    test    |
         +-----------+------------+
 
-    So validation and test show unseen parts of seen pictures; they tell little about other pictures. Example i of a
+    So validation and test show unseen parts of seen images; they say little about other images. Example i of a
     split depends on (seed, split, i) and these fields alone.
     """
 
@@ -119,7 +119,7 @@ class Photos:
             raise ValueError(f"{given} are given, but 0 < smallest <= largest <= 0.5 must hold")
 
     def signature(self, data_dir: str | os.PathLike) -> str:
-        """The version of the code that cuts."""
+        """The version of the code that crops."""
         return VERSION
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
@@ -134,9 +134,9 @@ class Photos:
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoSplit:
-    """A sequence of crops, made when they are read.
+    """A sequence of crops, computed when they are read.
 
-    rgb: uint8 [size size 3]; file: name of the picture; only crops of motorcycle_left.png have
+    rgb: uint8 [size size 3]; file: name of the image; only crops of motorcycle_left.png have
     depth: float32 [size size], metres along the optical axis, 0 where unknown (nearest pixel: no invented surfaces).
     """
 
@@ -147,7 +147,7 @@ class PhotoSplit:
         return getattr(self.photos, f"num_{self.name}")
 
     def place(self, index: int) -> tuple[str, slice, slice, bool]:
-        """Which picture, rows and columns example `index` shows, and whether mirrored."""
+        """Which image, rows and columns example `index` shows, and whether it is mirrored."""
         count = len(self)
         if not -count <= index < count:
             raise IndexError(f"photo {index} of {count} ({self.name})")
@@ -163,7 +163,7 @@ class PhotoSplit:
     def __getitem__(self, index: int) -> dict:
         file, rows, columns, mirrored = self.place(index)
         size, step = self.photos.size, -1 if mirrored else 1
-        # Cut before resizing, since the filter would read pixels beyond the crop; PIL's filters are antialiased.
+        # Crops before resizing, since the filter would read pixels beyond the crop; PIL's filters are antialiased.
         crop = Image.fromarray(picture(file)[rows, columns]).resize((size, size), Image.Resampling.BICUBIC)
         example = {"rgb": np.asarray(crop)[:, ::step].copy(), "file": file}
         if file == "motorcycle_left.png":

@@ -1,4 +1,4 @@
-"""Pictures from bytes: the formats that are read, and what their modes mean.
+"""Images from bytes: the formats that are read, and what their modes mean.
 
 Axes: H rows, W columns.
 """
@@ -21,7 +21,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import SAMPLEFORMAT, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-MAX_PIXELS = 64_000_000  # of a picture; a larger one is refused by its header, before it takes memory
+MAX_PIXELS = 64_000_000  # of an image; a larger one is refused by its header, before it takes memory
 
 FORMATS = {  # how their files begin, and what decodes them: no other of PIL's decoders ever sees a file
     "png": ((b"\x89PNG\r\n\x1a\n",), PngImageFile),
@@ -33,30 +33,32 @@ FORMATS = {  # how their files begin, and what decodes them: no other of PIL's d
     "pnm": ((b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf"), PpmImageFile),
 }
 
-# Whose pixels are the numbers that were stored: pnm may scale them, jpeg and webp change them, and what writes gif
-# numbers the colours anew.
+# Formats whose pixels are the values that were stored: pnm may scale them, jpeg and webp change them, and writers of
+# gif renumber the colours.
 LOSSLESS = ("png", "tiff", "bmp")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
-# How PIL unpacks what it changes: grey of 2 or 4 bits is stretched to 8, inverted grey is turned round, of channels of
-# 16 bits the lower half is dropped, and so are channels that have no name.
+# PIL's names of packings whose values it changes: grey of 2 or 4 bits is stretched to 8, inverted grey is inverted,
+# channels of 16 bits lose their lower half, and channels without a name are dropped.
 CHANGED = re.compile(r"L;[24].*|[1L];I.*|(RGB|LA|CMYK).*;16.*|\w+X+(;.*)?")
 
 
 def open_picture(
     data: bytes, formats: tuple[str, ...] = (*FORMATS,), *, turn: bool = True, exact: bool = False
 ) -> Image.Image:
-    """The first picture of a file, decoded and (if asked) upright by its EXIF tag. Its content tells the format.
+    """The first image of a file, decoded and (if `turn`) upright by its EXIF tag. Its content tells the format.
 
-    ValueError for other formats, for more than MAX_PIXELS, which the header tells, and (if `exact`) where its pixels
-    would not be the numbers that are stored. Damage gives errors of nearly every kind.
+    ValueError for other formats, for more than MAX_PIXELS by the header, and (if `exact`) where its pixels would not
+    be the values that are stored. Damage gives errors of nearly every kind.
     """
-    found = next((name for name, (starts, _) in FORMATS.items() if data.startswith(starts)), "")
-    if found not in formats:
+    detected = next((name for name, (starts, _) in FORMATS.items() if data.startswith(starts)), "")
+    if detected not in formats:
         unknown = f"damaged, or no picture that can be read: it begins with {data[:8]!r}"
-        given = f"its content is {found}" if found else unknown
+        given = f"its content is {detected}" if detected else unknown
         raise ValueError(f"{given}; allowed: {', '.join(formats)}")
-    picture = FORMATS[found][1](io.BytesIO(data))  # reads the header; Image.open would warn of sizes on its own terms
+    picture = FORMATS[detected][1](
+        io.BytesIO(data)
+    )  # reads the header; Image.open would warn of sizes on its own terms
     if picture.width * picture.height > MAX_PIXELS:
         given = f"a picture of {picture.height} x {picture.width} pixels"
         raise ValueError(f"{given} was given; allowed: at most {MAX_PIXELS:,} pixels")
@@ -69,32 +71,32 @@ def open_picture(
 
 
 def _packing(tile: Any) -> str:
-    """PIL's name of how the pixels of a part of a picture are stored, as "RGB;16B"."""
+    """PIL's name of how the pixels of a part of an image are stored, such as "RGB;16B"."""
     arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
     return next((x for x in arguments if isinstance(x, str)), "")
 
 
 def _signed(picture: Image.Image) -> str:
-    """What a tiff of 8 bits with a sign is called; PIL leaves the sign out."""
+    """The packing of a signed tiff of 8 bits, else ""; PIL ignores the sign."""
     tags = picture.tag_v2 if isinstance(picture, TiffImageFile) else {}
     return "8 bits with a sign" if picture.mode == "L" and SAMPLEFORMAT in tags and 2 in tags[SAMPLEFORMAT] else ""
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # a damaged tag is common on the web, and not worth the picture
+    with contextlib.suppress(Exception):  # a damaged tag is common on the web, and no reason to refuse the image
         return ImageOps.exif_transpose(picture)
     return picture
 
 
 def to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """Any mode, upright by its EXIF tag: what is transparent turns white, grey of 16 bits keeps its upper 8, floats
-    are from 0 to 1. ValueError for other floats, and for integers beyond 16 bits."""
-    picture.load()  # so that what fails next is the tag alone
+    """An image of any mode, upright by its EXIF tag: transparent pixels become white, grey of 16 bits keeps its upper
+    8, floats are from 0 to 1. ValueError for other floats, and for integers beyond 16 bits."""
+    picture.load()  # so that the next step can fail because of the tag alone
     picture = upright(picture)
     if picture.mode == "F":
-        picture = Image.fromarray(np.round(_of_floats(picture) * 255).astype(np.uint8))
+        picture = Image.fromarray(np.round(_unit_floats(picture) * 255).astype(np.uint8))
     if picture.mode.startswith("I"):  # 16 bits, which PIL would clip to 8
-        picture = Image.fromarray((_of_16_bits(picture) >> 8).astype(np.uint8))
+        picture = Image.fromarray((_integers_of_16_bits(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -104,15 +106,15 @@ def to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 def to_edges(picture: Image.Image) -> Float32[np.ndarray, "H W"]:
     """Brightness from 0 to 1 (black to white)."""
     if picture.mode == "F":
-        return _of_floats(picture)
+        return _unit_floats(picture)
     return to_rgb(picture).mean(axis=-1).astype(np.float32) / np.float32(255)
 
 
 def to_mask(picture: Image.Image) -> Bool[np.ndarray, "H W"]:
-    """The bright part: of two grey levels the higher one, whichever they are; of more, the upper half of the scale.
+    """The bright part: the higher of two grey levels, whichever they are; of more, the upper half of the scale.
 
-    Where what is visible has one colour alone and the rest is transparent, it is the opaque part instead. Otherwise
-    what is transparent is white, as in `to_rgb`.
+    Where all visible pixels have one colour and the rest is transparent, it is the opaque part instead. Otherwise
+    transparent pixels are white, as in `to_rgb`.
     """
     if picture.has_transparency_data:
         pixels = np.asarray(picture.convert("RGBA"))
@@ -121,27 +123,27 @@ def to_mask(picture: Image.Image) -> Bool[np.ndarray, "H W"]:
         if alpha.min() < 255 and (visible == visible[:1]).all():
             return bright(alpha, 127)
     elif picture.mode == "F":
-        return bright(_of_floats(picture), 0.5)
+        return bright(_unit_floats(picture), 0.5)
     elif picture.mode.startswith("I"):
-        grey = _of_16_bits(picture)
+        grey = _integers_of_16_bits(picture)
         return bright(grey, 127 if grey.max() < 256 else 32767)
     return bright(np.asarray(Image.fromarray(to_rgb(picture)).convert("L")), 127)
 
 
 def bright(grey: np.ndarray, middle: float) -> Bool[np.ndarray, "H W"]:
-    """What lies above `middle`; of exactly two values the higher one."""
+    """Where values are above `middle`; of exactly two values the higher one."""
     levels = np.unique(grey)
     return grey == levels[1] if len(levels) == 2 else grey > middle
 
 
-def _of_floats(picture: Image.Image) -> Float32[np.ndarray, "H W"]:
+def _unit_floats(picture: Image.Image) -> Float32[np.ndarray, "H W"]:
     array = np.asarray(picture, np.float32)
     if not (array.min() >= 0 and array.max() <= 1):  # NaN, too
         raise ValueError(f"a picture of floats from {array.min():.4g} to {array.max():.4g}; allowed: 0 to 1")
     return array
 
 
-def _of_16_bits(picture: Image.Image) -> np.ndarray:
+def _integers_of_16_bits(picture: Image.Image) -> np.ndarray:
     array = np.asarray(picture, np.int64)
     if not 0 <= array.min() <= array.max() < 2**16:
         raise ValueError(f"a picture of integers from {array.min()} to {array.max()}; allowed: 0 to 65535")

@@ -12,7 +12,7 @@ MIN_AREA = 32  # pixels of each object that are visible, in an image of 64 x 64
 FAR = 25.0  # metres; ground farther away has unknown depth
 
 
-# ---- What stands where ----------------------------------------------------------------------------------------------
+# ---- Camera and objects ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Camera:
 
 @dataclass(frozen=True, kw_only=True)
 class Solid:
-    """One object, given in units of `radius` about the point (x, y, 0) on which it stands, turned by `angle`."""
+    """One object, given in units of `radius` about the point (x, y, 0) on the ground, turned by `angle`."""
 
     attributes: dict[str, str]  # shape, colour, size, material
     albedo: np.ndarray  # [C]
@@ -70,7 +70,7 @@ EXTENT = {"cube": (0.8 * 2**0.5, 1.6), "sphere": (1.0, 2.0), "cylinder": (0.66, 
 
 
 def _localise(solid: Solid, x, y, z, is_point: bool):
-    """Expresses a world point or direction in the units and axes of a solid; keeps ray times as they are."""
+    """Expresses a world point or direction in the units and axes of a solid; keeps ray times unchanged."""
     if is_point:
         x, y = x - solid.x, y - solid.y
     cos, sin = np.float32(np.cos(solid.angle) / solid.radius), np.float32(np.sin(solid.angle) / solid.radius)

@@ -18,7 +18,7 @@ from m4.errors import check
 
 VERSION = "1.0.0"  # of the scenes: raise it whenever the same arguments give other scenes
 
-# Hues in degrees, far enough apart to be told from pixels.
+# Hues in degrees, far enough apart to be distinguished by pixels.
 COLOURS = {"red": 0, "orange": 28, "yellow": 55, "green": 120, "cyan": 182, "blue": 228, "purple": 276, "pink": 326}
 SHAPES = ("cube", "sphere", "cylinder", "cone")  # the classes of `semseg`, from 2 on
 MATERIALS = ("matte", "metallic")
@@ -44,7 +44,7 @@ class Variant:
     """Many ways to describe a scene, with materials and relations; else a single plain one."""
 
 
-# Ways to draw and caption scenes; a set of scenes names one. New ones go last: their number seeds the scenes.
+# Ways to draw and caption scenes; a set of scenes names one. New ones go last: their index seeds the scenes.
 VARIANTS = {
     "simple": Variant(
         colours=("red", "yellow", "green", "cyan", "blue", "purple"),
@@ -64,7 +64,7 @@ VARIANTS = {
     ),
 }
 
-# Single objects: those that "simple" shows in training, and held out all others.
+# Single objects: those that "simple" shows in training; all others are held out.
 _seen = VARIANTS["simple"]
 
 VARIANTS["kinds"] = Variant(
@@ -83,7 +83,7 @@ VARIANTS["kinds"] = Variant(
 
 
 def _sample_solids(variant: Variant, heldout: bool, rng: np.random.Generator) -> list[Solid]:
-    """Draws 1 to max_objects attribute combinations; exactly the split heldout has a held-out one."""
+    """Draws 1 to max_objects attribute combinations; only the split heldout has a held-out one."""
     allowed = [(c, s) for c in variant.colours for s in variant.shapes if (c, s) not in variant.heldout]
     pairs = [allowed[rng.integers(len(allowed))] for _ in range(rng.integers(1, variant.max_objects + 1))]
     if heldout:
@@ -103,7 +103,7 @@ def _sample_solids(variant: Variant, heldout: bool, rng: np.random.Generator) ->
 
 
 def _place(solids: list[Solid], camera: Camera, distance: float, rng: np.random.Generator) -> list[Solid] | None:
-    """Stands the solids within view near `distance` without touching each other; None if they collide."""
+    """Places the solids within view near `distance` without touching each other; None if they collide."""
     placed = []
     for solid in solids:
         y = distance * rng.uniform(0.75, 1.35)
@@ -119,7 +119,7 @@ def _place(solids: list[Solid], camera: Camera, distance: float, rng: np.random.
 def _shade(camera: Camera, solids: list[Solid], depth, instance, rng: np.random.Generator):
     """Colours [H W C] as uint8 and world normals [C H W], under one sun that casts shadows."""
     size = camera.size
-    # The sun stands behind the camera or beside it, since objects against the light show little of their colour.
+    # The sun is behind the camera or beside it, since objects against the light show little of their colour.
     azimuth, elevation = np.pi + rng.uniform(-1.9, 1.9), rng.uniform(0.5, 1.25)
     level = np.cos(elevation)
     sun = np.array([level * np.sin(azimuth), level * np.cos(azimuth), np.sin(elevation)], np.float32)
@@ -185,7 +185,7 @@ def scene(variant: str, seed: int, split: str, index: int, size: int = 64) -> di
     rules = VARIANTS[variant]
     wanted = _sample_solids(rules, split == "heldout", rng)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        while True:  # the contents stay, only the view is drawn again, so that hard scenes are as frequent as drawn
+        while True:  # the view alone is drawn again, so that scenes that are hard to place stay as frequent
             distance = np.exp(rng.uniform(np.log(3.6), np.log(9.0)))
             height = rng.uniform(2.0, 3.2)
             camera = Camera(
@@ -242,9 +242,9 @@ def _list(objects: list[dict[str, str]]) -> str:
 
 
 def _phrase(objects: list[dict[str, str]], depths: list[float], rng: np.random.Generator) -> str:
-    """Says everything in one of several ways: lists and relations from left to right, or from near to far."""
-    words = [("size", "material", "colour"), ("size", "colour", "material")][rng.integers(2)]
-    phrases = ["a " + " ".join(o[word] for word in (*words, "shape")) for o in objects]
+    """Describes everything in one of several ways: lists and relations from left to right, or from near to far."""
+    adjectives = [("size", "material", "colour"), ("size", "colour", "material")][rng.integers(2)]
+    phrases = ["a " + " ".join(o[word] for word in (*adjectives, "shape")) for o in objects]
     nearest_first = [phrases[i] for i in np.argsort(depths)]
     sayings = [_join(phrases), f"there is {_join(phrases)}"]
     if len(phrases) > 1:

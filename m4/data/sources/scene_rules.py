@@ -1,4 +1,4 @@
-"""Reads scenes by rule: attributes from captions, colours and foregrounds from pixels; what evaluation compares with.
+"""Reads scenes by rule, for evaluation: attributes from captions, colours and foregrounds from pixels.
 
 Axes: H rows, W columns, C colour channels.
 """
@@ -49,7 +49,7 @@ def attribute_counts(
     """True positives, predictions and truths, each a count of (object, attribute) pairs.
 
     Objects of one shape are matched so that they agree best; an unmatched object is a false alarm or a miss in all its
-    attributes. The shape itself is not counted, since it is what matching goes by. Only `attributes` count; by default
+    attributes. The shape itself is not counted, since objects are matched by it. Only `attributes` count; by default
     those that the truth mentions, so give `ATTRIBUTES["simple"]` if the truth is a list of objects that knows more than
     a simple caption says.
     """
@@ -60,15 +60,15 @@ def attribute_counts(
     counted -= {"shape"}
     # Pairs rather than dictionaries: the agreement of two objects is the size of an intersection.
     pairs = lambda thing: (thing["shape"], {(name, thing[name]) for name in counted & thing.keys()})  # noqa: E731
-    said, true = [pairs(thing) for thing in parse_caption(predicted)], [pairs(thing) for thing in truth]
+    claimed, true = [pairs(thing) for thing in parse_caption(predicted)], [pairs(thing) for thing in truth]
     hits = 0
     for shape in NAMES["shape"]:
-        left = [attributes for name, attributes in said if name == shape]
+        left = [attributes for name, attributes in claimed if name == shape]
         right = [attributes for name, attributes in true if name == shape]
         if left and right:
             agreement = np.array([[len(a & b) for b in right] for a in left])
             hits += int(agreement[linear_sum_assignment(agreement, maximize=True)].sum())
-    return hits, sum(len(attributes) for _, attributes in said), sum(len(attributes) for _, attributes in true)
+    return hits, sum(len(attributes) for _, attributes in claimed), sum(len(attributes) for _, attributes in true)
 
 
 def micro_f1(counts: Iterable[tuple[int, int, int]]) -> float:
@@ -96,7 +96,7 @@ def _count_neighbours(mask: np.ndarray) -> np.ndarray:
 
 
 def _vivid(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hues and where they mean something: objects are saturated, ground and sky are not."""
+    """Hues, and where they are those of objects: these are saturated, ground and sky are not."""
     hue, saturation, value = _hue_saturation_value(rgb)
     return hue, (saturation > 0.35) & (value > 0.08)
 

@@ -119,7 +119,7 @@ class Scenes:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {lowest}")
 
     def folder(self, data_dir: str | os.PathLike) -> Path:
-        """Where these scenes lie: another recipe, or another version of this code, has another folder."""
+        """The folder of these scenes: another recipe, or another version of this code, has another folder."""
         key = hashlib.sha256(json.dumps([VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()[:12]
         return Path(data_dir) / "scenes" / f"{self.variant}-{key}" / VERSION
 
@@ -128,7 +128,7 @@ class Scenes:
         return VERSION
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
-        """Builds all splits unless they are there."""
+        """Builds all splits unless they exist."""
         folder = self.folder(data_dir)
 
         def make_builder():
@@ -143,7 +143,7 @@ class Scenes:
 
 
 class SceneSplit(BuiltSplit):
-    """A sequence of raw examples as `scene` makes them."""
+    """A sequence of raw examples as `scene` computes them."""
 
     images = ("rgb", "normals", "semseg", "instance")
     source = "Scenes"
@@ -151,14 +151,16 @@ class SceneSplit(BuiltSplit):
     def decode(self, stored: dict) -> dict:
         normals = stored["normals"].astype(np.float32) - 128
         length = np.sqrt(np.einsum("hwk,hwk->hw", normals, normals))[..., None]
-        words = {name: [NAMES[name][i] for i in stored["objects"][name]] for name in NAMES}
+        attributes = {name: [NAMES[name][i] for i in stored["objects"][name]] for name in NAMES}
         return {
             "rgb": stored["rgb"],
             "depth": stored["depth"].astype(np.float32) / np.float32(1000),
             "normals": normals / np.maximum(length, 1),
             "semseg": stored["semseg"].astype(np.int32),
             "instance": stored["instance"].astype(np.int32),
-            "boxes": {"bbox": np.stack(stored["boxes"]["bbox"]), "label": words["shape"]},
-            "objects": [dict(zip(words, values, strict=True)) for values in zip(*words.values(), strict=True)],
+            "boxes": {"bbox": np.stack(stored["boxes"]["bbox"]), "label": attributes["shape"]},
+            "objects": [
+                dict(zip(attributes, values, strict=True)) for values in zip(*attributes.values(), strict=True)
+            ],
             "caption": stored["caption"].decode(),
         }

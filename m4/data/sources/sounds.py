@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Float32
 
 RATES = (100, 1_000_000)  # samples a second; resampling from others takes minutes and gigabytes
-MAX_SAMPLES = 2**29  # of all channels of a file, which its header tells
-LOUDEST = 2.0  # of floats, where 1 is full scale: integers in floats are beyond it
-LOST = 64  # bytes that a header may announce too many
-STREAMED = 2**31 - 2**16  # bytes: so many and more are announced where a length was not known
+MAX_SAMPLES = 2**29  # of all channels of a file, by its header
+LOUDEST = 2.0  # largest float, where 1 is full scale: integers stored as floats are beyond it
+LOST = 64  # bytes by which a header may exceed the data
+STREAMED = 2**31 - 2**16  # bytes: headers announce as many or more where the length was not known
 
-# What libsndfile says of files that end before their header says so.
+# libsndfile's report on files that are shorter than their header says.
 SHORTER = re.compile(r"(?i)\b(?:data|SSND|data size) *: (\d+) \(should be (\d+)\)")
 INSTALL = 'pip install "m4-jax[audio]"'
 
@@ -33,7 +33,7 @@ class Sound(NamedTuple):
 
     def at(self, rate: int) -> Float32[np.ndarray, " t"]:
         """The samples at another rate."""
-        from scipy.signal import resample_poly  # here: most that reads files reads no sounds
+        from scipy.signal import resample_poly  # here: most readers of files read no sounds
 
         common = math.gcd(rate, self.rate)
         resampled = resample_poly(self.samples, rate // common, self.rate // common)
@@ -41,7 +41,7 @@ class Sound(NamedTuple):
 
 
 def decode_sound(data: bytes) -> Sound:
-    """wav, ogg, flac, mp3, ... ValueError if it is damaged, cut (where its header tells), empty or no sound of usual
+    """wav, ogg, flac, mp3, ... ValueError if it is damaged, truncated (by its header), empty or no sound of usual
     rate and loudness, or if the package soundfile is missing."""
     soundfile = check_installed()
     try:
@@ -51,9 +51,9 @@ def decode_sound(data: bytes) -> Sound:
                 raise ValueError(f"it has {rate:,} samples a second; allowed: {RATES[0]} to {RATES[1]:,}")
             if size > MAX_SAMPLES:
                 raise ValueError(f"it has {size:,} samples; allowed: at most {MAX_SAMPLES:,}")
-            for announced, there in SHORTER.findall(file.extra_info):
-                if int(there) + LOST < int(announced) < STREAMED:
-                    raise ValueError(f"it is cut: {there} bytes of sound are there, {announced} were written")
+            for announced, stored in SHORTER.findall(file.extra_info):
+                if int(stored) + LOST < int(announced) < STREAMED:
+                    raise ValueError(f"it is cut: {stored} bytes of sound are there, {announced} were written")
             samples = file.read(dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"not a readable sound ({str(error).rpartition(': ')[2]})") from error

@@ -1,7 +1,7 @@
-"""A tfds data set of spoken words: a cut-out before a plain backdrop, and a recording of somebody who says what it is.
+"""A tfds data set of spoken words: a cut-out before a plain backdrop, and a recording of somebody who names it.
 
 The corpus is that of m4.data.sources.stamps, whose package has recordings of children and grown-ups beside its
-pictures.
+images.
 
     NAME.png ------------place, paint----> rgb      NAME.txt --> words, in French
     NAME_desc_fr.ogg ----read_sound------> audio    its folder -> category
@@ -31,8 +31,8 @@ from m4.files import fingerprint
 
 VERSION = "1.0.0"  # of the examples: raise it whenever the same arguments give others
 RATE = 16_000  # samples a second
-FARTHEST = 2.0  # metres: a stamp is at least half as long as its picture
-LOUDEST = np.float32(2**15 - 1)  # of what is stored
+FARTHEST = 2.0  # metres: a stamp is at least half as long as its image
+LOUDEST = np.float32(2**15 - 1)  # largest stored sample
 
 
 # ---- Sounds from files ----------------------------------------------------------------------------------------------
@@ -62,12 +62,12 @@ class Recording:
 
 @functools.cache
 def recordings(path: str) -> dict[Path, dict[str, Path]]:
-    """Of each picture below a folder the recordings of its description, by language code."""
-    found: dict[Path, dict[str, Path]] = defaultdict(dict)
+    """The recordings of the description of each image below a folder, by language code."""
+    by_image: dict[Path, dict[str, Path]] = defaultdict(dict)
     for file in sorted(Path(path).rglob("*_desc*.ogg")):
         if match := re.fullmatch(r"(.+)_desc(?:_(\w+))?", file.stem):
-            found[file.with_name(f"{match[1]}.png")][match[2] or "en"] = file
-    return dict(found)
+            by_image[file.with_name(f"{match[1]}.png")][match[2] or "en"] = file
+    return dict(by_image)
 
 
 @functools.cache
@@ -75,17 +75,18 @@ def _in_turns(path: str, languages: tuple[str, ...], split: str) -> tuple[Record
     """Every recording of a split once: see `Spoken`."""
     stamps, spoken = corpus(path), recordings(path)
     for language in languages:
-        check("language", language, sorted({code for of_one in spoken.values() for code in of_one}))
+        check("language", language, sorted({code for takes in spoken.values() for code in takes}))
     stamps = [stamp for stamp in stamps if stamp.split == split and stamp.file in spoken]
     by_stamp = []
     for stamp in stamps:
         files = {code: spoken[stamp.file][code] for code in languages if code in spoken[stamp.file]}
         by_stamp.append([Recording(stamp=stamp, language=code, file=file) for code, file in files.items()])
+    # In turn t, stamp i takes its recording (i + t) modulo their number: neighbours speak different languages.
     turns = [
-        of_one[(i + turn) % len(of_one)]
+        takes[(i + turn) % len(takes)]
         for turn in range(len(languages))
-        for i, of_one in enumerate(by_stamp)
-        if turn < len(of_one)
+        for i, takes in enumerate(by_stamp)
+        if turn < len(takes)
     ]
     if not turns:
         raise ValueError(f"no stamp of split {split!r} in {path} is spoken of in {', '.join(languages)}")
@@ -98,8 +99,8 @@ def _in_turns(path: str, languages: tuple[str, ...], split: str) -> tuple[Record
 def compose(spoken: "Spoken", split: str, index: int) -> dict:
     """One raw example, the same for the same arguments.
 
-    rgb uint8 [H W C]; audio float32 [T] in [-1, 1], RATE samples a second; words: the caption in the language that is
-    spoken, or in English where it has none; language: the code of what is spoken; category: one of stamps.CATEGORIES.
+    rgb uint8 [H W C]; audio float32 [T] in [-1, 1], RATE samples a second; words: the caption in the spoken language,
+    or in English where there is none; language: the code of the spoken language; category: one of stamps.CATEGORIES.
     """
     rng = np.random.default_rng([spoken.seed, SPLITS.index(split), index])
     choices = spoken.recordings(split)
@@ -118,7 +119,7 @@ def compose(spoken: "Spoken", split: str, index: int) -> dict:
 
 
 def _encode(spoken: "Spoken", split: str, indices: range) -> list[dict]:
-    """The stored form of some examples: the picture as PNG bytes, samples as 16 bits."""
+    """The stored form of some examples: the image as PNG bytes, samples as 16 bits."""
     examples = [compose(spoken, split, index) for index in indices]
     return [{**e, "rgb": png(e["rgb"]), "audio": np.round(e["audio"] * LOUDEST).astype(np.int16)} for e in examples]
 
@@ -177,13 +178,13 @@ def __getattr__(name: str):
 
 @dataclass(frozen=True, kw_only=True)
 class Spoken:
-    """The recipe of a set of single stamps with what is said of them: `prepare` builds it once and `split` reads.
+    """The recipe of a set of single stamps with spoken descriptions: `prepare` builds it once and `split` reads it.
 
-    Stamps are split as `Stamps` splits them, and those that nobody speaks of in `languages` are not used.
+    Stamps are split as `Stamps` splits them, and those without a recording in `languages` are not used.
 
     Training draws a recording for each example. Validation and test have every recording once, in turns: each turn
     shows different stamps alone, every one that still has a recording left, and neighbours speak different languages.
-    So the first examples, as many as there are stamps, are fit for retrieval: to each picture belongs one recording.
+    So the first examples, as many as there are stamps, are fit for retrieval: each image has one recording.
     With one language there is but one turn.
 
         stamp     lion  pear  moon  lion  pear  moon        languages=("fr", "ru")
@@ -201,7 +202,7 @@ class Spoken:
     size: int = 64
     """Rows and columns of the images, pixels."""
     seconds: float = 2.048
-    """Length of sounds: longer ones are cut, shorter ones followed by silence."""
+    """Length of sounds: longer ones are truncated, shorter ones followed by silence."""
 
     splits = SPLITS
 
@@ -217,7 +218,7 @@ class Spoken:
         return round(self.seconds * RATE)
 
     def recordings(self, split: str) -> tuple[Recording, ...]:
-        """All that is said in a split, in turns."""
+        """All recordings of a split, in turns."""
         return _in_turns(self.path, self.languages, split)
 
     def count(self, split: str) -> int:
@@ -225,17 +226,17 @@ class Spoken:
 
     def signature(self, data_dir: str | os.PathLike) -> str:
         """12 hex digits over the version of this code, and name and size of every file that is read of the corpus."""
-        files = sorted(said.file for split in SPLITS for said in self.recordings(split))
+        files = sorted(recording.file for split in SPLITS for recording in self.recordings(split))
         sizes = [[f.relative_to(self.path).as_posix(), f.stat().st_size] for f in files]
         return fingerprint([VERSION, Stamps(path=self.path).signature(data_dir), sizes])
 
     def folder(self, data_dir: str | os.PathLike) -> Path:
-        """Where these examples lie: another recipe, corpus or version of this code has another folder."""
+        """The folder of these examples: another recipe, corpus or version of this code has another folder."""
         key = fingerprint([self.signature(data_dir), {**asdict(self), "path": ""}])
         return Path(data_dir) / "spoken" / f"{'-'.join(self.languages)}-{key}" / VERSION
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
-        """Builds all splits unless they are there. ValueError if the corpus, a language or soundfile is missing."""
+        """Builds all splits unless they exist. ValueError if the corpus, a language or soundfile is missing."""
         folder = self.folder(data_dir)
 
         def make_builder():
@@ -251,11 +252,11 @@ class Spoken:
 
 
 class SpokenSplit(BuiltSplit):
-    """A sequence of raw examples as `compose` makes them."""
+    """A sequence of raw examples as `compose` computes them."""
 
     images = ("rgb",)
     source = "Spoken"
 
     def decode(self, stored: dict) -> dict:
-        words = {name: stored[name].decode() for name in ("words", "language", "category")}
-        return {"rgb": stored["rgb"], "audio": stored["audio"].astype(np.float32) / LOUDEST, **words}
+        texts = {name: stored[name].decode() for name in ("words", "language", "category")}
+        return {"rgb": stored["rgb"], "audio": stored["audio"].astype(np.float32) / LOUDEST, **texts}

@@ -4,8 +4,8 @@ The corpus is the Debian package tuxpaint-stamps-default (GPL-2), which the user
 
     PNG and TXT files --compose--> spawned processes --> tfds, ArrayRecord --Stamps.split--> raw examples
 
-Cut-outs whose longer side is 1 m stand upright before a backdrop and face the camera, whose focal length is as long as
-its picture is wide: at a distance of d metres they are size / d pixels long.
+Cut-outs whose longer side is 1 m are upright before a backdrop and face the camera, whose focal length is as long as
+its image is wide: at a distance of d metres they are size / d pixels long.
 
     camera  . - - - [apple] - - - - - - [lion] - - - - - - |  backdrop
     metres  0       NEAREST  <= d <=  FARTHEST          BACKDROP
@@ -48,7 +48,7 @@ CATEGORIES += ("people", "plants", "seasonal", "space", "sports", "symbols", "to
 BACKGROUNDS = ("plain", "photos")
 NEAREST, FARTHEST, BACKDROP = 1.3, 4.0, 5.0  # metres
 MIN_SHARE = 0.3  # of a cut-out's own pixels that must be visible
-MIN_AREA = 1 / 256  # of the picture: 16 pixels of 64 x 64
+MIN_AREA = 1 / 256  # of the image: 16 pixels of 64 x 64
 FULL_STOPS = ".!?:…|。．！？։।።។؟"
 
 
@@ -57,7 +57,7 @@ FULL_STOPS = ".!?:…|。．！？։।።។؟"
 
 @dataclass(frozen=True, kw_only=True)
 class Stamp:
-    """A picture of the corpus with its captions by language code."""
+    """An image of the corpus with its captions by language code."""
 
     file: Path
     category: str
@@ -65,7 +65,7 @@ class Stamp:
 
     @property
     def split(self) -> str:
-        """By hash of the file's name alone: what lies in two folders, or two alphabets, under one name stays together,
+        """The split by hash of the file's name alone: files of one name in two folders, or alphabets, stay together,
         and a stamp stays in its split when others come or go."""
         draw = int(hashlib.sha256(self.file.stem.encode()).hexdigest()[:12], 16) / 16**12
         if draw < SHARES["test"]:
@@ -74,7 +74,7 @@ class Stamp:
 
 
 def read_captions(file: Path) -> dict[str, str]:
-    """The first line is English, each of the others is `code.utf8=caption`; languages may lack."""
+    """Captions by language: the first line is English, each of the others is `code.utf8=caption`, if present."""
     try:
         text = content(file).decode()
     except UnicodeDecodeError as error:
@@ -89,7 +89,7 @@ def read_captions(file: Path) -> dict[str, str]:
 def corpus(path: str) -> tuple[Stamp, ...]:
     """All stamps below a folder: PNG files in one of CATEGORIES with a caption file beside them, by name.
 
-    ValueError if there is none. Left out are SVG files and pictures without a caption, such as mirrored variants.
+    ValueError if there is none. Skips SVG files and images without a caption, such as mirrored variants.
     """
     files = [(f, c) for c in CATEGORIES for f in sorted(Path(path, c).rglob("*.png")) if f.with_suffix(".txt").exists()]
     if not files:
@@ -137,12 +137,12 @@ class Layer:
 
     stamp: Stamp
     distance: float  # metres
-    place: tuple[slice, slice]  # rows and columns of the picture
+    place: tuple[slice, slice]  # rows and columns of the image
     pixels: np.ndarray
 
 
 def place(stamp: Stamp, distance: float, size: int, rng: np.random.Generator) -> Layer:
-    """A stamp so many metres away, wherever it fits into a picture of size x size pixels."""
+    """A stamp `distance` metres away, at a random place within an image of size x size pixels."""
     pixels = np.asarray(_resize(cutout(stamp.file, round(size / NEAREST)), round(size / distance)), np.float32)
     height, width, _ = pixels.shape
     top, left = rng.integers(0, [size - height + 1, size - width + 1])
@@ -161,11 +161,12 @@ def paint(backdrop: np.ndarray, layers: Sequence[Layer]) -> np.ndarray:
 def _arrange(stamps: "Stamps", split: str, rng: np.random.Generator) -> tuple[list[Layer], np.ndarray]:
     """Layers from near to far, at least one, and the int32 [H W] instance map."""
     size, choices = stamps.size, stamps.stamps(split)
+    # From near to far: pixels that a nearer stamp covers are taken, and a stamp that is mostly hidden is dropped.
     for _ in range(100):  # few stamps have lines so thin that they never cover half a pixel
         layers, instance = [], np.zeros((size, size), np.int32)
         count = min(rng.integers(1, stamps.max_objects + 1), len(choices))
         picks = rng.choice(len(choices), count, replace=False)
-        distances = np.round(np.sort(rng.uniform(NEAREST, FARTHEST, count)), 3)  # as they are stored
+        distances = np.round(np.sort(rng.uniform(NEAREST, FARTHEST, count)), 3)  # as stored
         for pick, distance in zip(picks, distances, strict=True):
             layer = place(choices[pick], distance, size, rng)
             solid = layer.pixels[..., 3] >= 127.5
@@ -183,8 +184,8 @@ def compose(stamps: "Stamps", split: str, index: int) -> dict:
 
     rgb uint8 [H W C]; depth float32 [H W] metres; semseg int32 [H W], 0 backdrop, 1.. CATEGORIES; instance int32 [H W],
     0 backdrop, i + 1 the i-th object; boxes: bbox float32 [n 4], tight around visible pixels, label: n categories;
-    caption; language: its code; category, of an object that is alone. Objects are listed from near to far; one that
-    would be nearly hidden is left out of the picture too. A pixel belongs to the nearest cut-out that covers at least
+    caption; language: its code; category, of a single object. Objects are listed from near to far; one that would be
+    nearly hidden is left out of the image too. A pixel belongs to the nearest cut-out that covers at least
     half of it.
     """
     rng = np.random.default_rng([stamps.seed, SPLITS.index(split), index])
@@ -344,12 +345,12 @@ class Stamps:
         return fingerprint([VERSION, *([f.relative_to(self.path).as_posix(), f.stat().st_size] for f in files)])
 
     def folder(self, data_dir: str | os.PathLike) -> Path:
-        """Where these examples lie: another recipe, corpus or version of this code has another folder."""
+        """The folder of these examples: another recipe, corpus or version of this code has another folder."""
         key = fingerprint([self.signature(data_dir), {**asdict(self), "path": ""}])
         return Path(data_dir) / "stamps" / f"{self.language}-{key}" / VERSION
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
-        """Builds all splits unless they are there. ValueError if the corpus, or a language within it, is missing."""
+        """Builds all splits unless they exist. ValueError if the corpus, or a language within it, is missing."""
         for split in SPLITS:
             self.stamps(split)
         folder = self.folder(data_dir)
@@ -372,14 +373,14 @@ def _choices(path: str, language: str, split: str) -> tuple[Stamp, ...]:
     """The stamps of a split that have a caption in a language."""
     check("language", language, ["any", *sorted({code for stamp in corpus(path) for code in stamp.captions})])
     wanted = "en" if language == "any" else language
-    found = tuple(stamp for stamp in corpus(path) if stamp.split == split and wanted in stamp.captions)
-    if not found:
+    matches = tuple(stamp for stamp in corpus(path) if stamp.split == split and wanted in stamp.captions)
+    if not matches:
         raise ValueError(f"no stamp of split {split!r} in {path} has a caption in {language!r}; take another language")
-    return found
+    return matches
 
 
 class StampSplit(BuiltSplit):
-    """A sequence of raw examples as `compose` makes them."""
+    """A sequence of raw examples as `compose` computes them."""
 
     images = ("rgb", "semseg", "instance")
     source = "Stamps"

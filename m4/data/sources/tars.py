@@ -32,12 +32,12 @@ def expand(pattern: str) -> list[str]:
     """Names that a pattern stands for: "shard-{008..010}" -> shard-008, shard-009, shard-010; also lists, {a,b}."""
     choices = []
     for i, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):  # what is within braces has an odd index
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", part)
+        bounds = re.fullmatch(r"(\d+)\.\.(\d+)", part)
         if i % 2 == 0 and not {"{", "}"} & set(part):
             choices.append([part])
-        elif i % 2 and numbers and int(numbers[1]) <= int(numbers[2]):
-            width = len(numbers[1]) if numbers[1].startswith("0") else 0
-            choices.append([str(n).zfill(width) for n in range(int(numbers[1]), int(numbers[2]) + 1)])
+        elif i % 2 and bounds and int(bounds[1]) <= int(bounds[2]):
+            width = len(bounds[1]) if bounds[1].startswith("0") else 0
+            choices.append([str(n).zfill(width) for n in range(int(bounds[1]), int(bounds[2]) + 1)])
         elif i % 2 and "," in part:
             choices.append(part.split(","))
         else:
@@ -50,11 +50,11 @@ def members(tar: Path) -> list[tuple[str, int, int]]:
 
         header | content | header | content | zeros: 512 bytes at least, and nothing else up to the end of the file
 
-    What follows the zeros would be lost without a word: members of a second archive that was joined to the first, or
-    those behind a header that a disk has lost.
+    tarfile would silently skip what follows the zeros: members of a second archive that was appended to the first, or
+    those behind a damaged header.
     """
     check_regular(tar)
-    named = shown(tar)
+    file = shown(tar)
     try:
         with tarfile.open(tar, "r:") as opened:
             infos = opened.getmembers()
@@ -62,31 +62,31 @@ def members(tar: Path) -> list[tuple[str, int, int]]:
         num_zeros, other = _zeros_from(tar, end)
     except Exception as error:  # damaged headers give errors of many kinds
         given = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{named}: cannot be read as an uncompressed tar, is it truncated? ({given})") from error
-    found = []
+        raise ValueError(f"{file}: cannot be read as an uncompressed tar, is it truncated? ({given})") from error
+    files = []
     for info in infos:
         path = PurePosixPath(info.name)  # without "./" in front
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{named}: member {info.name!r} points outside of the tar; allowed: relative names")
+            raise ValueError(f"{file}: member {info.name!r} points outside of the tar; allowed: relative names")
         if not (info.isdir() or info.isreg()) or info.issparse():
             kind = "a link" if info.islnk() or info.issym() else "a sparse file" if info.issparse() else "a device"
-            raise ValueError(f"{named}: member {info.name!r} is {kind}; allowed: files")
+            raise ValueError(f"{file}: member {info.name!r} is {kind}; allowed: files")
         if info.size < 0:
-            raise ValueError(f"{named}: member {info.name!r} has the size {info.size}")
+            raise ValueError(f"{file}: member {info.name!r} has the size {info.size}")
         if info.isreg() and not is_junk(path.as_posix()):
-            found.append((path.as_posix(), info.offset_data, info.size))
-    if num_zeros < BLOCK:  # tarfile stops without a word at a header that is damaged or cut off
-        raise ValueError(f"{named}: truncated or damaged at byte {end}, where zeros should mark its end")
+            files.append((path.as_posix(), info.offset_data, info.size))
+    if num_zeros < BLOCK:  # tarfile silently stops at a header that is damaged or truncated
+        raise ValueError(f"{file}: truncated or damaged at byte {end}, where zeros should mark its end")
     if other is not None:
         raise ValueError(
-            f"{named}: its end is marked at byte {end}, but more follows at byte {other}: a lost header, or archives "
+            f"{file}: its end is marked at byte {end}, but more follows at byte {other}: a lost header, or archives "
             "that were joined (then join them with tar --concatenate, or give each its own file)"
         )
-    return found
+    return files
 
 
 def _zeros_from(file: Path, start: int) -> tuple[int, int | None]:
-    """How many zeros follow in a file, and where the first other byte is, if there is one."""
+    """How many zeros follow `start` in a file, and where the first other byte is, if there is one."""
     with open(file, "rb") as opened:
         opened.seek(start)
         place = start
@@ -103,7 +103,7 @@ class Tars(Aligned):
     """Members aligned by their name without extension, which is the example's id, over all shards.
 
         root/<signal>/<shard>.tar             split by a hash of the id
-        root/<split>/<signal>/<shard>.tar     splits train, validation, test as they are
+        root/<split>/<signal>/<shard>.tar     splits train, validation, test as given
 
     Each signal needs the same shards, and each shard the same members, unless `allow_missing` is set.
     """
@@ -132,17 +132,17 @@ class Tars(Aligned):
     def prepare(self, data_dir: str | os.PathLike) -> None:
         """Checks shards and members, and keeps an index of every tar under data_dir."""
         layout = self.layout(data_dir)
-        there = {
+        tar_names = {
             folder: sorted(p.name for p in folder.glob("*.tar")) for fs in layout.values() for folder in fs.values()
         }
-        for folder, names in there.items():
+        for folder, names in tar_names.items():
             if not names:
                 raise ValueError(f"{folder} has no .tar files")
-        known = sorted(set().union(*there.values()))
+        known = sorted(set().union(*tar_names.values()))
         for name in self._wanted():
             if name not in known:
                 raise ValueError(f"no signal of {self.root} has the shard {name!r}; {closest(name, known)}")
-        shards = {folder: set(self.files(folder)) for folder in there}
+        shards = {folder: set(self.files(folder)) for folder in tar_names}
         for folders in layout.values():
             for one, other in itertools.permutations(folders.values(), 2):
                 lacking = sorted(shards[one] - shards[other])
@@ -160,7 +160,7 @@ class Tars(Aligned):
                 yield Stored(signal, os.fspath(tar), name, offset, size)
 
     def read(self, stored: Stored) -> bytes:
-        with open(stored.container, "rb") as file:  # one of its own, for threads to share nothing
+        with open(stored.container, "rb") as file:  # opened anew, so that threads share no position
             file.seek(stored.offset)
             data = file.read(stored.size)
         if len(data) != stored.size:
@@ -173,11 +173,11 @@ class Tars(Aligned):
         return Path(data_dir) / "tar_indexes" / f"{tar.stem[:40]}-{key}.json"
 
     def _members(self, tar: Path, data_dir: str | os.PathLike) -> list[tuple[str, int, int]]:
-        """`members`, from the index if there is one that is whole."""
+        """`members`, from the index if it is whole."""
         index = self._index(tar, data_dir)
         if index.exists():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: it is made again
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: it is written again
                 return [(name, offset, size) for name, offset, size in read_json(index)["members"]]
-        found = members(tar)
-        write_json(index, {"members": found})
-        return found
+        listed = members(tar)
+        write_json(index, {"members": listed})
+        return listed

@@ -1,4 +1,4 @@
-"""Text without pictures, to train on beside them: one document a line, plain or JSON, read where it lies.
+"""Text without images, to train on beside them: one document a line, plain or JSON, read in place.
 
     files --prepare, once--> an index: one row of int64 a document --Texts.split--> one line read at a time
 
@@ -28,11 +28,11 @@ from m4.files import digest, fingerprint, read_json, replacing, shown, write_jso
 VERSION = 2  # of the index: raise it whenever the same files give another
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".jsonl")
-FILE, LINE, START, LENGTH, DRAW = range(5)  # columns: number of the file, of the line (from 1), bytes, hash of the text
+FILE, LINE, START, LENGTH, DRAW = range(5)  # columns: file's index, line (from 1), bytes, hash of the text
 DRAWS = 2**62
 BOM = b"\xef\xbb\xbf"
 OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-HEAD = 4096  # bytes of a file, in which a NUL betrays another encoding
+HEAD = 4096  # first bytes of a file, in which a NUL shows another encoding
 CHUNK = 2**20  # bytes read at once
 
 
@@ -79,7 +79,7 @@ def lines(path: str) -> Iterator[tuple[int, bytes]]:
     ValueError names a file that is UTF-16 or UTF-32, by its mark or by NULs in its head, and one whose lines end now
     in CR, now in LF.
     """
-    num_cr, num_lf, is_cr = 0, 0, False  # a CR before an LF is none of its own
+    num_cr, num_lf, is_cr = 0, 0, False  # a CR before an LF does not count
     with open(path, "rb") as file:
         head = file.read(HEAD)
         for mark, encoding in OTHER_MARKS.items():
@@ -117,14 +117,14 @@ def _until_cr(file: BinaryIO) -> Iterator[bytes]:
 class Texts:
     """Documents of .txt files (one a line) and .jsonl files (one JSON object a line). UTF-8; empty lines are skipped.
 
-    The hash of a whole document, not its line number, tells its split: doubles are never in two splits, and none moves
-    when files grow, are sorted or are joined. A line that cannot be read is hashed unchanged, and raises when read.
+    The hash of a whole document, not its line number, decides its split: duplicates are never in two splits, and none
+    moves when files grow, are sorted or are concatenated. An unreadable line is hashed unchanged, and raises when read.
     """
 
     files: tuple[str, ...]
     """Paths, or patterns such as "corpus/*.jsonl"; files count in the order given, those of a pattern by name."""
     signal: str = "caption"
-    """Signal that the texts are."""
+    """Name of the texts' signal."""
     field: str = "text"
     """Key of a JSON object that holds the text."""
     validation_share: float = 0.01
@@ -132,7 +132,7 @@ class Texts:
     test_share: float = 0.01
     """Share of documents in the split test."""
     max_chars: int = 2000
-    """Characters after which documents are cut."""
+    """Characters to which longer documents are truncated."""
 
     splits = SPLITS
 
@@ -149,15 +149,15 @@ class Texts:
 
     def paths(self) -> list[str]:
         """All files, none twice; ValueError for one that is missing, empty or of another kind."""
-        found = {}
+        paths = {}
         for given in self.files:
             matches = [given] if os.path.isfile(given) else sorted(glob.glob(given, recursive=True))
             if not matches:
                 nearby = [str(path) for path in Path(given).parent.glob("*")]
                 match = difflib.get_close_matches(given, nearby, n=1)
                 raise ValueError(f"no file {given}" + (f". Did you mean {match[0]!r}?" if match else ""))
-            found |= dict.fromkeys(matches)
-        for path in found:
+            paths |= dict.fromkeys(matches)
+        for path in paths:
             if not os.path.isfile(path):
                 raise ValueError(f"{shown(path)} is not a file")
             if Path(path).suffix not in SUFFIXES:
@@ -166,7 +166,7 @@ class Texts:
                 )
             if not os.path.getsize(path):
                 raise ValueError(f"{shown(path)}:1: the file is empty")
-        return list(found)
+        return list(paths)
 
     def signature(self, data_dir: str | os.PathLike) -> str:
         """12 hex digits over the path, size and time of every file."""
@@ -174,14 +174,14 @@ class Texts:
         return fingerprint([[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats])
 
     def index(self, data_dir: str | os.PathLike) -> Path:
-        """Where the index lies: edited files, and another `field`, have another."""
+        """File of the index: edited files, and another `field`, have another."""
         key = fingerprint([VERSION, self.signature(data_dir), self.field])
         return Path(data_dir) / "texts" / f"{key}.int64"
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
-        """Writes the index unless it is there, whole: beside its place, then renamed."""
+        """Writes the index unless it is there, whole: under a temporary name, then renamed."""
         index = self.index(data_dir)
-        with contextlib.suppress(ValueError):  # not there, or damaged
+        with contextlib.suppress(ValueError):  # missing or damaged
             _check_index(index)
             return
         with replacing(index) as temporary:
@@ -217,7 +217,7 @@ def _digest_of(index: Path) -> Path:
 
 
 def _check_index(index: Path) -> None:
-    """ValueError unless an index is there, with the content that was written."""
+    """ValueError unless an index exists with the content that was written."""
     if not index.exists() or not _digest_of(index).exists():
         raise ValueError(f"no index {shown(index)}; call Texts.prepare with the same fields and data_dir first")
     expected = read_json(_digest_of(index))
@@ -227,7 +227,7 @@ def _check_index(index: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSplit:
-    """A sequence of {signal: str, "file": "path:line"}; lines are read when they are asked for."""
+    """A sequence of {signal: str, "file": "path:line"}; lines are read on access."""
 
     texts: Texts
     name: str

@@ -3,7 +3,7 @@
 tfds's ArrayRecord files --parsed by tfds, decoded by PIL--> raw examples. Preparing a data set needs TensorFlow,
 reading it does not.
 
-Axes: H rows and W columns of a picture, n boxes.
+Axes: H rows and W columns of an image, n boxes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from m4.files import fingerprint
 
 PIXELS = ("picture", "numbers")
 WORDS = ("text", "class")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # that pictures of a data set may have
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # that images of a data set may have
 
 # The kinds of features that a signal may be read from; other signals take any of `PIXELS` and `WORDS`.
 KINDS = {"rgb": PIXELS, "depth": PIXELS, "semseg": PIXELS, "instance": PIXELS, "caption": WORDS, "boxes": ("boxes",)}
@@ -42,18 +42,18 @@ class Tfds:
             splits={"validation": "val"},
         )
 
-    rgb                 uint8 [H W 3] from pictures of any mode; not turned by their EXIF tag, nor are the other signals
-    depth               float32 [H W] metres: the feature times `depth_unit`; what is not above 0 or finite becomes 0
+    rgb                 uint8 [H W 3] from images of any mode; not turned by their EXIF tag, nor are the other signals
+    depth               float32 [H W] metres: the feature times `depth_unit`; not positive or not finite becomes 0
     semseg, instance    int32 [H W]
     boxes               {"bbox": float32 [n 4] (ymin, xmin, ymax, xmax) in [0, 1], "label": n strings}, n = 0 if there
                         are none. The path of a sequence that has boxes and a class for each, or the paths of the boxes
                         and of their labels: ("objects/bbox", "objects/refexp/raw")
-    texts and classes   str (captions are); of a class its name. Left out of an example that has none
-    other pictures and numbers    arrays as stored
-    file                the place of the example in tfds, unless it is mapped
+    texts and classes   str: the text (captions), or the name of the class. Left out of an example that has none
+    other images and values       arrays as stored
+    file                the index of the example in tfds, unless it is mapped
 
-    Of several texts, such as the five captions of a COCO picture, an example has number (draw + pass) modulo their
-    count, where the draw depends on its place alone; and so has a box with several labels.
+    An example with several texts, such as the five captions of a COCO image, has that of index (draw + pass) modulo
+    their count, where the draw depends on its index alone; and so has a box with several labels.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Tfds:
     tfds_dir: str = ""
     """Folder in which tfds keeps its data; "" is its default."""
     names: dict[str, str] = field(default_factory=dict)
-    """Other words for labels and texts, since some data sets have codes for names: {"/m/0bt9lr": "dog"} in
-    open_images_v4, {"18": "dog"} for the numbers that ref_coco has as labels."""
+    """Replacements of labels and texts, since some data sets have codes for names: {"/m/0bt9lr": "dog"} in
+    open_images_v4, {"18": "dog"} for the ids that ref_coco has as labels."""
     depth_unit: float = 1.0
     """Metres of one unit of stored depth: 0.001 where it is in millimetres."""
     num_passes: int = 1
@@ -87,7 +87,7 @@ class Tfds:
         return fingerprint([info.full_name, {n: [s.num_examples, s.num_bytes] for n, s in sorted(info.splits.items())}])
 
     def prepare(self, data_dir: str | os.PathLike) -> None:
-        """Checks the mapping and that tfds has prepared the data; the ValueError tells how to. Writes nothing."""
+        """Checks the mapping and that tfds has prepared the data; the ValueError explains how to. Writes nothing."""
         _open(self, self.splits)
 
     def split(self, name: str, data_dir: str | os.PathLike) -> "TfdsSplit":
@@ -99,7 +99,7 @@ class Tfds:
 
 @dataclass(frozen=True, kw_only=True)
 class TfdsSplit:
-    """A sequence of raw examples as told in `Tfds`; opened again where it is sent to."""
+    """A sequence of raw examples as described in `Tfds`; opened again in each worker."""
 
     source: Tfds
     name: str
@@ -128,7 +128,7 @@ class TfdsSplit:
         try:
             record = records[place]
             values = {signal: self._value(signal, parts, record, turn) for signal, parts in features.items()}
-        except Exception as error:  # damage shows in errors of nearly every kind, which do not tell the place
+        except Exception as error:  # damage raises errors of nearly every kind, which do not name the example
             raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
         return {"file": file} | {signal: value for signal, value in values.items() if value is not None}
 
@@ -152,11 +152,11 @@ class TfdsSplit:
         return np.where(np.isfinite(metres) & (metres > 0), metres, np.float32(0))
 
 
-# ---- What a data set has ---------------------------------------------------------------------------------------------
+# ---- Features of a data set -----------------------------------------------------------------------------------------
 
 
 class _Feature(NamedTuple):
-    """A feature of a data set: its keys within a record, how many sequences it lies in, its kind and tfds type."""
+    """A feature of a data set: its keys within a record, how many sequences it is nested in, its kind and tfds type."""
 
     keys: tuple[str, ...]
     depth: int
@@ -174,7 +174,7 @@ class _Feature(NamedTuple):
 
 
 def _features(feature: Any, keys: tuple[str, ...] = (), depth: int = 0) -> dict[str, _Feature]:
-    """All features by path: the keys of dicts in dicts, joined by "/". Of a sequence of dicts tfds makes a dict."""
+    """All features by path: the keys of nested dicts, with "/" between. tfds turns a sequence of dicts into a dict."""
     import tensorflow_datasets as tfds
 
     match feature:
@@ -184,18 +184,18 @@ def _features(feature: Any, keys: tuple[str, ...] = (), depth: int = 0) -> dict[
             kind = f"a group of {', '.join(feature)}"
         case tfds.features.Image():
             kind = "pictures in a sequence" if depth else "picture"
-        case tfds.features.BBoxFeature():  # data prepared long ago do not tell the layout, since there was only one
+        case tfds.features.BBoxFeature():  # data prepared long ago have no layout, since there was only one
             layout = feature.bbox_format.value if feature.bbox_format else "REL_YXYX"
             kind = "boxes" if layout == "REL_YXYX" else f"boxes as {layout}"
         case tfds.features.ClassLabel():
             kind = "class"
         case _:
             kind = "text" if np.dtype(feature.np_dtype).kind in "OSU" else "numbers"
-    found = {"/".join(keys): _Feature(keys, depth, kind, feature)} if keys else {}
+    by_path = {"/".join(keys): _Feature(keys, depth, kind, feature)} if keys else {}
     if isinstance(feature, tfds.features.FeaturesDict):
         for key, inner in feature.items():
-            found |= _features(inner, (*keys, key), depth)
-    return found
+            by_path |= _features(inner, (*keys, key), depth)
+    return by_path
 
 
 def _parts(signal: str, path: str | tuple[str, str], features: dict[str, _Feature], name: str) -> tuple[_Feature, ...]:
@@ -248,12 +248,12 @@ def builder(name: str, tfds_dir: str = "") -> Any:
     if dataset.startswith("coco") and find_spec("tensorflow") is None:
         from tensorflow_datasets.object_detection import coco
 
-        coco.tf = SimpleNamespace(int64=np.int64)  # all that its features want of TensorFlow
+        coco.tf = SimpleNamespace(int64=np.int64)  # all that its features need of TensorFlow
     try:
         if config:
             check(f"config of {dataset}", config, tfds.builder_cls(dataset).builder_configs)
         return tfds.builder(name, data_dir=folder)
-    except ImportError as error:  # some need TensorFlow even to tell their features
+    except ImportError as error:  # some need TensorFlow even to list their features
         raise ValueError(_advice(name, tfds_dir)) from error
 
 
@@ -284,11 +284,11 @@ def _open(source: Tfds, splits: str | dict[str, str]) -> tuple[Any, dict[str, tu
         raise ValueError(f"{source.name} has no split {splits!r}: {error}") from error
 
 
-# ---- What a record holds ---------------------------------------------------------------------------------------------
+# ---- Values of a record ---------------------------------------------------------------------------------------------
 
 
 class _Undecoded:
-    """A decoder for tfds that keeps what is stored: most features are not wanted, and are not worth decoding."""
+    """A decoder for tfds that keeps what is stored: most features are not used, and are not worth decoding."""
 
     def setup(self, *, feature):
         pass
@@ -312,11 +312,11 @@ def _undecoded(feature: Any) -> Any:
 
 
 def _word(feature: _Feature, stored: Any, depth: int, turn: int, names: dict[str, str]) -> str:
-    """One of the words in `depth` sequences; "" if there is none."""
+    """One of the texts or class names in `depth` nested sequences; "" if there is none."""
     for _ in range(depth - 1):
         stored = [item for items in stored for item in items]
-    words = [word for item in (stored if depth else [stored]) if (word := feature.word(item))]
-    word = words[turn % len(words)] if words else ""
+    texts = [word for item in (stored if depth else [stored]) if (word := feature.word(item))]
+    word = texts[turn % len(texts)] if texts else ""
     return names[word] if word in names else word
 
 
@@ -329,7 +329,7 @@ def _boxes(box: _Feature, label: _Feature, record: dict, turn: int, names: dict[
 
 
 def _pixels(feature: _Feature, stored: Any, is_rgb: bool) -> np.ndarray:
-    """Pictures are bytes, and tensors of unknown shape are dicts; tfds's mock data are arrays already."""
+    """Pixels as an array. Images are stored as bytes, tensors of unknown shape as dicts, tfds's mock data as arrays."""
     if feature.kind == "picture" and isinstance(stored, bytes) and feature.type.np_dtype != np.float32:
         picture = Image.open(io.BytesIO(stored), formats=FORMATS)
         if picture.width * picture.height > MAX_PIXELS:

@@ -1,6 +1,6 @@
 """Scenes as a thermal camera sees them too: a modality with a structure of its own, for fine-tuning.
 
-apparent temperature = AIR + heat of what is there x exp(-distance / HAZE)         heat: of material and size
+apparent temperature = AIR + heat of the object x exp(-distance / HAZE)         heat: by material and size
 
 Axes: H rows, W columns.
 """
@@ -33,7 +33,7 @@ def thermal(
 
 @dataclass(frozen=True, kw_only=True)
 class ThermalScenes(Scenes):
-    """The scenes of the same recipe, with "thermal"; they lie in the same folder, since that follows from the rest."""
+    """The scenes of the same recipe, with "thermal", in the same folder: `thermal` is computed from the rest."""
 
     def split(self, name: str, data_dir: str | os.PathLike) -> "ThermalSplit":
         check("split", name, SPLITS)

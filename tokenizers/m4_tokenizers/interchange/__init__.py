@@ -1,1 +1,1 @@
-"""Released tokenizers of others, to and from m4's."""
+"""Converts tokenizers that others released to m4 and back."""

@@ -1,4 +1,4 @@
-"""What the original's tokenizers say of themselves: configs in their files' headers, architectures by name."""
+"""Configs of 4M's tokenizers, from their files' headers, and architectures by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from m4.errors import closest
 from m4.files import parse_json, shown
 from m4.tensor_file import TensorFile, literal_like
 
-# The original's config and what it means when a key is absent.
+# 4M's config, with the values of absent keys.
 DEFAULTS = {
     "image_size": 224, "image_size_enc": None, "n_channels": 3, "n_labels": None, "enc_type": "vit_b_enc",
     "patch_proj": True, "post_mlp": False, "patch_size": 16, "quant_type": "lucid", "codebook_size": 16384,
@@ -39,7 +39,7 @@ def _uvit(size: str, factor: str, variant: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# The architectures that the original knows by name.
+# 4M's architectures by name.
 PRESETS: dict[str, dict[str, Any]] = {
     **{
         f"vit_{name}_{side}": {"dim_tokens": width, "depth": depth, "num_heads": heads}
@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse_config(file: TensorFile) -> dict[str, Any]:
-    """The original's config from the metadata strings, one Python literal (or plain word) each."""
+    """4M's config from the metadata strings, one Python literal (or plain word) each."""
     config = dict(DEFAULTS)
     for key, text in file.metadata.items():
         if key == "format":
@@ -103,7 +103,7 @@ def read_presets(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_like(value: Any, like: Any) -> bool:
-    """Of the same type, numbers from 1 to 2^16."""
+    """Whether a value has the type of `like`, integers from 1 to 2^16."""
     if isinstance(like, tuple):
         return isinstance(value, list | tuple) and len(value) > 0 and all(_is_like(x, like[0]) for x in value)
     if isinstance(like, bool) or not isinstance(like, int):

@@ -1,4 +1,4 @@
-"""Names of ml-4m's tokenizer parameters for those of m4."""
+"""m4's names of tokenizer parameters -> those of ml-4m."""
 
 from __future__ import annotations
 
@@ -93,18 +93,18 @@ def _first(rules: list, text: str) -> str:
 
 
 def _uvit_levels(c: UViT, module: str) -> str:
-    """levels.down.I.J.rest and levels.up.I.J.rest in the original's blocks of residual blocks and samplers."""
+    """levels.down.I.J.rest and levels.up.I.J.rest -> ml-4m's blocks of residual blocks and samplers."""
     match = re.fullmatch(r"levels\.(down|up)\.(\d+)\.(\d+)\.(.*)", module)
     assert match is not None, f"{module} is in no level"
     side, entry, layer, rest = match.groups()
-    per_level = c.num_blocks + 1  # a sampler behind the blocks on the way down, one block more on the way up
+    per_level = c.num_blocks + 1  # down: the blocks, then a sampler; up: one block more
     level, i = divmod(int(entry), per_level)
     is_sampler = i == c.num_blocks if side == "down" else layer == "1"
     return f"{side}_blocks.{level}.{side}samplers.0.conv" if is_sampler else f"{side}_blocks.{level}.resnets.{i}.{rest}"
 
 
-def original_name(recipe: VQRecipe, path: str) -> str:
-    """The original's name of one of our arrays."""
+def fourm_name(recipe: VQRecipe, path: str) -> str:
+    """ml-4m's name of one of m4's arrays."""
     simple = {
         "class_embedding": "cls_emb.weight",
         "quantizer.counts": "quantize._codebook.cluster_size",

@@ -1,12 +1,12 @@
-"""The original's VQVAE and DiVAE checkpoints <-> tokenizer files: `python -m m4_tokenizers convert IN OUT`.
+"""4M's VQVAE and DiVAE checkpoints <-> tokenizer files: `python -m m4_tokenizers convert IN OUT`.
 
-    original                                 m4
+    4M                                       m4
     encoder.blocks.0.attn.qkv.weight         encoder.transformer.blocks.0.attention.query.kernel, .key_value.kernel
     quant_proj.weight [D F 1 1]              encoder.project.kernel [F D]
     quantize._codebook.embed [1 K D]         quantizer.codes
     decoder.input_blocks.4.0.in_layers.2     decoder.network.levels.down.3.0.conv_1
 
-A converted file keeps the original's header and spare tensors, so that the way back gives the same bytes.
+A converted file keeps 4M's header and spare tensors, so that the conversion back gives the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from m4.files import shown
 from m4.tensor_file import DTYPES, TensorFile, parse_header, write
 from m4.tokens.tokenizer import load_tokenizer, save_tokenizer
 from m4_tokenizers.interchange.architectures import PRESETS, parse_config, preset
-from m4_tokenizers.interchange.fourm_names import original_name
+from m4_tokenizers.interchange.fourm_names import fourm_name
 from m4_tokenizers.modalities.depth import RelativeDepthRecipe
 from m4_tokenizers.modalities.edges import EdgesRecipe
 from m4_tokenizers.modalities.features import FeatureMapRecipe, PoseRecipe, VectorRecipe
@@ -42,7 +42,7 @@ from m4_tokenizers.networks.vit import ViTDecoder, ViTEncoder
 from m4_tokenizers.quantizers.vector import Memcodes, VectorQuantizer
 from m4_tokenizers.vq import VQRecipe
 
-# What a checkpoint may be the tokenizer of. `default`: where its config leaves no other choice.
+# Recipes by signal that a checkpoint may be converted to.
 RECIPES: dict[str, type[VQRecipe]] = {
     "rgb": ImageRecipe, "normals": NormalsRecipe, "depth": RelativeDepthRecipe, "edges": EdgesRecipe,
     "sam_edges": EdgesRecipe, "semseg": SemanticRecipe, "mask": MaskRecipe, "clip": FeatureMapRecipe,
@@ -52,7 +52,7 @@ RECIPES: dict[str, type[VQRecipe]] = {
 
 
 def _bottleneck(name: str) -> dict[str, int]:
-    """BottleneckMLP/B_<blocks>-Wi_<width>."""
+    """Sizes in a name BottleneckMLP/B_<blocks>-Wi_<width>."""
     match = re.fullmatch(r"BottleneckMLP/B_(\d+)-Wi_(\d+)", name)
     if not match:
         raise ValueError(f"unknown architecture {name!r}; allowed: BottleneckMLP/B_<blocks>-Wi_<width>")
@@ -102,8 +102,8 @@ def guess_signal(c: dict[str, Any], path: Path) -> str:
     """The signal of a checkpoint, by its config and the name of its file or folder."""
     allowed = [name for name, recipe in RECIPES.items() if fits(recipe, c)]
     text = f"{path.parent.name}/{path.stem}".lower()
-    words = {"edges": ["canny"], "sam_edges": ["sam", "edge"], "normals": ["normal"], "mask": ["instance"]}
-    fits_name = lambda name: all(w in text for w in (words[name] if name in words else name.split("_")))  # noqa: E731
+    keywords = {"edges": ["canny"], "sam_edges": ["sam", "edge"], "normals": ["normal"], "mask": ["instance"]}
+    fits_name = lambda name: all(w in text for w in (keywords[name] if name in keywords else name.split("_")))  # noqa: E731
     named = [name for name in allowed if fits_name(name)]
     if len(allowed) == 1 or named:
         return max(named or allowed, key=len)
@@ -123,7 +123,7 @@ def fits(recipe: type[VQRecipe], c: dict[str, Any]) -> bool:
 
 
 def recipe_of(c: dict[str, Any], *, signal: str, image_size: int = 0, presets: Mapping[str, Any] = {}) -> VQRecipe:
-    """Ours for the original's config, at its image size or another."""
+    """m4's recipe for 4M's config, at its image size or another."""
     presets = {**PRESETS, **presets}
     if signal not in RECIPES or not fits(RECIPES[signal], c):
         allowed = [name for name, recipe in RECIPES.items() if fits(recipe, c)]
@@ -165,7 +165,7 @@ def recipe_of(c: dict[str, Any], *, signal: str, image_size: int = 0, presets: M
                 num_steps=c["num_train_timesteps"],
                 prediction=c["prediction_type"],
                 zero_terminal_snr=c["zero_terminal_snr"],
-                # Its dynamic threshold has a greatest value of 1, which makes it clipping.
+                # 4M's dynamic threshold is at most 1, which makes it the same as clipping.
                 clip=c["clip_sample"] or c["thresholding"],
             )
             fields["decoder"] = DiffusionDecoder(network=network(c, presets, patch_size), schedule=schedule)
@@ -179,7 +179,7 @@ def recipe_of(c: dict[str, Any], *, signal: str, image_size: int = 0, presets: M
 
 
 def _part(path: str) -> slice | None:
-    """Which thirds of a fused qkv tensor one of our arrays holds."""
+    """Which thirds of a fused qkv tensor one of m4's arrays holds."""
     if ".cross_attention." in path or ".attention." not in path:
         return None
     if ".query." in path:
@@ -192,8 +192,8 @@ def _transposed(path: str) -> bool:
     return path.endswith("network.write.kernel")
 
 
-def from_original(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Our array (of `shape`) from the original's tensor."""
+def from_4m(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """m4's array (of `shape`) from 4M's tensor."""
     part = _part(path)
     if part is not None:
         tensor = tensor.reshape(3, -1, *tensor.shape[1:])[part].reshape(-1, *tensor.shape[1:])
@@ -208,8 +208,8 @@ def from_original(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.n
     return tensor.reshape(tensor.shape[:2]).T
 
 
-def to_original(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The original's tensor (of `shape`, or the part of a fused one) from our array."""
+def to_4m(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """4M's tensor (of `shape`, or the part of a fused one) from m4's array."""
     if path.endswith("positions"):
         return array.transpose(2, 0, 1)[None]
     if not path.endswith(".kernel"):
@@ -224,15 +224,15 @@ def to_original(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndar
 
 
 def _names(recipe: VQRecipe) -> Iterator[tuple[tuple, Any, str, str]]:
-    """(path, leaf, dotted path, original name) of every array."""
+    """(path, leaf, dotted path, 4M's name) of every array."""
     state = nnx.state(nnx.eval_shape(lambda: VQ(recipe, rngs=nnx.Rngs(0))))
     for path, leaf in nnx.to_flat_state(state):
         dotted = ".".join(map(str, path))
-        yield path, leaf, dotted, original_name(recipe, dotted)
+        yield path, leaf, dotted, fourm_name(recipe, dotted)
 
 
 def convert(source: Path, out: Path, *, signal: str = "", image_size: int = 0, presets: Mapping[str, Any] = {}) -> str:
-    """Either direction, by what `source` is. ValueError names unknown, missing and misshapen tensors."""
+    """Converts in either direction, by what `source` is. ValueError names unknown, missing and misshapen tensors."""
     file = TensorFile.read(source)
     if out.exists() and out.resolve() == file.path.resolve():
         raise ValueError(f"{out} is the input itself; give another name")
@@ -254,14 +254,14 @@ def convert(source: Path, out: Path, *, signal: str = "", image_size: int = 0, p
     ]
     for _, leaf, dotted, name in table:
         given = file.entries[name].shape if name in file.entries else None
-        expected[name] = _original_shape(recipe, dotted, leaf.shape, given)
+        expected[name] = _shape_in_4m(recipe, dotted, leaf.shape, given)
     copies = {alias(name): name for name in expected if alias(name) != name and alias(name) in file.entries}
     check_names(file, expected, ["quantize._codebook.initted", *copies])
     for copy, name in copies.items():
         if not np.array_equal(file.tensor(copy), file.tensor(name)):
             raise ValueError(f"{file.path}: {copy} and {name} are one tensor by the config, but differ")
     for path, leaf, dotted, name in table:
-        array = np.ascontiguousarray(from_original(dotted, file.tensor(name), leaf.shape))
+        array = np.ascontiguousarray(from_4m(dotted, file.tensor(name), leaf.shape))
         loaded.append((path, leaf.replace(jnp.asarray(array.astype(np.float32)))))
     spare = {f"original:{name}": file.tensor(name) for name in sorted(set(file.entries) - set(expected))}
     graph, _ = nnx.split(nnx.eval_shape(lambda: VQ(recipe, rngs=nnx.Rngs(0))))
@@ -275,7 +275,7 @@ def convert(source: Path, out: Path, *, signal: str = "", image_size: int = 0, p
 
 
 def _check_depths(recipe: VQRecipe, file: TensorFile) -> None:
-    """ValueError where a config claims more blocks than its file has tensors, before they are made."""
+    """ValueError where a config claims more blocks than its file has tensors, before they are allocated."""
     for part in (recipe.encoder, recipe.decoder, getattr(recipe.decoder, "network", None)):
         for name in ("depth", "num_blocks"):
             if getattr(part, name, 0) > len(file.entries):
@@ -285,29 +285,29 @@ def _check_depths(recipe: VQRecipe, file: TensorFile) -> None:
                 )
 
 
-def _original_shape(recipe: VQRecipe, dotted: str, ours: tuple[int, ...], given: tuple[int, ...] | None):
-    """The shape that the original's tensor of one of our arrays must have."""
+def _shape_in_4m(recipe: VQRecipe, dotted: str, shape: tuple[int, ...], given: tuple[int, ...] | None):
+    """The shape that 4M's tensor of one of m4's arrays must have."""
     if _part(dotted) is not None:
-        whole = 3 * (ours[-1] if "query" in dotted else ours[-1] // 2)
-        ours = (*ours[:-1], whole)
+        whole = 3 * (shape[-1] if "query" in dotted else shape[-1] // 2)
+        shape = (*shape[:-1], whole)
     if dotted.endswith("positions"):
-        return (1, ours[2], *ours[:2])
+        return (1, shape[2], *shape[:2])
     if dotted in ("quantizer.codes", "quantizer.counts", "quantizer.sums") and recipe.quantizer.num_codebooks == 1:
-        return given if given and np.prod(given) == np.prod(ours) else ours[1:]
+        return given if given and np.prod(given) == np.prod(shape) else shape[1:]
     if not dotted.endswith(".kernel"):
-        return ours
-    if len(ours) == 4:
-        return (ours[3], ours[2], ours[0], ours[1])
-    if given is not None and len(given) in (3, 4):  # a convolution over patches, or over single places
+        return shape
+    if len(shape) == 4:
+        return (shape[3], shape[2], shape[0], shape[1])
+    if given is not None and len(given) in (3, 4):  # a convolution over patches, or over single positions
         inner = int(np.prod(given[1:])) if not _transposed(dotted) else given[0]
         outer = given[0] if not _transposed(dotted) else int(np.prod(given[1:]))
-        if (inner, outer) == tuple(ours):
+        if (inner, outer) == tuple(shape):
             return given
-    return (ours[1], ours[0])
+    return (shape[1], shape[0])
 
 
 def _back(file: TensorFile, out: Path) -> str:
-    tokenizer: Any = load_tokenizer(file.path)  # a VQTokenizer, or `kept` is missed
+    tokenizer: Any = load_tokenizer(file.path)  # a VQTokenizer, else it has no `kept`
     if "original_header" not in tokenizer.kept:
         raise ValueError(f"{file.path} was not made from an original checkpoint, so there is no header to restore")
     header_text = tokenizer.kept["original_header"]
@@ -319,7 +319,7 @@ def _back(file: TensorFile, out: Path) -> str:
     parts: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in header}
     for _, _, dotted, name in _names(tokenizer.recipe):
         name, part = name if name in parts else name.replace(".conv.", ".Conv2d_0."), _part(dotted)
-        parts[name].append((part.start if part else 0, to_original(dotted, arrays[dotted], header[name].shape)))
+        parts[name].append((part.start if part else 0, to_4m(dotted, arrays[dotted], header[name].shape)))
 
     def tensor(name: str) -> np.ndarray:
         if not parts[name]:

@@ -6,9 +6,9 @@
     red  cube [D_31] v0=40                       depth: one logarithmic bin
     [EOS]
 
-Coordinates are bins of [0, 1], decoded as bin centres. Of a box's corners either may come first. A concept is text of
+Coordinates are bins of [0, 1], decoded as bin centres. Either corner of a box may come first. A concept is text of
 at least one character, in byte-level pieces. The grammar follows its UTF-8 byte by byte, so that a model may spell a
-word that was in none of the examples, but never breaks off within a character.
+word that no example had, but never stops within a character.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ class AnswerRecipe:
     num_sentinels: int = 16
     """Masked spans of an answer, at most."""
     num_examples: int = 4000
-    """Answers that the words are learned from, at most."""
+    """Answers from which text pieces are learned, at most."""
 
     def __post_init__(self):
         for kind in self.kinds:
@@ -101,7 +101,7 @@ class AnswerRecipe:
 
     @property
     def strip(self) -> int:
-        """Cells of a mask in one token: the longest equal parts of a row for which there are bins enough."""
+        """Cells of a mask in one token: the longest equal parts of a row that the bins can encode."""
         return max(n for n in range(1, self.mask_size + 1) if self.mask_size % n == 0 and 2**n <= self.num_bins)
 
     def places(self, kind: str) -> list[tuple[int, int]]:
@@ -120,7 +120,7 @@ class AnswerRecipe:
         return [{"concept": label, "kind": "box", "target": box} for box, label in pairs]
 
     def checked(self, item: Any) -> dict[str, Any]:
-        """The item, its target as an array (depth: a float); ValueError unless it is as it must be."""
+        """The item, its target as an array (depth: a float); ValueError if it is invalid."""
         if not isinstance(item, Mapping) or not {"concept", "kind", "target"} <= item.keys():
             raise ValueError(f"an item of an answer needs concept, kind and target, but one is {str(item)[:60]}")
         concept, kind, size = item["concept"], item["kind"], self.mask_size
@@ -145,7 +145,7 @@ class AnswerRecipe:
         return {"concept": concept, "kind": kind, "target": cast}
 
     def check(self, signal: Any) -> None:
-        """ValueError for an answer that `encode` refuses, whatever the words of its concepts."""
+        """ValueError for an answer that `encode` refuses, whatever its concepts."""
         for item in signal:
             self.checked(item)
 
@@ -215,7 +215,7 @@ class AnswerTokenizer(Reader):
         return 2 ** np.arange(self.recipe.strip)[::-1]  # the first cell is the highest bit
 
     def encode(self, signals: Seq[Any]) -> list[np.ndarray]:
-        """int32 [n] each, closed by [EOS]; ValueError if an answer is not as it must be, or too long."""
+        """int32 [n] each, closed by [EOS]; ValueError if an answer is invalid or too long."""
         answers = [[self.checked(item) for item in answer] for answer in signals]
         declarations = {kind: id for id, kind in self._kinds.items()}
         concepts = list(dict.fromkeys(item["concept"] for answer in answers for item in answer))
@@ -237,7 +237,7 @@ class AnswerTokenizer(Reader):
         return encoded
 
     def parse(self, ids: Seq[int] | np.ndarray) -> Answer:
-        """The answer that these ids are; ValueError tells the first that cannot stand where it does, and what can."""
+        """The answer of these ids; ValueError names the first id that is not allowed, and what is."""
         ids, items, i = np.asarray(ids, np.int64).ravel().tolist(), [], 0
         while i < len(ids) and ids[i] != EOS:
             item, i = self._item(ids, i)
@@ -249,7 +249,7 @@ class AnswerTokenizer(Reader):
         return items
 
     def decode(self, ids: Seq[Seq[int] | np.ndarray]) -> list[Answer]:
-        """The items that are whole, up to the first [EOS]; what is broken is dropped."""
+        """The complete items up to the first [EOS]; broken ones are dropped."""
         answers = []
         for row in ids:
             row, items, i = list(itertools.takewhile(lambda id: id != EOS, np.asarray(row).ravel().tolist())), [], 0
@@ -286,8 +286,8 @@ class AnswerTokenizer(Reader):
         return {"concept": concept, "kind": kind, "target": self._target(kind, bins)}, at + 1
 
     def _unexpected(self, ids: list[int], at: int, allowed: str) -> ValueError:
-        found = f"token {at} is {self._name(ids[at])}" if at < len(ids) else f"the {len(ids)} tokens end too early"
-        return ValueError(f"{found}; allowed here: {allowed}")
+        problem = f"token {at} is {self._name(ids[at])}" if at < len(ids) else f"the {len(ids)} tokens end too early"
+        return ValueError(f"{problem}; allowed here: {allowed}")
 
     def _name(self, id: int) -> str:
         if 0 <= id < self.layout.first_text:
@@ -297,8 +297,8 @@ class AnswerTokenizer(Reader):
 
     @functools.cached_property
     def grammar(self) -> Any:
-        """What `parse` takes: concepts in UTF-8, each with a kind and its target, as many as there is room for."""
-        from m4.tokens.grammar import Grammar  # here: what only reads data must not load JAX
+        """The sequences that `parse` accepts: concepts in UTF-8, each with a kind and its target, as many as fit."""
+        from m4.tokens.grammar import Grammar  # here: reading data must not load JAX
 
         size, strips = self.recipe.num_bins, 2**self.recipe.strip
         strip, end, other = range(NUM_COORDINATES, NUM_COORDINATES + 3)  # classes; those below are the axes'

@@ -1,4 +1,4 @@
-"""Sounds as a grid of learned tokens: the picture of a mel spectrogram there, Griffin-Lim back.
+"""Sounds as a grid of learned tokens of their mel spectrogram; Griffin-Lim recovers the sound.
 
     sound [T] --Fourier--> magnitudes [F K] --mel bands--> dB --> array [H W 1] --VQTokenizer--> ids
     sound [T] <--phases--- magnitudes [F K] <--spread------ dB <-- array [H W 1] <--------------- ids
@@ -66,10 +66,10 @@ def istft(spectra: Complex64[np.ndarray, "N F K"], hop: int) -> Float32[np.ndarr
 
 
 def griffin_lim(magnitudes: Float32[np.ndarray, "N F K"], hop: int, *, num_steps: int) -> Float32[np.ndarray, "N T"]:
-    """Sounds that have about these magnitudes, from phases that are drawn, but always the same.
+    """Sounds that have about these magnitudes, from random phases that are always the same.
 
-    The fast variant of Perraudin et al. 2013, "A fast Griffin-Lim algorithm", section 3: each step goes on beyond what
-    the last one changed.
+    The fast variant of Perraudin et al. 2013, "A fast Griffin-Lim algorithm", section 3: each step extrapolates the
+    change of the last one.
     """
     phases = np.random.default_rng(0).uniform(0, 2 * np.pi, magnitudes.shape[1:])
     spectra, before = magnitudes * np.exp(1j * phases).astype(np.complex64), np.complex64(0)
@@ -86,9 +86,9 @@ def griffin_lim(magnitudes: Float32[np.ndarray, "N F K"], hop: int, *, num_steps
 
 @functools.cache
 def mel_bands(num_bands: int, num_frequencies: int, rate: int) -> Float32[np.ndarray, "M K"]:
-    """What each band, from high to low, takes of frequencies from 0 to rate / 2: triangles of sum 1.
+    """The weights of frequencies from 0 to rate / 2 in each band, from high to low: triangles of sum 1.
 
-    Their tips are as far apart in mel = 2595 log10(1 + Hz / 700); none is narrower than two frequencies.
+    Their tips are equally spaced in mel = 2595 log10(1 + Hz / 700); none is narrower than two frequencies.
     """
     frequencies = np.linspace(0, rate / 2, num_frequencies)
     tips = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + rate / 1400), num_bands + 2) / 2595) - 1)
@@ -103,12 +103,12 @@ def mel_bands(num_bands: int, num_frequencies: int, rate: int) -> Float32[np.nda
 
 
 def spread(bands: Float32[np.ndarray, "N F M"], weights: Float32[np.ndarray, "M K"]) -> Float32[np.ndarray, "N F K"]:
-    """Magnitudes, none negative, whose bands are about the given: least squares by the multiplicative steps of Lee &
-    Seung 2001, "Algorithms for non-negative matrix factorization", theorem 1."""
-    wanted = bands @ weights
-    magnitudes = wanted / np.maximum(weights.sum(axis=0), np.float32(1e-9))
+    """Magnitudes, none negative, whose bands approximate the given: least squares by the multiplicative steps of Lee
+    & Seung 2001, "Algorithms for non-negative matrix factorization", theorem 1."""
+    target = bands @ weights
+    magnitudes = target / np.maximum(weights.sum(axis=0), np.float32(1e-9))
     for _ in range(NUM_SPREADS):
-        magnitudes = magnitudes * (wanted / np.maximum(magnitudes @ weights.T @ weights, np.float32(1e-12)))
+        magnitudes = magnitudes * (target / np.maximum(magnitudes @ weights.T @ weights, np.float32(1e-12)))
     return magnitudes
 
 
@@ -166,7 +166,7 @@ class AudioRecipe(VQRecipe):
         return mel_bands(self.image_size, self.hop + 1, self.rate)
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
-        """A raw example's sound; that of a file at the recipe's rate and length."""
+        """A raw example's sound; one from a file at the recipe's rate and length."""
         sound = super().signal_of(example)
         if not isinstance(sound, Sound):
             return sound
@@ -178,7 +178,7 @@ class AudioRecipe(VQRecipe):
         return of_length(samples, self.num_samples)
 
     def levels(self, signals: Seq[Any]) -> Float32[np.ndarray, "N M F"]:
-        """Loudness of each band in dB, from `lowest` to 0. ValueError for what is no sound of the recipe's length."""
+        """Loudness of each band in dB, from `lowest` to 0. ValueError for other signals than sounds of this length."""
         sounds = check_arrays(signals, (self.num_samples,), f"a sound ({self.signal})")
         if not np.issubdtype(sounds.dtype, np.floating):
             raise ValueError(f"a sound of {sounds.dtype} was given; allowed: {self.values} (16 bits: divide by 32768)")
@@ -200,14 +200,14 @@ class AudioRecipe(VQRecipe):
         return list(griffin_lim(magnitudes, self.hop, num_steps=self.num_phase_steps).clip(-1, 1))
 
     def measure(self, given: Seq[Any], decoded: Seq[Any], examples: Seq[dict[str, Any]]) -> dict[str, float]:
-        """Distances in dB between mel spectrograms in the frames where something is to be heard.
+        """Distances in dB between mel spectrograms in the frames that are not silent.
 
         spectral_distance: root mean square over bands, mean over frames. cepstral_distortion: the same over the shape
         of the spectrum alone, smoothed (Kubichek 1993, "Mel-cepstral distance measure").
         """
         levels, others = self.levels(given), self.levels(decoded)
-        heard = (levels > self.lowest).any(axis=1)
-        error = np.moveaxis(levels - others, 1, 2)[heard if heard.any() else ...]
+        is_audible = (levels > self.lowest).any(axis=1)
+        error = np.moveaxis(levels - others, 1, 2)[is_audible if is_audible.any() else ...]
         cepstra = fft.dct(error, norm="ortho", axis=-1)[..., 1 : 1 + NUM_CEPSTRAL]
         root_mean = lambda x: float(np.sqrt((x**2).sum(axis=-1) / self.image_size).mean())  # noqa: E731
         return {"spectral_distance": root_mean(error), "cepstral_distortion": root_mean(cepstra)}
@@ -217,7 +217,7 @@ class AudioTokenizer(VQTokenizer):
     component = "audio"
 
     def evaluate(self, examples: Examples, *, mean: Any) -> dict[str, Any]:
-        """The card; measures `_of_spectrogram` are of the way there and back without tokens: their bound."""
+        """The card; measures `_of_spectrogram` are those of reconstructions without tokens, an upper bound."""
         given = [self.signal_of(example) for example in examples]
         back = [self.recipe.to_signals(self.recipe.to_arrays([sound]))[0] for sound in given]
         bound = self.recipe.measure(given, back, examples)
@@ -225,7 +225,7 @@ class AudioTokenizer(VQTokenizer):
         return {**card, **{f"{k}_of_spectrogram": round(v, 4) for k, v in bound.items()}}
 
     def write(self, signal: np.ndarray, folder: Path, *, image: np.ndarray | None) -> None:
-        """A sound (of floats, which come back as they are), and its spectrogram."""
+        """A sound (of floats, which are stored exactly), and its spectrogram."""
         name = self.modality.signal
         write_image(self.draw(signal, image=image), folder, f"{name}.png")
         wavfile.write(Path(folder) / f"{name}.wav", self.recipe.rate, signal.clip(-1, 1).astype(np.float32))

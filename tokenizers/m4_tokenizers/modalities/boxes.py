@@ -3,7 +3,7 @@
     v0=12 v1=30 v2=25 v3=44 cube   v0=40 v1=28 v2=63 v3=51 sphere   [EOS]
     xmin  ymin  xmax  ymax  label
 
-Coordinates are bins of [0, 1], decoded as bin centres: a box comes back within half a bin. The tokenizer has its own
+Coordinates are bins of [0, 1], decoded as bin centres: a decoded box is within half a bin. The tokenizer has its own
 text tokenizer, fitted on the labels, so that each of them is one token and any other label still has bytes.
 """
 
@@ -54,13 +54,13 @@ def canvas(image: np.ndarray | None) -> Image.Image:
 
 
 def hue(index: int) -> Colour:
-    """The golden angle keeps the hues of neighbouring labels apart, in whatever order they came to be known."""
+    """The golden angle keeps the hues of neighbouring labels apart, in any order."""
     red, green, blue = colorsys.hsv_to_rgb(int(index) * 0.618 % 1, 0.85, 0.75)
     return int(255 * red), int(255 * green), int(255 * blue)
 
 
 def draw_label(pen: ImageDraw.ImageDraw, place: tuple[float, float], label: str, colour: Colour) -> None:
-    """White on the colour; `place`: (x, y) of its upper left corner."""
+    """A label in white on the colour; `place`: (x, y) of its upper left corner."""
     name = label.encode("latin-1", "replace").decode("latin-1")  # all that PIL's built-in font has
     left, top, right, bottom = pen.textbbox(place, name)
     pen.rectangle((left - 2, top - 1, right + 1, bottom + 1), fill=colour)
@@ -68,7 +68,7 @@ def draw_label(pen: ImageDraw.ImageDraw, place: tuple[float, float], label: str,
 
 
 def draw_box(pen: ImageDraw.ImageDraw, size: tuple[int, int], box: np.ndarray, label: str, colour: Colour) -> None:
-    """`size`: the picture's (width, height); `box`: (ymin, xmin, ymax, xmax) in [0, 1]."""
+    """`size`: the image's (width, height); `box`: (ymin, xmin, ymax, xmax) in [0, 1]."""
     y0, x0, y1, x1 = (float(v) for v in box * np.tile(size[::-1], 2))
     pen.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=2)
     draw_label(pen, (x0 + 3, max(y0 - 12, 0)), label, colour)
@@ -91,7 +91,7 @@ class BoxRecipe:
     num_sentinels: int = 16
     """Masked spans of an example, at most."""
     num_examples: int = 4000
-    """Examples that the labels are learned from, at most."""
+    """Examples from which labels are learned, at most."""
     wordpiece: str = ""
     """Path of 4M's WordPiece file, for the ids of its modality "det": 1000 bins, rounded to the nearest of i / 999, and
     its class names. "" is m4's own ids."""
@@ -119,7 +119,7 @@ class BoxRecipe:
         return self.text.modality
 
     def check(self, signal: Any) -> None:
-        """ValueError for boxes that `encode` refuses, whatever the words of their labels."""
+        """ValueError for boxes that `encode` refuses, whatever their labels."""
         boxes, labels = np.asarray(signal["bbox"], np.float32).reshape(-1, NUM_COORDINATES), signal["label"]
         if len(boxes) != len(labels):
             raise ValueError(f"{len(boxes)} boxes came with {len(labels)} labels")
@@ -170,25 +170,25 @@ class BoxTokenizer(Reader):
         self.num_bins = self.layout.num_bins
 
     def _bins(self, corners: np.ndarray) -> np.ndarray:
-        """[0, 1] -> bins: of equal width, or, as the original has them, the nearest of i / (bins - 1)."""
+        """[0, 1] -> bins: of equal width, or, as in 4M, the nearest of i / (bins - 1)."""
         if self.recipe.wordpiece:
             return np.round(corners.astype(np.float64) * (self.num_bins - 1)).astype(np.int32)
         return np.minimum((corners * self.num_bins).astype(np.int32), self.num_bins - 1)
 
     def _places(self, bins: np.ndarray) -> np.ndarray:
-        """Bins -> where they lie in [0, 1]."""
+        """Bins -> positions in [0, 1]."""
         return bins / (self.num_bins - 1) if self.recipe.wordpiece else (bins + 0.5) / self.num_bins
 
     def encode_unbounded(self, signals: Seq[Boxes]) -> list[np.ndarray]:
-        """Ids closed by [EOS], however many."""
+        """Ids closed by [EOS], of any length."""
         for signal in signals:
             self.recipe.check(signal)
         corners = [np.asarray(signal["bbox"], np.float32).reshape(-1, NUM_COORDINATES) for signal in signals]
         bins = self._bins(np.concatenate([np.zeros((0, NUM_COORDINATES), np.float32), *corners])[:, AS_TOKENS])
         boxes = self.layout.first_coordinate + np.arange(NUM_COORDINATES) * self.num_bins + bins
         labels = [label for signal in signals for label in signal["label"]]
-        different = list(dict.fromkeys(labels))
-        ids = {k: v[:-1].tolist() for k, v in zip(different, self.text.encode_unbounded(different), strict=True)}
+        distinct = list(dict.fromkeys(labels))
+        ids = {k: v[:-1].tolist() for k, v in zip(distinct, self.text.encode_unbounded(distinct), strict=True)}
         pieces = iter([[*box, *ids[label]] for box, label in zip(boxes.tolist(), labels, strict=True)])
         return [
             np.array([i for piece in itertools.islice(pieces, len(signal["label"])) for i in piece] + [EOS], np.int32)
@@ -207,9 +207,9 @@ class BoxTokenizer(Reader):
         return encoded
 
     def _long_labels(self, labels: Seq[str]) -> str:
-        """Why labels have more than one token, if some do: the end of a sentence."""
-        different = list(dict.fromkeys(labels))
-        counts = {k: len(ids) - 1 for k, ids in zip(different, self.text.encode_unbounded(different), strict=True)}
+        """Why labels have more than one token, if some do: the end of an error's text."""
+        distinct = list(dict.fromkeys(labels))
+        counts = {k: len(ids) - 1 for k, ids in zip(distinct, self.text.encode_unbounded(distinct), strict=True)}
         longest = max(counts, key=counts.__getitem__)
         if counts[longest] < 2 or self.recipe.wordpiece:
             return ""
@@ -223,7 +223,7 @@ class BoxTokenizer(Reader):
         )
 
     def decode(self, ids: Seq[np.ndarray]) -> list[Boxes]:
-        """Whatever boxes can be read up to the first [EOS]: pieces that are no box are skipped."""
+        """All boxes that can be decoded up to the first [EOS]: pieces that are no box are skipped."""
         decoded = [self.decode_with_scores(row, np.zeros(len(row), np.float32)) for row in ids]
         return [{"bbox": boxes["bbox"], "label": boxes["label"]} for boxes in decoded]
 
@@ -264,8 +264,8 @@ class BoxTokenizer(Reader):
 
     @functools.cached_property
     def grammar(self) -> Any:
-        """Boxes of four coordinates in order and a label, as many as there is room for."""
-        from m4.tokens.grammar import Grammar  # here: what only reads data must not load JAX
+        """Boxes of four coordinates in order and a label, as many as fit."""
+        from m4.tokens.grammar import Grammar  # here: reading data must not load JAX
 
         ids = np.arange(self.modality.vocab_size)
         place = ids - self.layout.first_coordinate

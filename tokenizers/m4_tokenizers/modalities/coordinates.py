@@ -1,4 +1,4 @@
-"""Small facts as sequences of coordinate tokens alone: what palette.py and metadata.py share.
+"""The base of palettes and metadata: short lists of values as sequences of coordinate tokens alone.
 
     v1=2   v0=255 v0=0   v0=0   v0=0   v0=128 v0=255 [EOS]       two colours, as 4M-21 writes them
     (1, 2) (0, 255) ...                                          the same as pairs (axis, bin)
@@ -45,7 +45,7 @@ class CoordinateRecipe:
     num_sentinels: int = 16
     """Masked spans of a sequence, at most."""
     num_examples: int = 4000
-    """Examples that are read, at most, to see that they can be encoded."""
+    """Examples that are encoded as a check, at most."""
     wordpiece: str = ""
     """Path of 4M's WordPiece file, for its ids; they follow from the layout, the file is only checked. "" is m4's
     own."""
@@ -91,7 +91,7 @@ class CoordinateRecipe:
         self.tokenizer_class(recipe=self, card={}).encode([signal])
 
     def measured(self, tokenizer: Any, source: Examples, *, seed: int) -> Any:
-        """The tokenizer, its card filled; nothing is fitted, so the seed is only noted."""
+        """The tokenizer with its card; nothing is fitted, so the seed is only recorded."""
         start = time.perf_counter()
         if self.wordpiece:
             WordPieceRecipe(path=self.wordpiece).fit([], seed=seed)
@@ -113,16 +113,16 @@ class CoordinateTokenizer(Reader):
     """Pairs as ids and back; a subclass turns a signal into pairs and back, and adds files and pictures."""
 
     def __init__(self, *, recipe: CoordinateRecipe, card: dict[str, Any]):
-        self.recipe: Any = recipe  # of a class of its own, with further fields
+        self.recipe: Any = recipe  # a subclass of CoordinateRecipe, with further fields
         self.card = card
         self.layout, self.modality = recipe.layout, recipe.modality
 
     def to_pairs(self, signal: Any) -> list[Pair]:
-        """(axis, bin) of each token, [EOS] excluded; ValueError if the signal is not as it must be."""
+        """(axis, bin) of each token, [EOS] excluded; ValueError if the signal is invalid."""
         raise NotImplementedError
 
     def from_pairs(self, pairs: list[Pair]) -> Any:
-        """Whatever can be read from pairs of any kind; axis -1 is no coordinate."""
+        """The signal of all valid pairs; others are skipped (axis -1 is no coordinate)."""
         raise NotImplementedError
 
     @property
@@ -133,7 +133,7 @@ class CoordinateTokenizer(Reader):
         self.encode([signal])
 
     def encode(self, signals: Seq[Any]) -> list[np.ndarray]:
-        """int32 [n] each, closed by [EOS]; ValueError if a signal is not as it must be, or too long."""
+        """int32 [n] each, closed by [EOS]; ValueError if a signal is invalid or too long."""
         encoded = []
         for signal in signals:
             pairs = self.to_pairs(signal)
@@ -147,7 +147,7 @@ class CoordinateTokenizer(Reader):
         return encoded
 
     def decode(self, ids: Seq[Seq[int] | np.ndarray]) -> list[Any]:
-        """What can be read up to the first [EOS]; other ids never raise."""
+        """The signals of the ids up to the first [EOS]; invalid ids never raise."""
         signals = []
         for row in ids:
             row = np.asarray(row, np.int64).ravel()

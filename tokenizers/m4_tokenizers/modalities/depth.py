@@ -2,7 +2,7 @@
 
 Two channels: log-depth, scaled to [-1, 1] over [min_depth, max_depth], and validity, negative where unknown. Unknown
 pixels read as the mean of the known ones in their patch (max_depth where there are none), so that codes are not spent
-on edges that no one asked for; their depth is not part of the loss.
+on edges of unknown regions; their depth is not part of the loss.
 
 Axes: N images, H rows, W columns, C channels; depth is float32 [H W] in metres, 0 = unknown.
 """
@@ -24,10 +24,10 @@ from m4_tokenizers.quantizers.vector import LearnedVectorQuantizer
 from m4_tokenizers.vq import VQRecipe, VQTokenizer
 
 Depth = Float[np.ndarray, "H W"]
-FINEST, FARTHEST = 0.1, 65.534  # metres that a picture of 16 bits tells well
+FINEST, FARTHEST = 0.1, 65.534  # metres that an image of 16 bits stores well
 VALIDITY = 0.5  # of a known pixel: validity is a sign, and needs less precision than depth
 
-# From near (light) to far (dark): lightness falls evenly, so that nearer reads as nearer without colours, too.
+# From near (light) to far (dark): lightness falls evenly, so that nearer looks nearer in grey, too.
 COLOURS = np.array(
     [[252, 246, 196], [253, 202, 126], [245, 147, 93], [220, 90, 98], [172, 51, 115], [116, 32, 115], [60, 24, 86]]
 )
@@ -104,17 +104,17 @@ class DepthRecipe(VQRecipe):
         return jnp.stack([x[..., 1] > 0, jnp.ones_like(x[..., 1], bool)], axis=-1).astype(x.dtype)
 
     def mean_signal(self, arrays: np.ndarray) -> Any:
-        # Where most of the examples' depths are unknown, the mean map still names one: it competes on known pixels.
+        # The mean map has a depth even where most examples have none: it is compared on known pixels.
         position = arrays[..., 0].mean(axis=0)
         return self.to_signals(np.stack([position, np.ones_like(position)], axis=-1)[None])[0]
 
     def measure(self, given: Seq[Any], decoded: Seq[Any], examples: Seq[dict[str, Any]]) -> dict[str, float]:
         """delta1 and AbsRel on known pixels (and on those of objects, where all examples have instances)."""
-        true, found = np.stack(given), np.stack(decoded)
-        out = {**depth_quality(true, found, true > 0), "known_agreement": np.mean((found > 0) == (true > 0))}
+        true, predicted = np.stack(given), np.stack(decoded)
+        out = {**depth_quality(true, predicted, true > 0), "known_agreement": np.mean((predicted > 0) == (true > 0))}
         if all("instance" in example for example in examples):
             on_object = (np.stack([example["instance"] for example in examples]) > 0) & (true > 0)
-            out.update({f"{k}_on_objects": v for k, v in depth_quality(true, found, on_object).items()})
+            out.update({f"{k}_on_objects": v for k, v in depth_quality(true, predicted, on_object).items()})
         return {k: float(v) for k, v in out.items()}
 
 

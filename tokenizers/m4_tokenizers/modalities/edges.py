@@ -76,7 +76,7 @@ class EdgesRecipe(VQRecipe):
         return list(((arrays[..., 0] + 1) / 2).clip(0, 1).astype(np.float32))
 
     def measure(self, given: Seq[Any], decoded: Seq[Any], examples: Seq[dict[str, Any]]) -> dict[str, float]:
-        """F1 of edge pixels (above 1/2), where a pixel counts as found if one lies within a pixel of it."""
+        """F1 of edge pixels (above 1/2), where a pixel is a match if one of the other map is within a pixel of it."""
         a, b = np.stack(given) > 0.5, np.stack(decoded) > 0.5
         near_a, near_b = (ndimage.maximum_filter(x, (1, 3, 3)) for x in (a, b))
         precision, recall = (b & near_a).sum() / max(b.sum(), 1), (a & near_b).sum() / max(a.sum(), 1)

@@ -1,6 +1,6 @@
 """Features of other networks as tokens: maps (CLIP, DINOv2, ImageBind), global vectors, and human poses.
 
-Axes: N signals, h rows and w columns of a map, C numbers of a vector; signals are float32 [h w C] or [C].
+Axes: N signals, h rows and w columns of a map, C values of a vector; signals are float32 [h w C] or [C].
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class FeatureMapRecipe(VQRecipe):
     decoder: Any = ViTDecoder(patch_size=1)
     """Codes -> signal (m4_tokenizers.networks)."""
     losses: tuple[Any, ...] = (SquaredError(), CosineDistance())
-    """What the reconstruction is compared by (m4_tokenizers.losses); the weighted sum is minimised."""
+    """Losses of the reconstruction (m4_tokenizers.losses); the weighted sum is minimised."""
     learning_rate: float = 5e-4
     """Peak learning rate of Adam."""
 
@@ -112,7 +112,7 @@ class PoseRecipe(VectorRecipe):
     num_features: int = 207
     """Values of a pose: 9 for each joint."""
     losses: tuple[Any, ...] = (SquaredError(),)
-    """What the reconstruction is compared by (m4_tokenizers.losses)."""
+    """Losses of the reconstruction (m4_tokenizers.losses)."""
 
     @property
     def values(self) -> str:

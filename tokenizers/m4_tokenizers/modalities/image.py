@@ -35,7 +35,7 @@ def check_images(signals: Seq[Any], size: int) -> UInt8[np.ndarray, "N H W 3"]:
 
 
 def peak_ratio(error: np.ndarray) -> float:
-    """PSNR in dB of squared errors of numbers in [0, 1]."""
+    """PSNR in dB from squared errors of values in [0, 1]."""
     return round(float(-10 * np.log10(max(error.mean(), 1e-10))), 2)
 
 
@@ -105,7 +105,7 @@ class ImageRecipe(VQRecipe):
 
 
 class ImageFiles:
-    """Writing and drawing of images."""
+    """`write` and `draw` of images."""
 
     modality: Any
 

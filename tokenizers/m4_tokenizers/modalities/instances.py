@@ -33,7 +33,7 @@ class MaskRecipe(VQRecipe):
     quantizer: Any = LearnedVectorQuantizer(num_codes=256)
     """Latents -> token ids (m4_tokenizers.quantizers)."""
     losses: tuple[Any, ...] = (AbsoluteError(),)
-    """What the reconstruction is compared by (m4_tokenizers.losses)."""
+    """Losses of the reconstruction (m4_tokenizers.losses)."""
 
     kind = "mask"
     num_channels = 1

@@ -106,7 +106,7 @@ class MapTokenizer(VQTokenizer):
         write_image(self.draw(signal, image=image), folder, f"{self.modality.signal}.png")
 
     def draw(self, signal: np.ndarray, *, image: np.ndarray | None) -> UInt8[np.ndarray, "H W 3"]:
-        """One channel: low dark, high light. Of more the first three, as red, green and blue (of two, no blue)."""
+        """One channel: low dark, high light. Else the first three channels as red, green and blue (two: no blue)."""
         level = (self.recipe.to_arrays([signal])[0] + 1) / 2
         if self.recipe.channels == 1:
             return shade(level[..., 0])

@@ -1,9 +1,9 @@
-"""Facts about an image as numbers, each a pair of tokens: which field, and the bin of its value (4M-21's "metadata").
+"""Numeric facts about an image, each a pair of tokens: the field, and the bin of its value (4M-21's "metadata").
 
     v1=0 v0=20            v1=9 v0=12     v1=20 v0=1     [EOS]
     original_width = 656  colorfulness   aesthetic      any fields, in the order of the recipe's
 
-A field's id is its place in the recipe's `fields`. Own fields stand behind FIELDS, which keep the original's ids:
+A field's id is its index in the recipe's `fields`. Own fields follow FIELDS, which keep 4M's ids:
 
     MetadataRecipe(fields=(*FIELDS, Bins("cloud_cover", 0, 1, 50)))
 
@@ -40,7 +40,7 @@ FIELD, VALUE = 1, 0  # axes
 
 @runtime_checkable
 class Field(Protocol):
-    """A number's name and bins. `bin` takes any finite number, and bin(value(index)) == index for all num_bins."""
+    """A field's name and bins. `bin` accepts any finite number, and bin(value(index)) == index for all num_bins."""
 
     @property
     def name(self) -> str: ...
@@ -55,12 +55,12 @@ class Field(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Whole numbers from 0; more than the last bin has count as in it."""
+    """Whole numbers from 0; larger ones than the last bin's are clipped."""
 
     name: str
     """Name of the field."""
     step: int = 1
-    """Numbers of a bin."""
+    """Values of a bin."""
     num_bins: int = 1000
     """Bins."""
 
@@ -101,7 +101,7 @@ class Bins:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """A bin between each two edges, its lower one included; what lies beyond the outer edges counts as within."""
+    """A bin between each two edges, the lower one included; values beyond the outer edges are clipped."""
 
     name: str
     """Name of the field."""
@@ -138,15 +138,15 @@ FIELDS: tuple[Field, ...] = (
     Bins("geometric_complexity", 0, 0.75, 50),
     Bins("occlusion_score", 0, 0.25, 50),
     Steps("watermark_score", (0, 0.5, 1)),
-    Steps("aesthetic_score", (1, 4.5, 5.5, 10)),  # the outer edges, of the score's scale, only place the bins' centres
+    Steps("aesthetic_score", (1, 4.5, 5.5, 10)),  # the outer edges, of the score's scale, only set the bins' centres
 )
 
 
 def image_metadata(image: Any) -> Metadata:
-    """Those of FIELDS that the pixels tell. ValueError unless the image is uint8 [H W 3].
+    """The values of FIELDS that can be computed from pixels. ValueError unless the image is uint8 [H W 3].
 
-    original_width and original_height in pixels; of grey levels (ITU-R BT.601) the mean (brightness), the standard
-    deviation (contrast) and the entropy in bits; the mean saturation in HSV, 0 to 255; colorfulness after Hasler and
+    original_width and original_height in pixels; the mean (brightness), the standard deviation (contrast) and the
+    entropy in bits of grey levels (ITU-R BT.601); the mean saturation in HSV, 0 to 255; colorfulness after Hasler and
     Süsstrunk (2003), 0 for grey, 109 for "extremely colourful".
     """
     picture = as_picture(image)
@@ -190,7 +190,7 @@ class MetadataRecipe(CoordinateRecipe):
 
     @property
     def modality(self) -> Sequence:
-        """A field and its value are one chunk: masked both or not at all."""
+        """A field and its value are one chunk: both are masked, or neither."""
         first = self.layout.first_coordinate + FIELD * self.layout.num_bins
         return dataclasses.replace(super().modality, chunk_ids=(first, first + self.layout.num_bins))
 
@@ -218,21 +218,21 @@ class MetadataTokenizer(CoordinateTokenizer):
         return [pair for i, field in present for pair in ((FIELD, i), (VALUE, field.bin(signal[field.name])))]
 
     def from_pairs(self, pairs: list[Pair]) -> Metadata:
-        """Centres of bins, in the order of the recipe's fields; of a field given twice, the last."""
-        fields, found = self.recipe.fields, {}
+        """Centres of bins, in the order of the recipe's fields; the last one where a field is repeated."""
+        fields, bins = self.recipe.fields, {}
         for (first, i), (second, index) in itertools.pairwise(pairs):
             if (first, second) == (FIELD, VALUE) and i < len(fields) and index < fields[i].num_bins:
-                found[i] = index
-        return {fields[i].name: fields[i].value(found[i]) for i in sorted(found)}
+                bins[i] = index
+        return {fields[i].name: fields[i].value(bins[i]) for i in sorted(bins)}
 
     @functools.cached_property
     def grammar(self) -> Any:
         """Fields and their values in turn, each value one that its field has."""
-        from m4.tokens.grammar import Grammar  # here: what only reads data must not load JAX
+        from m4.tokens.grammar import Grammar  # here: reading data must not load JAX
 
         fields, values = (self.layout.first_coordinate + axis * self.layout.num_bins for axis in (FIELD, VALUE))
         sizes = sorted({f.num_bins for f in self.recipe.fields})
-        # Class of a value: between which numbers of bins it lies. Of a field: its number of bins.
+        # A field's class is its number of bins; a value's class, which of these numbers exceed it.
         kinds = np.full(self.modality.vocab_size, 2 * len(sizes), np.int32)
         for i, field in enumerate(self.recipe.fields):
             kinds[fields + i] = sizes.index(field.num_bins)

@@ -1,10 +1,10 @@
-"""Colour palettes: the few colours that an image is made of, as a signal of its own (4M-21's "color_palette").
+"""Colour palettes: the main colours of an image, as a signal of its own (4M-21's "color_palette").
 
     v1=2  v0=255 v0=0 v0=0  v0=0 v0=128 v0=255  [EOS]
     count red    green blue red  green  blue
 
 Axes: n colours, most frequent first, uint8 [n 3]; images are uint8 [H W 3]. A bin is one of the 256 values, so that
-colours come back exactly. Source of the format: 4M-21 (Bachmann et al. 2024), whose models can be conditioned on it.
+colours are decoded exactly. Source of the format: 4M-21 (Bachmann et al. 2024), whose models can be conditioned on it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ SWATCH = 64  # pixels
 
 
 def extract_palette(image: Any, num_colors: int) -> Palette:
-    """At most `num_colors` colours, most frequent first: median cut, then k-means from there until nothing moves.
+    """At most `num_colors` colours, most frequent first: median cut, then k-means until nothing changes.
 
-    Nothing is random. An image of no more distinct colours than that gives exactly those. ValueError unless the image
+    Nothing is random. An image with no more distinct colours returns exactly those. ValueError unless the image
     is uint8 [H W 3] and num_colors is 1 to 256.
     """
     if not 1 <= num_colors <= 256:
@@ -77,7 +77,7 @@ class PaletteRecipe(CoordinateRecipe):
         return 1 + 3 * self.max_colors + 1  # count, colours, [EOS]
 
     def signal_of(self, example: Mapping[str, Any]) -> Palette | None:
-        """The palette of a raw example: its own, that of an image in its place or, without either, of its rgb image."""
+        """The palette of a raw example: its own, that of an image in its place or, else, of its rgb image."""
         own = super().signal_of(example)
         if own is None and "rgb" in example:
             own = example["rgb"]
@@ -105,7 +105,7 @@ class PaletteTokenizer(CoordinateTokenizer):
         return [(COUNT, len(palette)), *((VALUE, value) for value in palette.ravel().tolist())]
 
     def from_pairs(self, pairs: list[Pair]) -> Palette:
-        """Each run of three values is a colour; whatever else there is, the count too, is skipped."""
+        """Each run of three values is a colour; all other pairs, the count too, are skipped."""
         colours, run = [], []
         for axis, value in pairs:
             run = [*run, value] if axis == VALUE and value <= 255 else []
@@ -116,8 +116,8 @@ class PaletteTokenizer(CoordinateTokenizer):
 
     @functools.cached_property
     def grammar(self) -> Any:
-        """A number of colours, then so many of three values each."""
-        from m4.tokens.grammar import Grammar  # here: what only reads data must not load JAX
+        """A number n of colours, then n colours of three values each."""
+        from m4.tokens.grammar import Grammar  # here: reading data must not load JAX
 
         counts, values = (self.layout.first_coordinate + axis * self.layout.num_bins for axis in (COUNT, VALUE))
         most, kinds = self.recipe.max_colors, np.zeros(self.modality.vocab_size, np.int32)

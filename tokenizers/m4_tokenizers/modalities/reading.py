@@ -1,4 +1,4 @@
-"""`read` of all tokenizers here: by the one reader of files, so that generation reads what training reads."""
+"""`read` of all tokenizers here, by the common reader of files, so that generation reads files as training does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from m4.data.samples import read_sample, written_out
 
 
 class Reader:
-    """`kind` says what signals are (m4.data.sources.files.KINDS); what can be written out has `from_text`."""
+    """`kind` says what signals are (m4.data.sources.files.KINDS); `from_text` reads those that can be written out."""
 
     modality: Any  # Modality
 
@@ -23,8 +23,7 @@ class Reader:
         return written_out(self.kind, text)
 
     def read(self, value: str | Path) -> Any:
-        """A signal from a file, or from a text that says it (m4.data.samples.file_of tells which of them a value
-        is)."""
+        """A signal from a file, or written out (m4.data.samples.file_of tells which a value is)."""
         if not self.kind:
             raise NotImplementedError(f"{type(self).__name__} needs a kind of its recipe, or a `read` of its own")
         name = self.modality.signal

@@ -35,11 +35,11 @@ class SemanticRecipe(VQRecipe):
     embedding_size: int = 0
     """Values of each class's learned vector; 0 is one-hot."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes in pictures and errors; () names none."""
+    """Names of the classes in pictures and errors; () is none."""
     quantizer: Any = LearnedVectorQuantizer(num_codes=512)
     """Latents -> token ids (m4_tokenizers.quantizers)."""
     losses: tuple[Any, ...] = (CrossEntropy(),)
-    """What the reconstruction is compared by (m4_tokenizers.losses)."""
+    """Losses of the reconstruction (m4_tokenizers.losses)."""
 
     kind = "classes"
     num_channels = 1

@@ -1,4 +1,4 @@
-"""Modalities whose tokenizer is not trained here: one from a file, and ids that were made elsewhere.
+"""Modalities whose tokenizer is not trained here: one from a file, and ids from elsewhere.
 
 TokenizerFile(path="tokenizers/rgb.safetensors")                       a converted or earlier tokenizer
 tokenizers_of("runs/quickstart")                                       all those of a trained model
@@ -33,8 +33,8 @@ TILE = 128  # pixels
 class TokenizerFile:
     """The tokenizer in a file, unchanged. ValueError if there is none.
 
-    What is read from the file is part of a run's config, which so can be used without it, and no stage of preparation
-    takes another tokenizer under the same name for it.
+    Its modality and hash are part of a run's config, which so can be used without the file, and no stage of preparation
+    confuses it with another tokenizer of the same name.
     """
 
     path: str
@@ -52,22 +52,22 @@ class TokenizerFile:
 
     @property
     def kind(self) -> str:
-        """Of what the tokenizer reads; unknown without the file."""
+        """The kind of signal that the tokenizer reads; "" without the file."""
         return getattr(load_tokenizer(Path(self.path)), "kind", "") if Path(self.path).is_file() else ""
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
-        """Anything: nothing is fitted."""
+        """The whole example: nothing is fitted."""
         return example
 
     def fit(self, source: Examples, *, seed: int) -> Tokenizer:
         tokenizer = load_tokenizer(Path(self.path))
-        if (found := tokenizer_hash(tokenizer)) != self.digest:
-            raise ValueError(f"{self.path} holds another tokenizer ({found}) than when it was chosen ({self.digest})")
+        if (actual := tokenizer_hash(tokenizer)) != self.digest:
+            raise ValueError(f"{self.path} holds another tokenizer ({actual}) than when it was chosen ({self.digest})")
         return tokenizer
 
 
 def tokenizers_of(run: str) -> tuple[TokenizerFile, ...]:
-    """The tokenizers of a trained model (a run's folder or a model of the package), in its order, as they are."""
+    """The tokenizers of a trained model (a run's folder or a model of the package), unchanged, in its order."""
     folder = packaged()[run] if run in packaged() and not Path(run).exists() else Path(run)
     if not (folder / "config.json").is_file():
         near = [str(p.parent) for p in folder.parent.glob("*/config.json")]
@@ -103,7 +103,7 @@ class Ids(Reader):
         self.modality, self.card = modality, card
 
     def signal_of(self, example: Mapping[str, Any]) -> Any | None:
-        """Vectors under the modality's name; ids there are taken before anybody asks for a signal."""
+        """Vectors under the modality's name; ids under it are used before this is called."""
         if isinstance(self.modality, Features) and self.modality.name in example:
             return example[self.modality.name]
         return None
@@ -125,7 +125,7 @@ class Ids(Reader):
         return [np.asarray(row, np.int32) for row in ids]
 
     def check(self, signal: Any) -> None:
-        """ValueError for what training would not take as ids (or vectors) of the modality."""
+        """ValueError for a signal that training refuses as ids (or vectors) of the modality."""
         encode([{self.modality.name: signal}], {self.modality.name: self})
 
     def write(self, signal: np.ndarray, folder: Path, *, image: np.ndarray | None) -> None:

@@ -5,7 +5,7 @@
 
 S sentinels mark masked spans ([S_1] is the first in use, as in 4M), B bins give the four coordinates of a box, and the
 32 [D_i] declare what text cannot say: [D_0] an answer, [D_i] image i of an in-context example (m4.masking.episodes).
-Hugging Face's model only knows the ids behind the reserved ones: whatever a user types, "[EOS]" included, is bytes. A
+Hugging Face's model has only the ids behind the reserved ones: all that a user types, "[EOS]" included, is bytes. A
 text with declarations is a tuple: ("is", 1, "like", 2).
 """
 
@@ -94,12 +94,12 @@ def fit_pieces(texts: Seq[Text], *, num_pieces: int, split_words: bool) -> tuple
     """(pieces, merges) of a byte-level model: the 256 bytes first, at most `num_pieces` in all.
 
     Where all words (with their leading space) fit, each becomes one piece, at no cost for intermediate merges; any
-    other word is spelled in bytes. A larger corpus gets ordinary byte-pair merges. With `split_words` off a text is
+    other word is spelled in bytes. A larger corpus has ordinary byte-pair merges. With `split_words` off a text is
     one word.
     """
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
-    said = [part for text in texts for part in ((text,) if isinstance(text, str) else text) if isinstance(part, str)]
-    counts = Counter(word for text in said for word, _ in splitter.pre_tokenize_str(text))
+    parts = [part for text in texts for part in ((text,) if isinstance(text, str) else text) if isinstance(part, str)]
+    counts = Counter(word for text in parts for word, _ in splitter.pre_tokenize_str(text))
     words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
     if len(ALPHABET) + len(words) <= num_pieces:
         return ALPHABET + words, []
@@ -108,7 +108,7 @@ def fit_pieces(texts: Seq[Text], *, num_pieces: int, split_words: bool) -> tuple
     trainer = trainers.BpeTrainer(
         vocab_size=num_pieces, initial_alphabet=ALPHABET, min_frequency=2, show_progress=False, special_tokens=[]
     )
-    model.train_from_iterator(said, trainer)
+    model.train_from_iterator(parts, trainer)
     vocabulary = model.get_vocab()
     state = json.loads(model.to_str())["model"]
     return sorted(vocabulary, key=vocabulary.__getitem__), [list(pair) for pair in state["merges"]]
@@ -131,9 +131,9 @@ class TextRecipe:
     num_sentinels: int = 16
     """Masked spans of a text, at most."""
     num_examples: int = 4000
-    """Texts that the pieces are learned from, at most."""
+    """Texts from which the pieces are learned, at most."""
     cut_long: bool = False
-    """Cut texts that are too long; else they are an error."""
+    """Truncate texts that are too long; else they are an error."""
 
     def __post_init__(self):
         smallest = self.layout.first_text + len(ALPHABET)
@@ -158,7 +158,7 @@ class TextRecipe:
         )
 
     def check(self, signal: Any) -> None:
-        """ValueError for what no tokenizer of text can encode."""
+        """ValueError for a signal that no text tokenizer can encode."""
         check_text(signal)
 
     def fit(self, source: Examples, *, seed: int) -> "TextTokenizer":
@@ -166,7 +166,7 @@ class TextRecipe:
         return self.fit_texts(texts, split_words=True, seed=seed)
 
     def fit_texts(self, texts: Seq[Text], *, split_words: bool, seed: int) -> "TextTokenizer":
-        """The tokenizer of these texts; nothing in it is random, so the seed is only noted."""
+        """The tokenizer of these texts; nothing in it is random, so the seed is only recorded."""
         start = time.perf_counter()
         pieces, merges = fit_pieces(texts, num_pieces=self.vocab_size - self.layout.first_text, split_words=split_words)
         tokenizer = TextTokenizer(recipe=self, pieces=pieces, merges=merges, split_words=split_words, card={})
@@ -214,7 +214,7 @@ class TextTokenizer(Reader):
     ):
         self.recipe, self.pieces, self.merges, self.split_words, self.card = recipe, pieces, merges, split_words, card
         self.layout, self.modality = recipe.layout, recipe.modality
-        self._first_id = self.layout.first_text  # of what Hugging Face's model knows
+        self._first_id = self.layout.first_text  # of Hugging Face's model
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         # ignore_merges: a word that is a piece needs no merges to become one.
         model = models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in merges], ignore_merges=True)
@@ -228,28 +228,28 @@ class TextTokenizer(Reader):
         return len(self.pieces)
 
     def encode_unbounded(self, signals: Seq[Text]) -> list[np.ndarray]:
-        """Ids closed by [EOS], however long."""
+        """Ids closed by [EOS], of any length."""
         for text in signals:
             check_text(text)
         parts = [part for text in signals for part in ((text,) if isinstance(text, str) else text)]
         check_strings(parts)
         texts = iter(self._model.encode_batch_fast([p for p in parts if isinstance(p, str)], add_special_tokens=False))
-        of_part = iter(
-            np.array(next(texts).ids, np.int32) + self._first_id if isinstance(p, str) else self._declared(p)
+        ids_by_part = iter(
+            np.array(next(texts).ids, np.int32) + self._first_id if isinstance(p, str) else self._declaration_ids(p)
             for p in parts
         )
         counts = [1 if isinstance(text, str) else len(text) for text in signals]
-        return [np.array([*itertools.chain(*itertools.islice(of_part, n)), EOS], np.int32) for n in counts]
+        return [np.array([*itertools.chain(*itertools.islice(ids_by_part, n)), EOS], np.int32) for n in counts]
 
-    def _declared(self, number: int) -> list[int]:
-        if not 0 <= number < self.layout.num_declarations:
+    def _declaration_ids(self, index: int) -> list[int]:
+        if not 0 <= index < self.layout.num_declarations:
             raise ValueError(
-                f"{self.modality.name} has no declaration {number}; it has {self.layout.num_declarations}, from 0 on"
+                f"{self.modality.name} has no declaration {index}; it has {self.layout.num_declarations}, from 0 on"
             )
-        return [self.layout.first_declaration + number]
+        return [self.layout.first_declaration + index]
 
     def encode(self, signals: Seq[Text]) -> list[np.ndarray]:
-        """int32 [n] each; what is too long is an error, or is cut (and then has no [EOS]) if the recipe says so."""
+        """int32 [n] each. ValueError for a text that is too long; with `cut_long` it is truncated, without [EOS]."""
         encoded, longest = self.encode_unbounded(signals), self.modality.max_length
         if self.recipe.cut_long:
             return [ids[:longest] for ids in encoded]
@@ -262,7 +262,7 @@ class TextTokenizer(Reader):
         return encoded
 
     def decode(self, ids: Seq[np.ndarray]) -> list[str]:
-        """The text up to the first [EOS]; reserved and unused ids say nothing, broken UTF-8 becomes U+FFFD."""
+        """The text up to the first [EOS]; reserved and unused ids are skipped, broken UTF-8 becomes U+FFFD."""
         first = self.layout.first_text
         texts = []
         for row in ids:
@@ -318,7 +318,7 @@ class WordPieceRecipe:
     max_length: int = 256
     """Tokens of a text, at most, the closing [EOS] included."""
     cut_long: bool = False
-    """Cut texts that are too long; else they are an error."""
+    """Truncate texts that are too long; else they are an error."""
 
     layout = Layout(num_sentinels=200, num_bins=1000, num_declarations=0)
     vocab_size = 30_000
@@ -344,7 +344,7 @@ class WordPieceRecipe:
 
 
 class WordPieceTokenizer(TextTokenizer):
-    """Ids as the original's; the file travels with the tokenizer."""
+    """4M's ids; the file is stored in the tokenizer."""
 
     def __init__(self, *, recipe: WordPieceRecipe, file: str, card: dict[str, Any]):
         self.recipe, self.file, self.card = recipe, file, card

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 # Well-formed UTF-8 (Unicode Standard, table 3-7): (state, first and last byte allowed, state after). State 0 is between
-# characters, 1 to 3 await so many bytes; 4 to 7 also exclude overlong forms, surrogates and what lies past U+10FFFF.
+# characters, 1 to 3 await as many bytes; 4 to 7 also exclude overlong forms, surrogates and all beyond U+10FFFF.
 UTF8 = (
     (0, 0x00, 0x7F, 0), (0, 0xC2, 0xDF, 1), (0, 0xE0, 0xE0, 4), (0, 0xE1, 0xEC, 2), (0, 0xED, 0xED, 5),
     (0, 0xEE, 0xEF, 2), (0, 0xF0, 0xF0, 6), (0, 0xF1, 0xF3, 3), (0, 0xF4, 0xF4, 7),

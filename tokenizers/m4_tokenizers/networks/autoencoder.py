@@ -29,13 +29,13 @@ class VQ(nnx.Module):
         return jnp.asarray(x) if self.class_embedding is None else self.class_embedding[...][x]
 
     def start_from(self, x: np.ndarray, *, seed: int) -> None:
-        """A first fit before training, of the parts that have one: principal components, then k-means of latents."""
+        """Fits the parts that can be fitted before training: principal components, then k-means of latents."""
         embedded = np.asarray(self.embed(x))
         for part in (self.encoder, self.decoder):
             if hasattr(part, "start_from"):
                 part.start_from(embedded)
         graph, state = nnx.split(self)
-        # As arguments: arrays that a jitted function closes over were seen to be read before they were written (CPU).
+        # Passed as arguments: on CPU, arrays that a jitted function closed over were read before they were written.
         encode = jax.jit(lambda state, x: nnx.merge(graph, state).latent(x))
         latents = np.concatenate([np.asarray(encode(state, x[i : i + 64])) for i in range(0, len(x), 64)])
         self.quantizer.start_from(latents.reshape(-1, latents.shape[-1]), seed=seed)
@@ -51,7 +51,7 @@ class VQ(nnx.Module):
 
 
 def check_finite(arrays: np.ndarray) -> None:
-    """ValueError that says which signal has numbers that are not finite."""
+    """ValueError that names the signal with values that are not finite."""
     finite = np.isfinite(arrays).reshape(len(arrays), -1)
     if not finite.all():
         i = int(np.flatnonzero(~finite.all(axis=1))[0])

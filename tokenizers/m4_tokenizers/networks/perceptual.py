@@ -35,7 +35,7 @@ class PerceptualLoss:
         image 2 --features--> unit length along C --+
 
     `features` maps images in -1..1 to a list of layers. `layer_weights`, one per layer, make the mean over layers a
-    weighted one; by default all count alike. Squared differences of unit vectors lie in 0..4, so does the distance
+    weighted one; by default all are equal. Squared differences of unit vectors lie in 0..4, so does the distance
     (0..2 for features that are never negative). Over a network that is a pytree, so is the loss: it may be an argument
     of a jitted function, or be closed over.
     """
@@ -140,7 +140,7 @@ def vgg16(path: str | os.PathLike, *, num_blocks: int = 3) -> VGG16:
 
 
 def frechet_distance(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N F"]) -> float:
-    """Between two Gaussians with the means and covariances of these features (Heusel et al. 2017, section 2)."""
+    """The Frechet distance of two Gaussians with the moments of these features (Heusel et al. 2017, section 2)."""
     covariances = [np.cov(x, rowvar=False) for x in (a, b)]
     # trace(sqrt(A B)) from the eigenvalues of A B, which are real and not negative but for rounding
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0))
@@ -155,8 +155,9 @@ def _compare(network: VGG16, given: Float[Array, "B H W 3"], decoded: Float[Arra
 
 
 def perceptual_quality(given: Seq[np.ndarray], decoded: Seq[np.ndarray]) -> dict[str, float]:
-    """Of uint8 images: mean distance of pairs in VGG16's first three blocks ("perceptual"), and the Frechet distance of
-    both sets by the means of relu3_3 over an image ("frechet", with more images than its 256 features only).
+    """Quality of uint8 images: mean distance of pairs in VGG16's first three blocks ("perceptual"), and the Frechet
+    distance of both sets by the means of relu3_3 over an image ("frechet", only with more images than its 256
+    features).
 
     Empty where the weights are not installed.
     """

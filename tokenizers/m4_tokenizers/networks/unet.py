@@ -1,15 +1,15 @@
-"""Networks of diffusion decoders: a noised signal, its step and the tokens' codes -> what the schedule asks for.
+"""Networks of diffusion decoders: a noised signal, its step and the tokens' codes -> the schedule's target.
 
     noised -> patches -> level 0 -----------------------------> level 0 -> patches -> output
                            down, level 1 ------------> level 1, up                         each level: residual blocks,
-                                    down, middle, up                                       added or joined across
+                                    down, middle, up                                       added or concatenated
 
     UNet   convolutions and attention within a level; codes join the input (DiVAE, Shi et al. 2022; patched: Luhman &
            Luhman 2022)
     UViT   a transformer in the middle, where the codes are added or attended to (Hoogeboom et al. 2023; long skips:
            Bao et al. 2023; the step scales and shifts norms: Peebles & Xie 2023)
 
-B batch, H rows, W columns, C channels, h rows and w columns of tokens, D latent numbers, F width, E step embedding
+B batch, H rows, W columns, C channels, h rows and w columns of tokens, D values of a latent, F width, E step embedding
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def step_features(t: Int[Array, " B"], size: int) -> Float[Array, "B E"]:
 
 
 def nearest(x: Shaped[Array, "B h w *D"], shape: tuple[int, int]) -> Shaped[Array, "B H W *D"]:
-    """The nearest token of each place of a finer (or coarser) grid, as torch counts."""
+    """The nearest token of each position of a finer (or coarser) grid, by torch's rule."""
     rows, columns = (np.arange(n) * size // n for n, size in zip(shape, x.shape[1:3], strict=True))
     return x[:, rows][:, :, columns]
 
@@ -65,7 +65,7 @@ class StepEmbedding(nnx.Module):
 
 
 class ResBlock(nnx.Module):
-    """Two convolutions, the step added between them; starts as the identity (or as the shortcut)."""
+    """Two convolutions, with the step added between them; starts as the identity (or as the shortcut)."""
 
     def __init__(self, num_in: int, num_out: int, step_size: int, *, rngs: nnx.Rngs):
         self.norm_1 = group_norm(num_in, rngs)
@@ -82,7 +82,7 @@ class ResBlock(nnx.Module):
 
 
 class SpatialAttention(nnx.Module):
-    """Attention with one head among all places, added."""
+    """Attention with one head among all positions, added to the input."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.norm = group_norm(width, rngs)
@@ -111,7 +111,7 @@ class Up(nnx.Module):
 
 
 class Levels(nnx.Module):
-    """The way down and up again: every entry of the way down is joined to the channels of one entry of the way up."""
+    """Down and up again: the output of each entry on the way down is concatenated to the input of one on the way up."""
 
     def __init__(
         self, num_in: int, widths: tuple[int, ...], num_blocks: int, step_size: int, attends: tuple[bool, ...], rngs
@@ -254,7 +254,7 @@ class UViT:
     num_heads: int = 3
     """Its attention heads."""
     long_skips: bool = False
-    """Join its early blocks to its late ones (Bao et al. 2023); needs an odd depth."""
+    """Concatenate outputs of its early blocks to inputs of its late ones (Bao et al. 2023); needs an odd depth."""
     conditioning: Literal["concat", "xattn"] = "concat"
     """"concat" adds the codes to the transformer's tokens (4M's name for it); "xattn" lets these attend to them."""
     position_grid: int = 32
@@ -278,7 +278,7 @@ class ModulatedMLP(nnx.Module):
 
 
 class UViTBlock(nnx.Module):
-    """Attention (to itself, then to codes if there is a context) and an MLP; the step scales, shifts and gates each."""
+    """Self-attention, cross-attention if there is a context, and an MLP; the step scales, shifts and gates each."""
 
     def __init__(self, c: UViT, step_size: int, context_size: int, skip: bool, *, rngs: nnx.Rngs):
         norm = lambda size: nnx.LayerNorm(size, epsilon=1e-5, use_fast_variance=False, rngs=rngs)  # noqa: E731

@@ -19,7 +19,7 @@ from m4_tokenizers.networks.patches import DecoderModule, Shape, Table, resize_t
 
 
 class PostMLP(nnx.Module):
-    """Norm and a tanh MLP, added: what the original (after ViT-VQGAN, Yu et al. 2022) puts next to the codebook."""
+    """Norm and a tanh MLP, added to the input: 4M's layer next to the codebook (after ViT-VQGAN, Yu et al. 2022)."""
 
     def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
         self.norm = LayerNorm(c)
@@ -50,7 +50,7 @@ class ConvNeXtBlock(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViT:
-    """What the transformers of encoder and decoder share. Sizes in 4M: S 512 x 8, B 768 x 12, L 1024 x 24."""
+    """Fields of the transformers of encoder and decoder. Sizes in 4M: S 512 x 8, B 768 x 12, L 1024 x 24."""
 
     patch_size: int = 8
     """Rows and columns of a patch, pixels: one token. 1 is for feature maps: one vector a token."""

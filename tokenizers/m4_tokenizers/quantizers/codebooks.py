@@ -1,4 +1,4 @@
-"""What quantizers share: nearest codes, k-means, how much of a codebook is used.
+"""Shared by quantizers: nearest codes, k-means, how much of a codebook is used.
 
 N vectors, C codebooks, K codes, D dimensions, d = D / C; `...` any leading axes
 """
@@ -43,7 +43,7 @@ def fit_codebook(
 ) -> Float[np.ndarray, "K D"]:
     """K-means: a k-means++ start on a sample (Arthur & Vassilvitskii 2007), then rounds over all vectors.
 
-    A code that nothing is nearest to moves to a vector drawn with probability proportional to its squared error.
+    A code that is nearest to no vector moves to one drawn with probability proportional to its squared error.
     """
     if len(vectors) < num_codes:
         raise ValueError(f"{num_codes} codes need at least as many vectors, but {len(vectors)} were given")
@@ -52,6 +52,7 @@ def fit_codebook(
     sample = vectors[rng.permutation(len(vectors))[: max(num_start_vectors, num_codes)]]
     norms = np.einsum("nd,nd->n", sample, sample)
     codes = np.empty((num_codes, vectors.shape[1]), np.float32)
+    # k-means++: each next code is a vector drawn with probability proportional to its distance from the codes so far.
     codes[0] = sample[0]
     distances = np.full(len(sample), np.inf, np.float32)
     for k in range(1, num_codes):
@@ -59,6 +60,7 @@ def fit_codebook(
         distances = np.minimum(distances, np.maximum(norms - 2 * (sample @ last) + last @ last, 0))
         codes[k] = sample[_draw(distances, 1, rng)[0]]
 
+    # A round: assign, move each used code to the mean of its vectors (summed in sorted order), then move dead codes.
     for _ in range(num_rounds):
         ids, distances = nearest_codes(vectors, codes)
         counts = np.bincount(ids, minlength=num_codes)
@@ -78,12 +80,12 @@ def _draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
 
 
 def code_use(ids: Int[np.ndarray, "..."], num_codes: int) -> dict[str, float]:
-    """The share of codes that occur, and the perplexity: how many codes equally frequent ones would be."""
+    """The share of codes that occur, and the perplexity: the number of equally frequent codes with the same entropy."""
     return use_of_counts(np.bincount(np.ravel(ids), minlength=num_codes))
 
 
 def use_of_counts(counts: Int[np.ndarray, " K"]) -> dict[str, float]:
-    """`code_use` of how often each code occurs."""
+    """`code_use` from the count of each code."""
     present = counts[counts > 0] / counts.sum()
     entropy = -np.einsum("k,k->", present, np.log(present))
     return {"codes_used": round(len(present) / len(counts), 4), "perplexity": round(float(np.exp(entropy)), 1)}
@@ -98,7 +100,7 @@ class Quantized(NamedTuple):
 
 
 class Statistic(nnx.Variable):
-    """What training moves without a gradient: codes and counts that are moving averages."""
+    """A variable that training updates without a gradient: codes and counts that are moving averages."""
 
 
 def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -106,10 +108,10 @@ def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 
 
 class Quantizer(nnx.Module):
-    """What quantizers share: nothing happens in `update` and `start_from` unless they say so."""
+    """The base of quantizers: `update` and `start_from` do nothing unless overridden."""
 
     def update(self, latents: Float[Array, "... D"], ids: Int[Array, "..."], key: Array) -> None:
-        """Moves what is no parameter."""
+        """Updates variables that are not parameters."""
 
     def start_from(self, latents: Float[np.ndarray, "N D"], *, seed: int) -> None:
         """Fits a codebook to latents of an untrained encoder."""

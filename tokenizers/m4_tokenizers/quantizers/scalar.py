@@ -19,7 +19,7 @@ class FiniteScalarQuantizer:
     """Each value of a latent is rounded to one of a few in [-1, 1]; there is no codebook to learn."""
 
     levels: tuple[int, ...] = (8, 8, 8, 5, 5)
-    """How many values each dimension of a latent may have, at least 3. Their product is the number of codes."""
+    """Number of levels of each dimension of a latent, at least 3. Their product is the number of codes."""
 
     num_codebooks = 1
 
@@ -50,6 +50,7 @@ class FiniteScalarQuantizerModule(Quantizer):
         levels = np.array(self.config.levels)
         half = (levels - 1) * (1 + 1e-3) / 2
         offset = np.where(levels % 2, 0.0, 0.5)
+        # Bound to the range of the levels (an even number of them is off by half), round, let gradients pass unchanged.
         half, offset, shift = (
             self._row(x.astype(np.float32), latents) for x in (half, offset, np.arctanh(offset / half))
         )
@@ -72,8 +73,8 @@ class FiniteScalarQuantizerModule(Quantizer):
 class LookupFreeQuantizer:
     """The signs of a latent's values are the bits of its id.
 
-    The loss favours sure choices and an evenly used codebook: entropy x (mean entropy of a latent's choice - entropy of
-    the mean choice); and latents near their signs.
+    The loss favours confident choices and an evenly used codebook: entropy x (mean entropy of a latent's choice -
+    entropy of the mean choice); and latents near their signs.
     """
 
     num_bits: int = 10

@@ -16,7 +16,7 @@ from m4_tokenizers.quantizers.codebooks import Codebooks, Quantized, Quantizer, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VectorQuantizer(Codebooks):
-    """Nearest code; codes follow the latents that they stand for.
+    """Nearest code; codes are moving averages of their latents.
 
     The loss pulls latents to their codes: commitment x mean squared difference.
     """
@@ -26,9 +26,9 @@ class VectorQuantizer(Codebooks):
     normalize_latents: bool = False
     """The loss compares latents of unit length."""
     decay: float = 0.99
-    """Decay of the moving averages that codes are."""
+    """Decay of the moving averages."""
     dead_below: float = 0.25
-    """A code whose moving count of uses falls below this is put onto a random latent; 0 never is."""
+    """A code whose moving count of uses falls below this moves to a random latent; 0: never."""
 
     def make(self, *, rngs: nnx.Rngs) -> "VectorQuantizerModule":
         return VectorQuantizerModule(self, rngs=rngs)
@@ -91,6 +91,8 @@ class VectorQuantizerModule(Quantizer):
         sums = jax.vmap(lambda i, x: jnp.zeros((c.num_codes, x.shape[-1])).at[i].add(x))(rows, parts)
         average = lambda old, new: c.decay * old + (1 - c.decay) * new  # noqa: E731
         codes, new_counts = self.codes[...], average(self.counts[...], counts)
+        # By angle, a used code moves towards the mean direction of its latents. By distance, a code is its moving sum
+        # over its moving count, smoothed so that none is zero (van den Oord et al. 2017, appendix A.1).
         if c.cosine:
             means = unit(sums / jnp.maximum(counts, 1)[..., None])
             codes = average(codes, jnp.where(counts[..., None] > 0, means, unit(codes)))
@@ -100,6 +102,7 @@ class VectorQuantizerModule(Quantizer):
             assert self.sums is not None, "cosine codebooks alone have none"
             new_sums = average(self.sums[...], sums)
             codes = new_sums / smooth[..., None]
+        # Last, dead codes restart at random latents of this batch, with a count of 1.
         dead = new_counts < c.dead_below
         picks = jax.random.randint(key, dead.shape, 0, parts.shape[1])
         fresh = jnp.take_along_axis(parts, picks[..., None], axis=1)
@@ -111,7 +114,7 @@ class VectorQuantizerModule(Quantizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnedVectorQuantizer(Codebooks):
-    """Nearest code by distance; codes learn from the loss itself, encoders through a straight line."""
+    """Nearest code by distance; codes learn from the loss itself, encoders by straight-through gradients."""
 
     commitment: float = 0.02
     """Weight of the loss that pulls latents to their codes."""
@@ -151,8 +154,8 @@ class LearnedVectorQuantizerModule(Quantizer):
 class Memcodes(Codebooks):
     """Each codebook answers its part of the latent with the value of the best-matching key.
 
-    Keys and values are learned maps of learned codes. In training (with a key) the choice is drawn, by Gumbel noise,
-    and gradients go through the soft choice (Jang et al. 2017).
+    Keys and values are learned maps of learned codes. In training (with a key) Gumbel noise draws the choice, and
+    gradients go through the soft choice (Jang et al. 2017).
     """
 
     temperature: float = 1.0
