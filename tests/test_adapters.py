@@ -73,7 +73,7 @@ def test_merging_is_exact(small_model, modalities, batch):
     without = merge_extensions(model)
     assert without.config.extensions == ()
     np.testing.assert_allclose(without(batch), model(batch), atol=1e-5)
-    with pytest.raises(ValueError, match="only LoRA that is the same for all modalities"):
+    with pytest.raises(ValueError, match="only what is the same for all tokens"):
         merge_extensions(model_with(small_model, modalities, **KINDS["routed"]))
     with pytest.raises(ValueError, match="extensions="):
         merge_extensions(without)
@@ -109,7 +109,7 @@ def test_saved_and_loaded_alone(kind, small_model, modalities, batch, tmp_path):
     plain = model_with(small_model, modalities)
     with pytest.raises(ValueError, match="unknown"):
         load_adapter(plain, tmp_path / "small.safetensors")
-    with pytest.raises(ValueError, match="fits no parameter"):
+    with pytest.raises(ValueError, match="no extensions whose parameters"):
         save_adapter(plain, tmp_path / "none.safetensors")
 
 

@@ -16,8 +16,8 @@ FLOORS = """
   < masking model
   < data checkpoints
   < training inference adaptation objectives
-  < representations in_context interchange demo config
-  < evaluation
+  < representations in_context demo config
+  < evaluation interchange
   < commands
 """
 

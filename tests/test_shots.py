@@ -12,7 +12,6 @@ from conftest import mask_keys
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m4.model.similarity_prior import Words, same_text
 
 from m4.adaptation.registers import Registers
 from m4.config import Config
@@ -24,7 +23,7 @@ from m4.in_context.example_encoder import ExampleEncoder
 from m4.in_context.independent_items import IndependentItems
 from m4.in_context.prompting import answer, score
 from m4.in_context.shots import encode, read_shots
-from m4.in_context.similarity_prior import SimilarityPrior
+from m4.in_context.similarity_prior import SimilarityPrior, Words, same_text
 from m4.inference.parallel import MaskGIT
 from m4.inference.prompts import in_buckets, make_prompt
 from m4.inference.sampler import Sampler

@@ -79,14 +79,18 @@ class Block(nnx.Module):
         self.added: tuple[str, ...] = ()
 
     def add(self, name: str, part: nnx.Module) -> None:
-        """A part of an extension: part(x, inputs) takes the block's result and gives another."""
+        """A part of an extension: part(x, inputs) takes the block's result and returns another, or that and auxiliary
+        values by name."""
         setattr(self, name, part)
         self.added += (name,)
 
-    def _after(self, x: Float[Array, "B T D"], inputs: BlockInputs) -> Float[Array, "B T D"]:
+    def _after(self, x: Float[Array, "B T D"], inputs: BlockInputs) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        auxiliary: dict[str, Array] = {}
         for name in self.added:
-            x = getattr(self, name)(x, inputs)
-        return x
+            out = getattr(self, name)(x, inputs)
+            x, more = out if isinstance(out, tuple) else (out, {})
+            auxiliary |= more
+        return x, auxiliary
 
 
 class EncoderBlock(Block):
@@ -104,7 +108,7 @@ class EncoderBlock(Block):
     def __call__(self, x: Float[Array, "B T D"], inputs: BlockInputs) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         x = residual(x, self.attention.self_attention(x, self.attention_norm, inputs), inputs, 0)
         x = residual(x, self.mlp(x, self.mlp_norm, inputs.info), inputs, 1)
-        return self._after(x, inputs), {}
+        return self._after(x, inputs)
 
 
 class DecoderBlock(Block):
@@ -126,7 +130,7 @@ class DecoderBlock(Block):
         x = residual(x, self.self_attention.self_attention(x, self.self_norm, inputs), inputs, 0)
         x = residual(x, self.cross_attention(x, self.query_norm, self.context_norm, inputs), inputs, 1)
         x = residual(x, self.mlp(x, self.mlp_norm, inputs.info), inputs, 2)
-        return self._after(x, inputs), {}
+        return self._after(x, inputs)
 
     def step(self, x: Float[Array, "B 1 D"], cache, context_keys_values, index, inputs: BlockInputs):
         """One position of autoregressive decoding: writes its key and value at `index` of the cache and reads all."""
@@ -142,4 +146,4 @@ class DecoderBlock(Block):
             q, *context_keys_values, inputs.context_visible, inputs.bias, inputs.info
         )
         x = x + self.mlp(x, self.mlp_norm, inputs.info)
-        return self._after(x, inputs), (keys, values)
+        return self._after(x, inputs)[0], (keys, values)
