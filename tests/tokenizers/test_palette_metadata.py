@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +19,7 @@ from m4.tokens.tokenizer import Recipe, Tokenizer, load_tokenizer, save_tokenize
 from m4_tokenizers.modalities.metadata import FIELDS, Bins, MetadataRecipe, Steps, Whole, image_metadata
 from m4_tokenizers.modalities.palette import PaletteRecipe, extract_palette
 
-PARITY = Path(os.environ.get("M4_PARITY", Path(__file__).parent.parent.parent / "shared" / "parity"))
+PARITY = Path(os.environ.get("M4_PARITY", ROOT.parent / "shared" / "parity"))
 BY_NAME = {field.name: field for field in FIELDS}
 
 

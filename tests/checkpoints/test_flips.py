@@ -1,5 +1,5 @@
 """Damage to what is stored: flipped bits and cut files of every kind are noticed by name, or change nothing that is
-read. pytest -m slow tests/test_flips.py -s prints the shares and what checking costs."""
+read. pytest -m slow tests/checkpoints/test_flips.py -s prints the shares and what checking costs."""
 
 import collections
 import contextlib
