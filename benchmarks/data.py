@@ -27,7 +27,7 @@ from m4.data.dataset import Dataset
 from m4.data.stream import Stream
 from m4.data.token_shards import VERSION, TokenShards
 from m4.interchange import fourm
-from m4.masking.dirichlet import Masking, Strategy
+from m4.masking.dirichlet import DirichletMasking, Masking, Strategy
 from m4.tokens.modality import Features, Modalities
 from m4.tokens.records import compact
 
@@ -79,7 +79,7 @@ def main() -> None:
         write(folders[1], modalities, ["caption"], args.num_examples // 4)
         datasets = [
             Dataset(tokens=str(folders[0]), weight=4.0),
-            Dataset(tokens=str(folders[1]), weight=1.0, strategies=words),
+            Dataset(tokens=str(folders[1]), weight=1.0, masking=DirichletMasking(strategies=words)),
         ]
         for num_workers in args.workers:
             shards = [TokenShards(f, "train") for f in folders]

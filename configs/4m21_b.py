@@ -13,7 +13,7 @@ import dataclasses
 from m4.config import Config, load_config
 from m4.data.dataset import Dataset
 from m4.interchange import fourm
-from m4.masking.dirichlet import Masking, Strategy
+from m4.masking.dirichlet import DirichletMasking, Masking, Strategy
 from m4_tokenizers.modalities.image import PixelPatchesRecipe
 from m4_tokenizers.modalities.stored import IdsRecipe
 
@@ -47,12 +47,20 @@ config = dataclasses.replace(
     base,
     name="4m21_b",
     datasets=(
-        Dataset(tokens="data/tokens/cc12m_21", weight=0.6, strategies=mixture(fourm.MOD21, CAPTIONS)),
-        Dataset(tokens="data/tokens/coyo", weight=0.2, strategies=mixture(fourm.MOD7, ("caption",))),
+        Dataset(
+            tokens="data/tokens/cc12m_21",
+            weight=0.6,
+            masking=DirichletMasking(strategies=mixture(fourm.MOD21, CAPTIONS)),
+        ),
+        Dataset(
+            tokens="data/tokens/coyo",
+            weight=0.2,
+            masking=DirichletMasking(strategies=mixture(fourm.MOD7, ("caption",))),
+        ),
         Dataset(
             tokens="data/tokens/c4",
             weight=0.2,
-            strategies=(Strategy(inputs={"caption": 1.0}, targets={"caption": 1.0}),),
+            masking=DirichletMasking(strategies=(Strategy(inputs={"caption": 1.0}, targets={"caption": 1.0}),)),
         ),
     ),
     tokenizers=tuple(

@@ -14,7 +14,7 @@ from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
 from m4.data.sources.stamps import Stamps
 from m4.evaluation.retrieval import Retrieval
-from m4.masking.dirichlet import Masking, Strategy
+from m4.masking.dirichlet import DirichletMasking, Masking, Strategy
 from m4.model.config import ModelConfig
 from m4.objectives.contrastive import Contrast
 from m4.objectives.masked_modeling import MaskedModeling
@@ -37,10 +37,19 @@ config = Config(
     name="embeddings",
     datasets=(
         Dataset(
-            source=Scenes(variant="simple", num_train=20_000), strategies=(scene, look), name="scenes", weight=0.42
+            source=Scenes(variant="simple", num_train=20_000),
+            masking=DirichletMasking(strategies=(scene, look)),
+            name="scenes",
+            weight=0.42,
         ),
         # Without boxes, whose labels are the categories that the probes ask for.
-        Dataset(source=cutouts, signals=("rgb", "depth", "caption"), strategies=(cutout,), name="stamps", weight=0.58),
+        Dataset(
+            source=cutouts,
+            signals=("rgb", "depth", "caption"),
+            masking=DirichletMasking(strategies=(cutout,)),
+            name="stamps",
+            weight=0.58,
+        ),
     ),
     tokenizers=(
         PixelPatchesRecipe(),

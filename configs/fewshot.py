@@ -21,8 +21,8 @@ from m4.in_context.tasks.fast_binding import FastBinding
 from m4.in_context.tasks.operators import OperatorInduction
 from m4.in_context.tasks.renamed_signal import Renamed
 from m4.in_context.tasks.source import EpisodeSource
-from m4.masking.dirichlet import Strategy
-from m4.masking.episodes import ShotMasking
+from m4.masking.dirichlet import DirichletMasking, Strategy
+from m4.masking.episodes import EpisodeMasking
 from m4.objectives.masked_modeling import MaskedModeling
 from m4.objectives.word_prediction import WordPrediction
 from m4.training.optimizer import OptimizerConfig
@@ -45,16 +45,16 @@ def in_text(task):
 
 
 def episodes(task, weight):
-    shots = ShotMasking(
+    masking = EpisodeMasking(
         num_examples=5,
         inputs=("rgb",) if task.images else ("text",),
         outputs=("text",),
         labelled=(2, 4),
         num_tokens=(16, 64) if task.name.startswith("fast_binding") else (64,),
-        ask_all=task.name != "counting",  # whose examples are balanced over few labels (ShotMasking)
+        ask_all=task.name != "counting",  # whose examples are balanced over few labels (EpisodeMasking)
     )
     source = EpisodeSource(task=in_text(task), num_train=8000, num_test=64)
-    return Dataset(source=source, shots=shots, weight=weight, name=task.name)
+    return Dataset(source=source, masking=masking, weight=weight, name=task.name)
 
 
 config = dataclasses.replace(
@@ -62,7 +62,9 @@ config = dataclasses.replace(
     name="fewshot",
     init_from=pretrained,
     datasets=(
-        dataclasses.replace(quickstart.datasets[0], name="captions", strategies=(captions,), weight=0.2),
+        dataclasses.replace(
+            quickstart.datasets[0], name="captions", masking=DirichletMasking(strategies=(captions,)), weight=0.2
+        ),
         episodes(FastBinding(ways=1, max_shots=4), 0.1),  # copying, where there is nothing to choose
         episodes(FastBinding(max_shots=4), 0.2),
         episodes(OperatorInduction(form="text", max_shots=4), 0.1),

@@ -18,18 +18,18 @@ from m4.in_context.independent_items import IndependentItems
 from m4.in_context.similarity_prior import SimilarityPrior
 from m4.in_context.tasks.fast_binding import FastBinding
 from m4.in_context.tasks.source import EpisodeSource
-from m4.masking.episodes import ShotMasking
+from m4.masking.episodes import EpisodeMasking
 from m4.objectives.masked_modeling import MaskedModeling
 
 fewshot = load_config("configs/fewshot.py")
 in_text = load_config("configs/fewshot.py", "in_text")
 extensions = (IndependentItems(num_blocks=2), ExampleEncoder(depth=1), SimilarityPrior(size=32))
-masking = ShotMasking(num_examples=4, outputs=("text",), labelled=(1, 3), num_tokens=(16,), ask_all=True)
+masking = EpisodeMasking(num_examples=4, outputs=("text",), labelled=(1, 3), num_tokens=(16,), ask_all=True)
 
 
 def episodes(task):
     source = EpisodeSource(task=in_text(task), num_train=8000, num_test=64)
-    return Dataset(source=source, shots=masking, name=task.name)
+    return Dataset(source=source, masking=masking, name=task.name)
 
 
 config = dataclasses.replace(

@@ -18,7 +18,7 @@ from m4.data.sources.stamps import CATEGORIES, Stamps
 from m4.evaluation.conditional_generation import ConditionalTask
 from m4.evaluation.measures.classes import ClassAccuracy, ClassMapAccuracy
 from m4.inference.parallel import MaskGIT
-from m4.masking.dirichlet import Strategy
+from m4.masking.dirichlet import DirichletMasking, Strategy
 from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.modalities.classes import ClassRecipe
 from m4_tokenizers.modalities.semseg import SemanticRecipe
@@ -43,7 +43,7 @@ config = dataclasses.replace(
         Dataset(
             source=Stamps(max_objects=1, num_train=6000),
             signals=("rgb", "category", "semseg"),
-            strategies=(heads,),
+            masking=DirichletMasking(strategies=(heads,)),
             name="stamps",
         ),
         dataclasses.replace(quickstart.datasets[0], name="rehearsal"),

@@ -13,7 +13,7 @@ from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
 from m4.data.sources.stamps import Stamps
 from m4.data.sources.texts import Texts
-from m4.masking.dirichlet import Masking, Strategy
+from m4.masking.dirichlet import DirichletMasking, Masking, Strategy
 from m4_tokenizers.modalities.boxes import BoxRecipe
 from m4_tokenizers.modalities.depth import DepthRecipe
 from m4_tokenizers.modalities.image import ImageRecipe, PixelPatchesRecipe
@@ -35,7 +35,7 @@ config = dataclasses.replace(
     datasets=(
         Dataset(source=Scenes(variant="simple", num_train=20_000), weight=0.5),
         Dataset(source=Stamps(num_train=20_000), weight=0.4),
-        Dataset(source=Texts(files=("data/texts.txt",)), weight=0.1, strategies=words),
+        Dataset(source=Texts(files=("data/texts.txt",)), weight=0.1, masking=DirichletMasking(strategies=words)),
     ),
     tokenizers=(
         PixelPatchesRecipe(),

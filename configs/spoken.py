@@ -14,7 +14,7 @@ import dataclasses
 from m4.config import load_config
 from m4.data.dataset import Dataset
 from m4.evaluation.retrieval import Retrieval
-from m4.masking.dirichlet import Strategy
+from m4.masking.dirichlet import DirichletMasking, Strategy
 from m4.objectives.contrastive import Contrast
 from m4.objectives.masked_modeling import MaskedModeling
 from m4.training.optimizer import OptimizerConfig
@@ -42,8 +42,13 @@ config = dataclasses.replace(
     init_from="runs/quickstart",
     tokenizers=(*tokenizers_of("runs/quickstart"), *spoken.tokenizers),
     datasets=(
-        Dataset(source=spoken.source, strategies=(there, finish, back, both), name="spoken", weight=2.0),
-        dataclasses.replace(quickstart.datasets[0], name="rehearsal", strategies=rehearsed),
+        Dataset(
+            source=spoken.source,
+            masking=DirichletMasking(strategies=(there, finish, back, both)),
+            name="spoken",
+            weight=2.0,
+        ),
+        dataclasses.replace(quickstart.datasets[0], name="rehearsal", masking=DirichletMasking(strategies=rehearsed)),
     ),
     masking=dataclasses.replace(quickstart.masking, num_inputs=num_inputs),
     objectives=(MaskedModeling(), Contrast(a=("rgb_pixels",), b=("audio_tokens",))),

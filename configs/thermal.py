@@ -17,7 +17,7 @@ from m4.evaluation.conditional_generation import ConditionalTask
 from m4.evaluation.measures.attributes import ForegroundOverlap
 from m4.evaluation.measures.maps import MapAccuracy
 from m4.inference.parallel import MaskGIT
-from m4.masking.dirichlet import Strategy
+from m4.masking.dirichlet import DirichletMasking, Strategy
 from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.modalities.maps import MapRecipe
 from m4_tokenizers.modalities.stored import tokenizers_of
@@ -38,7 +38,11 @@ config = dataclasses.replace(
     init_from="runs/quickstart",
     tokenizers=(*tokenizers_of("runs/quickstart"), thermal),
     datasets=(
-        Dataset(source=ThermalScenes(seed=1, num_train=500), strategies=(there, back, finish), name="thermal"),
+        Dataset(
+            source=ThermalScenes(seed=1, num_train=500),
+            masking=DirichletMasking(strategies=(there, back, finish)),
+            name="thermal",
+        ),
         dataclasses.replace(quickstart.datasets[0], name="rehearsal", weight=2.0),
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),

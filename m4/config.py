@@ -154,7 +154,7 @@ class Config:
             if split not in known:
                 raise ValueError(f"eval_splits: {labels[0]} has no split {split!r}; {closest(split, known)}")
         for dataset in self.datasets:
-            dataset.check(self.masking, self.modalities)
+            dataset.masked_by(self.masking).check(self.modalities)
 
 
 # What may differ between a run's config.json and the config that it is resumed with.

@@ -42,14 +42,15 @@ def classes() -> dict[str, str]:
 
 
 # Old names of classes and fields (version 0.1) -> those of today.
-RENAMED = {"Direction": "ConditionalTask"}
+RENAMED = {"Direction": "ConditionalTask", "ShotMasking": "EpisodeMasking"}
 RENAMED_FIELDS = {
     "ModelConfig": {"separate_depth": "num_independent_blocks"},
     "ConditionalTask": {"measure": "metric", "through": "intermediate"},
 }
 # What makes the fields of today from those of 0.1; imported when a file needs it, after renaming.
 UPGRADES = {
-    "Config": "m4.interchange.version_0_1:config_fields", "ModelConfig": "m4.interchange.version_0_1:model_fields"
+    "Config": "m4.interchange.version_0_1:config_fields", "ModelConfig": "m4.interchange.version_0_1:model_fields",
+    "Dataset": "m4.interchange.version_0_1:dataset_fields",
 }  # fmt: skip
 # Python code with these is told what to write instead.
 REPLACED_FIELDS = {
@@ -58,6 +59,8 @@ REPLACED_FIELDS = {
     "teacher": "objectives=(Distillation(teacher=...),)",
     "distill": "objectives=(Distillation(teacher=..., share=...),)",
     "contrast": "objectives=(MaskedModeling(), Contrast(...))",
+    "strategies": "masking=DirichletMasking(strategies=...)",
+    "shots": "masking=EpisodeMasking(...)",
     "lora": "extensions=(LoRA(...),)",
     "adapter_size": "extensions=(Bottleneck(size=...),)",
     "num_registers": "extensions=(Registers(num=...),)",

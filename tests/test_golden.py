@@ -30,7 +30,7 @@ from m4.distributed.mesh import MeshConfig
 from m4.in_context.independent_items import IndependentItems
 from m4.in_context.similarity_prior import SimilarityPrior
 from m4.masking.dirichlet import Masking, Strategy
-from m4.masking.episodes import ShotMasking
+from m4.masking.episodes import EpisodeMasking
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.objectives.contrastive import Contrast
@@ -91,7 +91,7 @@ def configs(folder: Path) -> dict[str, Config]:
         extensions=(Registers(num=2), IndependentItems(num_blocks=1), SimilarityPrior(size=8, words="caption")),
         embedding_scale=14.0,
     )
-    episodes = Dataset(tokens="none", shots=ShotMasking(num_examples=3, labelled=(1, 2)))
+    episodes = Dataset(tokens="none", masking=EpisodeMasking(num_examples=3, labelled=(1, 2)))
     return {
         "plain": PLAIN,
         "fewshot": dataclasses.replace(
@@ -116,7 +116,7 @@ def train(config: Config) -> dict[str, list[float]]:
     trainer, losses = Trainer(config, mesh), []
     loaded = trainer.place(trainer.load())
     mask, state = ApplyMasking(config.masking, config.datasets, config.modalities, seed=3), trainer.init()
-    records = 3 if config.datasets[0].shots else 0
+    records = config.datasets[0].masked_by(config.masking).num_records
     for step in range(1, NUM_STEPS + 1):
         numbers = range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         batch = [(i, (0, [example(9 * i + k) for k in range(records)] if records else example(i))) for i in numbers]

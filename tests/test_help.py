@@ -85,7 +85,7 @@ def test_every_field_of_a_config_has_a_docstring():
     known = {"Config", "ModelConfig", "BlockConfig", "LoRA", "MeshConfig", "OptimizerConfig", "Dataset", "Masking"}
     known |= {
         "Strategy",
-        "ShotMasking",
+        "EpisodeMasking",
         "Contrast",
         "Scenes",
         "Folders",

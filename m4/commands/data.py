@@ -41,7 +41,9 @@ def inspect(config: Config, out: Path, *, num_examples: int) -> dict[str, Any]:
     """Prints statistics of the stream's first `num_examples` examples; writes OUT/data.json and OUT/samples.png."""
     prepared = prepare(config.datasets, config.tokenizers, config.data_dir, seed=config.seed)
     shards = prepared.shards("train")
-    stream = examples(by_example(shards, config.datasets), [d.weight for d in config.datasets], seed=config.seed)
+    stream = examples(
+        by_example(shards, config.datasets, config.masking), [d.weight for d in config.datasets], seed=config.seed
+    )
     mask = ApplyMasking(config.masking, config.datasets, config.modalities, config.seed)
     counts = _Counts(config)
     for start in tqdm(range(0, num_examples, BATCH), desc="masking", unit="batch", mininterval=1):

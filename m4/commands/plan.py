@@ -122,10 +122,9 @@ def mean_targets(config: Config, count: int = 256) -> dict[str, float]:
     """Target tokens of each modality in an example, on average over random ones that have all modalities."""
     rng, names = np.random.default_rng(0), config.modalities.names
     dataset = config.datasets[0]
+    size = dataset.masked_by(config.masking).num_records
     example = lambda: random_example(config.modalities, rng)  # noqa: E731
-    examples = [
-        [example() for _ in range(dataset.shots.num_records)] if dataset.shots else example() for _ in range(count)
-    ]
+    examples = [[example() for _ in range(size)] if size else example() for _ in range(count)]
     mask = ApplyMasking(config.masking, (dataset,), config.modalities, seed=0)
     targets = mask([(i, (0, e)) for i, e in enumerate(examples)]).targets
     return dict(zip(names, np.bincount(targets.modality[targets.valid], minlength=len(names)) / count, strict=True))

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from m4.files import shown
-from m4.masking.dirichlet import Masking, Strategy, check_strategies
-from m4.masking.episodes import ShotMasking
-from m4.tokens.modality import Modalities
+from m4.masking.base import ExampleMasking
 from m4.tokens.tokenizer import Examples
 
 
@@ -42,15 +40,13 @@ class Dataset:
     """Folder of token shards that `python -m m4 pretokenize` wrote; "" where `source` is given."""
     weight: float = 1.0
     """Share of this data set in the stream of examples, relative to the other weights; above 0."""
-    strategies: tuple[Strategy, ...] = ()
-    """Its own mixture of masking strategies; () uses that of the config's masking."""
+    masking: Any = None
+    """How its examples are masked: a class of m4.masking, such as DirichletMasking or EpisodeMasking; None: as the
+    config's masking says."""
     crops: Any = None
     """Aligned random crops (m4.data.sources.crops.Crops); None takes whole examples."""
     skip_bad: float = 0.0
     """Largest share of unreadable examples that pre-tokenization skips, in [0, 1); 0 stops at the first."""
-    shots: ShotMasking | None = None
-    """Its examples are those of few-shot episodes, one after the other, and are masked as such; None for ordinary
-    data."""
     signals: tuple[str, ...] = ()
     """Signals of raw examples that are tokenized; () is all that the model has."""
     name: str = ""
@@ -67,14 +63,12 @@ class Dataset:
             raise ValueError(f"data set {self.label}: signals={self.signals} are chosen when tokens are made")
         if self.tokens and self.crops:
             raise ValueError(f"data set {self.label}: token shards cannot be cropped; pretokenize again with crops")
-        if self.shots and (self.skip_bad or self.strategies):
-            raise ValueError(f"data set {self.label}: episodes take neither skip_bad nor strategies")
+        if self.masking is not None and self.masking.num_records and self.skip_bad:
+            raise ValueError(f"data set {self.label}: where several records are one example, skip_bad must be 0")
 
-    def check(self, masking: Masking, modalities: Modalities) -> None:
-        if self.shots:
-            self.shots.check(modalities)
-        else:
-            check_strategies(self.strategies or masking.strategies, modalities)
+    def masked_by(self, default: ExampleMasking) -> ExampleMasking:
+        """Its own masking, or that of the config."""
+        return default if self.masking is None else self.masking
 
     @property
     def label(self) -> str:

@@ -70,12 +70,13 @@ class Episodes:
         return [self.records[i] for i in range(index * self.size, (index + 1) * self.size)]
 
 
-def by_example(shards: Seq[TokenShards | Checked], datasets: Seq[Dataset]) -> list[Examples]:
+def by_example(shards: Seq[TokenShards | Checked], datasets: Seq[Dataset], masking: Masking) -> list[Examples]:
     """The units that are masked as one example: records, or episodes."""
     units: list[Examples] = []
     for part, dataset in zip(shards, datasets, strict=True):
         records: Any = part
-        units.append(Episodes(records, dataset.shots.num_records) if dataset.shots else records)
+        size = dataset.masked_by(masking).num_records
+        units.append(Episodes(records, size) if size else records)
     return units
 
 
@@ -123,28 +124,25 @@ class ApplyMasking:
 
     def __call__(self, batch: Seq[tuple[int, tuple[int, Any]]]) -> MaskedBatch:
         keys = np.array([(self.seed, index) for index, _ in batch], np.uint64)
-        datasets, examples = [self.datasets[i] for _, (i, _) in batch], [example for _, (_, example) in batch]
-        masking, parts = self.masking, []
-        # Rows of one kind of episode, or of no episodes, are masked together; `interleave` restores their order.
-        for shots in dict.fromkeys(d.shots for d in datasets):
-            rows = [i for i, d in enumerate(datasets) if d.shots == shots]
-            part = [examples[i] for i in rows]
-            if shots:
-                masked = shots.batch(part, self.modalities, keys[rows], masking.num_inputs, masking.num_targets)
-            else:
-                masked = masking(
-                    part, self.modalities, keys[rows], [datasets[i].strategies or masking.strategies for i in rows]
-                )
+        maskings = [self.datasets[i].masked_by(self.masking) for _, (i, _) in batch]
+        examples, sizes = [example for _, (_, example) in batch], (self.masking.num_inputs, self.masking.num_targets)
+        # Rows of one kind of masking are masked together; `interleave` restores their order.
+        kinds: dict[Any, list[int]] = {}
+        for i, masking in enumerate(maskings):
+            kinds.setdefault(type(masking).mask_rows.__func__, []).append(i)
+        parts = []
+        for rows in kinds.values():
+            own = [maskings[i] for i in rows]
+            masked = type(own[0]).mask_rows(own, [examples[i] for i in rows], self.modalities, keys[rows], *sizes)
             parts.append((rows, masked))
-        num_vectors = masking.num_inputs if any(d.shots for d in self.datasets) else 0
-        return interleave(parts, num_vectors)
+        return interleave(parts, max(d.masked_by(self.masking).num_vectors(sizes[0]) for d in self.datasets))
 
 
 def check_served(shards: TokenShards, dataset: Dataset, masking: Masking, modalities: Modalities) -> None:
-    """ValueError if some examples have a set of modalities of which no masking strategy can make use."""
-    for group in shards.manifest["sets"] if not dataset.shots else ():
+    """ValueError if some examples have a set of modalities of which the data set's masking cannot make use."""
+    for group in shards.manifest["sets"]:
         names = [name for name in modalities.names if name in group["modalities"]]
-        if not any(s.fits(names) for s in dataset.strategies or masking.strategies):
+        if not dataset.masked_by(masking).serves(names):
             raise ValueError(
                 f"no masking strategy of data set {dataset.label} fits its {group['num_examples']:,} examples that "
                 f"have only {', '.join(names) or 'modalities that this run lacks'} ({shards.split}); add one, such as "
@@ -173,7 +171,7 @@ class Stream:
         num_workers: int = 0,
         place: Callable[[MaskedBatch], Any] = lambda batch: batch,
     ):
-        read = by_example([Checked(part, modalities) for part in shards], datasets)
+        read = by_example([Checked(part, modalities) for part in shards], datasets, masking)
         if sum(map(len, read)) < batch_size:
             raise ValueError(f"{sum(map(len, read))} examples are fewer than one batch of {batch_size}")
         if batch_size % process_count:

@@ -9,6 +9,7 @@ from m4.adaptation.registers import Registers
 from m4.in_context.example_encoder import ExampleEncoder
 from m4.in_context.independent_items import IndependentItems
 from m4.in_context.similarity_prior import SimilarityPrior
+from m4.masking.dirichlet import DirichletMasking
 from m4.objectives.distillation import Distillation
 from m4.objectives.masked_modeling import MaskedModeling
 from m4.objectives.word_prediction import WordPrediction
@@ -56,3 +57,12 @@ def model_fields(old: dict[str, Any]) -> dict[str, Any]:
         Bottleneck(size=adapter) if adapter else None,
     )
     return {**new, "extensions": tuple(extension for extension in extensions if extension is not None)}
+
+
+def dataset_fields(old: dict[str, Any]) -> dict[str, Any]:
+    """Each masking had a field of its own."""
+    if "masking" in old or not {"strategies", "shots"} & {*old}:
+        return old
+    new = dict(old)
+    strategies, episodes = new.pop("strategies", ()), new.pop("shots", None)
+    return {**new, "masking": DirichletMasking(strategies=strategies) if strategies else episodes}

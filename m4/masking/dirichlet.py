@@ -30,10 +30,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
 from m4.errors import closest
+from m4.masking.base import ExampleMasking
 from m4.masking.draws import CHOICE, SPLIT, Draws
 from m4.masking.grids import Grids
 from m4.masking.spans import Spans
-from m4.tokens.batch import MaskedBatch, Targets, Tokens
+from m4.tokens.batch import MaskedBatch, Targets, Tokens, interleave
 from m4.tokens.modality import Features, Modalities, Sequence
 
 Keep = Literal["random", "all", "binary"]
@@ -76,13 +77,9 @@ class Strategy:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Masking:
-    """The fixed sizes of a masked example, and the mixture of strategies that fills it."""
+class DirichletMasking(ExampleMasking):
+    """The mixture of strategies that fills a masked example (4M, section 2.2)."""
 
-    num_inputs: int = 128
-    """Input tokens of an example, at most."""
-    num_targets: int = 128
-    """Predicted tokens of an example, at most."""
     strategies: tuple[Strategy, ...]
     """The mixture of strategies, one of which is drawn for each example."""
     budgets: Literal["filled", "drawn"] = "filled"
@@ -90,12 +87,46 @@ class Masking:
     sequence's opening sentinel: the distribution of 4M."""
 
     def check(self, modalities: Modalities) -> None:
-        """Raises ValueError for unknown names, continuous targets, and weights or budgets that are not positive."""
-        if self.num_inputs < 1 or self.num_targets < 1:
-            raise ValueError(f"num_inputs={self.num_inputs} and num_targets={self.num_targets} must be at least 1")
+        """Raises ValueError for unknown names, continuous targets, and weights that are not positive."""
         check_strategies(self.strategies, modalities)
 
-    def __call__(
+    def serves(self, names: Seq[str]) -> bool:
+        return any(strategy.fits(names) for strategy in self.strategies)
+
+    def __call__(self, examples, modalities, keys, num_inputs: int, num_targets: int) -> MaskedBatch:
+        sizes = Masking(
+            num_inputs=num_inputs, num_targets=num_targets, strategies=self.strategies, budgets=self.budgets
+        )
+        return sizes(examples, modalities, keys)
+
+    @classmethod
+    def mask_rows(cls, maskings, examples, modalities, keys, num_inputs: int, num_targets: int) -> MaskedBatch:
+        """All rows with the same budgets at once, whatever their mixtures."""
+        parts = []
+        for budgets in dict.fromkeys(masking.budgets for masking in maskings):
+            rows = [i for i, masking in enumerate(maskings) if masking.budgets == budgets]
+            mixtures = [maskings[i].strategies for i in rows]
+            sizes = Masking(num_inputs=num_inputs, num_targets=num_targets, strategies=mixtures[0], budgets=budgets)
+            parts.append((rows, sizes([examples[i] for i in rows], modalities, keys[rows], mixtures)))
+        return interleave(parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Masking(DirichletMasking):
+    """The fixed sizes of a masked example, for all data sets, and the masking of those that have none of their own."""
+
+    num_inputs: int = 128
+    """Input tokens of an example, at most."""
+    num_targets: int = 128
+    """Predicted tokens of an example, at most."""
+
+    def check(self, modalities: Modalities) -> None:
+        """Raises ValueError for unknown names, continuous targets, and weights or sizes that are not positive."""
+        if self.num_inputs < 1 or self.num_targets < 1:
+            raise ValueError(f"num_inputs={self.num_inputs} and num_targets={self.num_targets} must be at least 1")
+        super().check(modalities)
+
+    def __call__(  # ty: ignore[incompatible-method-override]  its sizes are its own
         self,
         examples: Seq[Mapping[str, np.ndarray]],
         modalities: Modalities,

@@ -24,6 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from m4.masking.base import ExampleMasking
 from m4.tokens.batch import NUM_SHOTS, MaskedBatch, Targets, pad
 from m4.tokens.modality import Features, Modalities, Modality, Sequence
 from m4.tokens.packing import ANSWER, Packed, Record, pack, stack
@@ -160,7 +161,7 @@ def asked(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShotMasking:
+class EpisodeMasking(ExampleMasking):
     """How episodes become masked examples. An episode is `num_examples` consecutive ones of its data set, each of
     `num_images` records (the first with all but the further images); the last example is its query.
 
@@ -211,7 +212,10 @@ class ShotMasking:
         for name in self.outputs:
             modalities.as_target(name)
 
-    def __call__(
+    def num_vectors(self, num_inputs: int) -> int:
+        return num_inputs
+
+    def mask_one(
         self, records: Seq[Record], modalities: Modalities, rng: np.random.Generator, num_inputs: int, num_targets: int
     ) -> tuple[Packed, Int[np.ndarray, "5 m"]]:
         """One episode -> its input tokens, and columns of targets: ids, previous, modality, position, shot.
@@ -255,13 +259,13 @@ class ShotMasking:
             room_in, room_out = room_in - part.columns.shape[1], room_out - count
         return Packed.join(parts, modalities), np.concatenate([np.zeros((5, 0), np.int32), *targets], axis=1)
 
-    def batch(
-        self, episodes: Seq[Seq[Record]], modalities: Modalities, keys: Any, num_inputs: int, num_targets: int
+    def __call__(
+        self, examples: Seq[Seq[Record]], modalities: Modalities, keys: Any, num_inputs: int, num_targets: int
     ) -> MaskedBatch:
         """Episodes -> MaskedBatch; `keys`: two numbers for each, which decide its mask."""
         rows = [
-            self(e, modalities, np.random.default_rng(key), num_inputs, num_targets)
-            for e, key in zip(episodes, keys, strict=True)
+            self.mask_one(e, modalities, np.random.default_rng(key), num_inputs, num_targets)
+            for e, key in zip(examples, keys, strict=True)
         ]
         inputs, features = stack([packed for packed, _ in rows], modalities, num_inputs, num_inputs)
         for m in modalities:

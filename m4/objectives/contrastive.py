@@ -62,7 +62,8 @@ class Contrast(Objective):
         for name in (*self.a, *self.b):
             if name not in inputs:
                 raise ValueError(f"contrast: unknown input modality {name!r}; {closest(name, inputs)}")
-        mixtures = [*config.masking.strategies, *(s for d in config.datasets for s in d.strategies)]
+        maskings = [config.masking, *(d.masking for d in config.datasets if d.masking is not None)]
+        mixtures = [s for masking in maskings for s in getattr(masking, "strategies", ())]
         if not any(all({*names} & {*s.inputs} for names in (self.a, self.b)) for s in mixtures):
             raise ValueError(f"contrast: no masking strategy has inputs of both {self.a} and {self.b}")
         if config.micro_batches > 1:

@@ -83,18 +83,19 @@ def interleave(parts: list[tuple[list[int], MaskedBatch]], num_vectors: int = 0)
     (_, first), size = parts[0], sum(len(rows) for rows, _ in parts)
 
     def join(arrays, length: int):
-        out = np.zeros((size, length, *arrays[0].shape[2:]), arrays[0].dtype)
+        """Rows of arrays, where a part that lacks them has zeros."""
+        known = next(x for x in arrays if x is not None)
+        out = np.zeros((size, length, *known.shape[2:]), known.dtype)
         for (rows, _), x in zip(parts, arrays, strict=True):
-            out[rows, : x.shape[1]] = x
+            if x is not None:
+                out[rows, : x.shape[1]] = x
         return out
 
     if len(parts) == 1 and all(x.shape[1] == (num_vectors or x.shape[1]) for x in first.features.values()):
         return first
     columns = lambda kind: [join(xs, xs[0].shape[1]) for xs in zip(*(getattr(b, kind) for _, b in parts), strict=True)]  # noqa: E731
-    features = {
-        name: join(
-            [b.features[name] for _, b in parts], num_vectors or max(b.features[name].shape[1] for _, b in parts)
-        )
-        for name in first.features
-    }
+    features = {}
+    for name in dict.fromkeys(name for _, b in parts for name in b.features):
+        own = [b.features[name] if name in b.features else None for _, b in parts]
+        features[name] = join(own, num_vectors or max(x.shape[1] for x in own if x is not None))
     return MaskedBatch(Tokens(*columns("inputs")), Targets(*columns("targets")), features)

@@ -22,7 +22,7 @@ from m4.data.dataset import Dataset
 from m4.data.stream import Stream
 from m4.data.token_shards import VERSION, TokenShards
 from m4.files import fingerprint
-from m4.masking.dirichlet import Strategy
+from m4.masking.dirichlet import DirichletMasking, Strategy
 
 
 def write_shards(folder, records, *, per_shard=16, split="train", hashes=None):
@@ -154,7 +154,9 @@ def test_a_mixture_keeps_its_weights_and_each_its_strategies(tmp_path, folder, m
     datasets = [
         Dataset(tokens=str(folder), weight=3.0),
         Dataset(
-            tokens=str(words), weight=1.0, strategies=(Strategy(inputs={"caption": 1.0}, targets={"caption": 1.0}),)
+            tokens=str(words),
+            weight=1.0,
+            masking=DirichletMasking(strategies=(Strategy(inputs={"caption": 1.0}, targets={"caption": 1.0}),)),
         ),
     ]
     stream = data.examples([TokenShards(f, "train") for f in (folder, words)], [3.0, 1.0], seed=3)

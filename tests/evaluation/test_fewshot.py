@@ -18,7 +18,7 @@ from m4.in_context.tasks.fast_binding import FastBinding, SceneKinds
 from m4.in_context.tasks.operators import OperatorInduction
 from m4.in_context.tasks.source import EpisodeSource
 from m4.inference.sampler import Sampler
-from m4.masking.episodes import Episode, Shot, ShotMasking
+from m4.masking.episodes import Episode, EpisodeMasking, Shot
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.registry import from_json, to_json
@@ -149,5 +149,5 @@ def test_settings_are_checked_and_saved():
 
 
 def test_a_source_of_episodes_has_the_records_that_masking_expects(data_dir):
-    """9 examples of one image: ShotMasking's default is FastBinding's."""
-    assert EpisodeSource(task=SMALL).records == ShotMasking().num_records
+    """9 examples of one image: EpisodeMasking's default is FastBinding's."""
+    assert EpisodeSource(task=SMALL).records == EpisodeMasking().num_records

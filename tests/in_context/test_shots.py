@@ -29,7 +29,7 @@ from m4.inference.prompts import in_buckets, make_prompt
 from m4.inference.sampler import Sampler
 from m4.inference.scheme import Stage
 from m4.masking.dirichlet import Masking, Strategy
-from m4.masking.episodes import Shot, ShotMasking, joined, pack_shots, raw_examples
+from m4.masking.episodes import EpisodeMasking, Shot, joined, pack_shots, raw_examples
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.objectives.masked_modeling import MaskedModeling
@@ -160,10 +160,10 @@ def records(tokenizers, own, seed: int, count: int = 5, **options) -> list:
 def test_what_is_asked_is_not_shown(tokenizers, own, seed, low, images, ask_all):
     """Labelled examples go in with their outputs, the query is a target without them, and others are too, or are left
     out; another answer changes no input."""
-    masking = ShotMasking(num_examples=5, num_images=images, labelled=(low, 4), num_tokens=(4, 0), ask_all=ask_all)
+    masking = EpisodeMasking(num_examples=5, num_images=images, labelled=(low, 4), num_tokens=(4, 0), ask_all=ask_all)
     question = ("is", 1, "so") if seed % 2 else None
     episode = records(tokenizers, own, seed, images=images, question=question)
-    packed, targets = masking(episode, own, np.random.default_rng(seed), 400, 120)
+    packed, targets = masking.mask_one(episode, own, np.random.default_rng(seed), 400, 120)
     _, modality, _, address = packed.columns
     text = modality == own.index("caption")
     asked = {*targets[4]}
@@ -179,7 +179,7 @@ def test_what_is_asked_is_not_shown(tokenizers, own, seed, low, images, ask_all)
     np.testing.assert_array_equal(place[0], last[len(last) - len(place[0]) :])
     last[-3:-1] = tokenizers["caption"].encode(["zz"])[0][:2]
     changed = [*episode[:-images], {**episode[-images], "caption": last}, *episode[len(episode) - images + 1 :]]
-    again, other = masking(changed, own, np.random.default_rng(seed), 400, 120)
+    again, other = masking.mask_one(changed, own, np.random.default_rng(seed), 400, 120)
     np.testing.assert_array_equal(packed.columns, again.columns)
     assert (targets[0] != other[0]).any()
 
@@ -187,7 +187,7 @@ def test_what_is_asked_is_not_shown(tokenizers, own, seed, low, images, ask_all)
 def test_a_batch_of_episodes_and_ordinary_examples_is_each_alone(tokenizers, own):
     everything = Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0})
     masking = Masking(num_inputs=120, num_targets=40, strategies=(everything,))
-    datasets = (Dataset(tokens="a"), Dataset(tokens="b", shots=ShotMasking(num_examples=5, labelled=(1, 3))))
+    datasets = (Dataset(tokens="a"), Dataset(tokens="b", masking=EpisodeMasking(num_examples=5, labelled=(1, 3))))
     mask = ApplyMasking(masking, datasets, own, seed=3)
     batch = [(i, (i % 2, records(tokenizers, own, i) if i % 2 else records(tokenizers, own, i)[0])) for i in range(6)]
     whole = mask(batch)
@@ -200,17 +200,17 @@ def test_a_batch_of_episodes_and_ordinary_examples_is_each_alone(tokenizers, own
 
 def test_errors_of_episodes(tokenizers, own):
     with pytest.raises(ValueError, match=r"labelled=\(0, 9\).*within \[0, 8\]"):
-        ShotMasking(labelled=(0, 9))
+        EpisodeMasking(labelled=(0, 9))
     with pytest.raises(ValueError, match="more than the 17 addresses"):
-        ShotMasking(num_images=2)
+        EpisodeMasking(num_images=2)
     with pytest.raises(ValueError, match="unknown modality 'capton'.*caption"):
-        ShotMasking(outputs=("capton",)).check(own)
+        EpisodeMasking(outputs=("capton",)).check(own)
     with pytest.raises(ValueError, match="a query of 17 input and 4 target tokens does not fit into num_inputs=10"):
-        ShotMasking(num_examples=2, labelled=(0, 0))(
+        EpisodeMasking(num_examples=2, labelled=(0, 0)).mask_one(
             records(tokenizers, own, 0, 1) * 2, own, np.random.default_rng(0), 10, 10
         )
-    with pytest.raises(ValueError, match="neither skip_bad nor strategies"):
-        Dataset(tokens="a", shots=ShotMasking(), skip_bad=0.1)
+    with pytest.raises(ValueError, match="skip_bad must be 0"):
+        Dataset(tokens="a", masking=EpisodeMasking(), skip_bad=0.1)
 
 
 # ---- The model ------------------------------------------------------------------------------------------------------
@@ -218,9 +218,9 @@ def test_errors_of_episodes(tokenizers, own):
 
 @pytest.fixture(scope="module")
 def episode_batch(tokenizers, own):
-    masking = ShotMasking(num_examples=5, labelled=(2, 2), num_tokens=(4,))
+    masking = EpisodeMasking(num_examples=5, labelled=(2, 2), num_tokens=(4,))
     episodes = [records(tokenizers, own, i) for i in range(4)]
-    batch = masking.batch(episodes, own, mask_keys(4), 96, 40)
+    batch = masking(episodes, own, mask_keys(4), 96, 40)
     return jax.tree.map(jnp.asarray, normalized(batch, own))
 
 
@@ -317,8 +317,8 @@ def test_the_shot_encoder_alone_is_trained(own, tokenizers, episode_batch):
     state = trainer.init()
     before, share = digest(state.params), trainer.num_trained / trainer.num_parameters
     assert 0 < share < 0.5
-    masking = ShotMasking(num_examples=5, labelled=(2, 2), num_tokens=(4,))
-    batch = masking.batch([records(tokenizers, own, i) for i in range(4)], own, mask_keys(4), 96, 40)
+    masking = EpisodeMasking(num_examples=5, labelled=(2, 2), num_tokens=(4,))
+    batch = masking([records(tokenizers, own, i) for i in range(4)], own, mask_keys(4), 96, 40)
     for step in range(1, 4):
         state, scalars = trainer.step(state, batch, step)
     after = digest(state.params)

@@ -9,11 +9,15 @@ from conftest import PARITY, mask_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m4.data.dataset import Dataset
+from m4.data.stream import ApplyMasking
 from m4.interchange import fourm
 from m4.masking import dirichlet as masking_module
-from m4.masking.dirichlet import Masking, Strategy
+from m4.masking.base import ExampleMasking
+from m4.masking.dirichlet import DirichletMasking, Masking, Strategy
 from m4.masking.draws import Draws
 from m4.masking.spans import Spans, mask_spans
+from m4.tokens.batch import MaskedBatch, Targets, Tokens
 from m4.tokens.modality import Features, Grid, Modalities, Sequence
 
 
@@ -466,3 +470,39 @@ def check_sequence(r):
     first = np.ones(count, int)
     first[example[position == 0]] = previous[position == 0] - 4
     agrees(first, r["first_target_sentinel_number"])
+
+
+def test_a_masking_of_a_users_own_is_mixed_with_others(modalities, make_example):
+    """Each row is that of its data set's masking alone, whatever stands beside it."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class FirstTokens(ExampleMasking):
+        count: int
+
+        def __call__(self, examples, modalities, keys, num_inputs, num_targets):
+            index, size = modalities.index("depth_tokens"), (len(examples), self.count)
+            ids = np.stack([e["depth_tokens"][: self.count] for e in examples]).astype(np.int32)
+            place = np.broadcast_to(np.arange(self.count, dtype=np.int32), size)
+            rest = np.full(size, index, np.int32), place, np.zeros(size, np.int32), np.ones(size, bool)
+            wide = [
+                np.pad(x, ((0, 0), (0, num_targets - self.count))) for x in (ids, np.full(size, -1, np.int32), *rest)
+            ]
+            empty = np.zeros((len(examples), num_inputs), np.int32)
+            return MaskedBatch(Tokens(empty, empty, empty, empty, empty > 0), Targets(*wide), {})
+
+    targets = {m.name: 1.0 for m in modalities if not isinstance(m, Features)}
+    strategy = Strategy(inputs={"rgb_tokens": 1.0}, targets=targets)
+    own = DirichletMasking(strategies=(Strategy(inputs={"caption": 1.0}, targets={"depth_tokens": 1.0}),))
+    datasets = (
+        Dataset(tokens="a"), Dataset(tokens="b", masking=own), Dataset(tokens="c", masking=FirstTokens(count=3)),
+        Dataset(tokens="d", masking=FirstTokens(count=5)),
+    )  # fmt: skip
+    mask = ApplyMasking(Masking(num_inputs=12, num_targets=12, strategies=(strategy,)), datasets, modalities, seed=3)
+    batch = [(i, (i % 4, make_example(i))) for i in range(12)]
+    whole = mask(batch)
+    assert whole.targets.valid[2].sum() == 3 and whole.targets.valid[3].sum() == 5
+    for i, item in enumerate(batch):
+        alone = mask([item])
+        for kind in ("inputs", "targets"):
+            for a, b in zip(getattr(alone, kind), getattr(whole, kind), strict=True):
+                np.testing.assert_array_equal(a[0], b[i])
