@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     run = load_run(args.run)
-    if run.config.fewshot is None:
+    if not run.config.evaluators:
         sys.exit(f"error: the config of {args.run} names no few-shot tasks; runs/fewshot does")
-    task, data_dir = run.config.fewshot.tasks[0], run.config.data_dir
+    task, data_dir = run.config.evaluators[0].tasks[0], run.config.data_dir
     task.prepare(data_dir)
     sampler = Sampler(run.model, run.tokenizers, batch_size=args.queries)
     shots = list(task.draw("test", 0, data_dir).shots)

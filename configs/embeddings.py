@@ -73,5 +73,5 @@ config = Config(
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
     batch_size=64,
     num_steps=1500,
-    retrieval=Retrieval(a=("rgb",), b=("caption",), source=cutouts),
+    evaluators=(Retrieval(a=("rgb",), b=("caption",), source=cutouts),),
 )

@@ -79,18 +79,20 @@ config = dataclasses.replace(
     batch_size=32,
     num_steps=800,
     evaluations=(),
-    fewshot=FewShot(
-        tasks=tuple(
-            in_text(t)
-            for t in (
-                FastBinding(),
-                FastBinding(ways=5),
-                OperatorInduction(),
-                OperatorInduction(form="text"),
-                Counting(),
-            )
+    evaluators=(
+        FewShot(
+            tasks=tuple(
+                in_text(t)
+                for t in (
+                    FastBinding(),
+                    FastBinding(ways=5),
+                    OperatorInduction(),
+                    OperatorInduction(form="text"),
+                    Counting(),
+                )
+            ),
+            num_tokens=(16, 16, 64, 16, 64),
+            token_counts=(1, 4, 16),
         ),
-        num_tokens=(16, 16, 64, 16, 64),
-        token_counts=(1, 4, 16),
     ),
 )

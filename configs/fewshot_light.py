@@ -41,5 +41,5 @@ config = dataclasses.replace(
     objectives=(MaskedModeling(weighting="token"),),
     optimizer=dataclasses.replace(fewshot.optimizer, train=("shot_encoder*", "matching*"), learning_rate=3e-3),
     num_steps=300,
-    fewshot=FewShot(tasks=(in_text(FastBinding()),), num_tokens=16),
+    evaluators=(FewShot(tasks=(in_text(FastBinding()),), num_tokens=16),),
 )

@@ -55,5 +55,5 @@ config = dataclasses.replace(
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
     num_steps=1000,
     evaluations=tuple(dataclasses.replace(d, dataset="rehearsal") for d in quickstart.evaluations),
-    retrieval=Retrieval(a=("rgb",), b=("audio",), num_samples=77),  # each unseen stamp once
+    evaluators=(Retrieval(a=("rgb",), b=("audio",), num_samples=77),),  # each unseen stamp once
 )

@@ -74,11 +74,9 @@ class Config:
     """Splits that are scored. Pictures are made of the first."""
     num_eval_samples: int = 512
     """Examples of each split that are scored, at most."""
-    fewshot: Any = None
-    """What `python -m m4 evaluate --suite fewshot` measures (m4.evaluation.few_shot.FewShot); None is the default
-    tasks."""
-    retrieval: Any = None
-    """What `--suite retrieval` measures: an m4.evaluation.retrieval.Retrieval, or several; None is the default one."""
+    evaluators: tuple[Any, ...] = ()
+    """What `python -m m4 evaluate --suite NAME` measures beside: classes of m4.evaluation, or of yours; a name that has
+    none here stands for its class with default values."""
     micro_batches: int = 1
     """Parts of a batch that are computed one after the other, to save memory. The gradient is the same."""
     num_workers: int = 0
@@ -168,8 +166,7 @@ FREE_TO_CHANGE = (
     "mesh",
     "evaluations",
     "eval_splits",
-    "fewshot",
-    "retrieval",
+    "evaluators",
     "num_eval_samples",
     "num_workers",
     "micro_batches",

@@ -59,6 +59,8 @@ REPLACED_FIELDS = {
     "teacher": "objectives=(Distillation(teacher=...),)",
     "distill": "objectives=(Distillation(teacher=..., share=...),)",
     "contrast": "objectives=(MaskedModeling(), Contrast(...))",
+    "fewshot": "evaluators=(FewShot(...),)",
+    "retrieval": "evaluators=(Retrieval(...),)",
     "strategies": "masking=DirichletMasking(strategies=...)",
     "shots": "masking=EpisodeMasking(...)",
     "lora": "extensions=(LoRA(...),)",

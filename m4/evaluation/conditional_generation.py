@@ -25,6 +25,7 @@ from tqdm import tqdm
 from m4.checkpoints.runs import TrainedModel, load_run
 from m4.data.sources.files import read_for
 from m4.errors import check_seed
+from m4.evaluation.base import Evaluator, Report
 from m4.files import digest, read_json, remove_leftovers, write_atomically, write_json
 from m4.inference.guidance import Guidance
 from m4.inference.sampler import Sampler
@@ -87,12 +88,24 @@ def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dic
     Returns at once if both files exist unchanged, and are of the same weights, tokenizers, data and config.
     """
     check_seed(seed)
-    workdir = Path(workdir)
-    out = Path(out or workdir)
-    run = load_run(workdir)
+    return _evaluate(load_run(workdir), Path(out or workdir), seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionalGeneration(Evaluator):
+    """Generation of one signal from others, as the config's `evaluations` say, on held-out examples."""
+
+    name = "directions"
+
+    def run(self, trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
+        """metrics.json and gallery.png; see `evaluate`."""
+        return _evaluate(trained, report.folder, seed)
+
+
+def _evaluate(run: TrainedModel, out: Path, seed: int) -> dict[str, dict[str, Any]]:
     config = run.config
     if not config.evaluations:
-        raise ValueError(f"the config of {workdir} names no evaluations")
+        raise ValueError(f"the config of {config.name} names no evaluations")
     sampler, before = Sampler(run.model, run.tokenizers), _began_from(config)
     made_from = _made_from(run, before, seed)
     stamp = out / ".evaluated.json"

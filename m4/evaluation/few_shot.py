@@ -18,23 +18,20 @@ K examples, D width of embeddings, Q queries
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from m4.checkpoints.runs import load_run
+from m4.checkpoints.runs import TrainedModel
 from m4.errors import need
-from m4.files import replacing, write_atomically
+from m4.evaluation.base import Evaluator, Report
 from m4.in_context.prompting import ShotsDropped, answer, score
 from m4.in_context.shots import encode
 from m4.in_context.tasks.counting import Counting
@@ -42,7 +39,7 @@ from m4.in_context.tasks.fast_binding import FastBinding
 from m4.in_context.tasks.operators import OperatorInduction
 from m4.inference.sampler import Sampler
 from m4.masking.episodes import Episode, Shot, Task, pack_shots
-from m4.pictures import contact_sheet, labelled, write_png
+from m4.pictures import contact_sheet, labelled
 from m4.representations.embed import embed
 from m4.tokens.batch import NUM_SHOTS
 
@@ -52,7 +49,7 @@ NUM_SHUFFLES = 3  # of labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewShot:
+class FewShot(Evaluator):
     """What is measured: every task with each number of shots, on `seeds` draws of `num_queries` episodes each."""
 
     tasks: tuple[Any, ...] = (FastBinding(), OperatorInduction(), Counting())
@@ -69,6 +66,8 @@ class FewShot:
     """Tokens of each context image along the curve of accuracy against tokens; () draws none."""
     calibrate: bool = False
     """Subtract from each candidate's score its score after a query without content."""
+
+    name = "fewshot"
 
     def __post_init__(self):
         if not self.tasks or not self.shots or min(*self.shots, 0) < 0 or min(self.num_queries, self.seeds) < 1:
@@ -88,6 +87,24 @@ class FewShot:
             raise ValueError(f"each task can be measured once; got {', '.join(names)}")
         if min(self.token_counts, default=1) < 1 or self.seeds * self.num_queries < 2:
             raise ValueError(f"token_counts must be at least 1, and queries at least 2: {self}")
+
+    def check(self) -> None:
+        need("matplotlib", "plots", "the figure of few-shot scores")
+
+    def run(self, trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
+        """fewshot.json, .md, .png and fewshot_prompts.png."""
+        sampler, data_dir, results = Sampler(trained.model, trained.tokenizers), trained.config.data_dir, {}
+        for task in self.tasks:
+            sampler.tokenizer(task.output)  # ValueError before any work
+        for task in self.tasks:
+            task.prepare(data_dir)
+        total = sum(num_scores(task, self) for task in self.tasks)
+        with tqdm(total=total, desc="few-shot", unit="score", file=sys.stdout, mininterval=1) as bar:
+            for task in self.tasks:
+                results[task.name] = evaluate_task(sampler, task, self, data_dir, bar)
+        pictures = {"": curves(results, self), "_prompts": prompts(sampler, self, data_dir)}
+        report.write(results, table(results, self), pictures)
+        return results
 
     def tokens_of(self, task: Task) -> int:
         return self.num_tokens if isinstance(self.num_tokens, int) else self.num_tokens[self.tasks.index(task)]
@@ -265,7 +282,7 @@ def prompt_row(episode: Episode, shots: Seq[Shot], answer: Any, right: bool | fl
     return pictures
 
 
-def draw_prompts(sampler: Sampler, c: FewShot, data_dir: str, file: Path) -> None:
+def prompts(sampler: Sampler, c: FewShot, data_dir: str) -> np.ndarray:
     """One prompt of each task, of at most 4 examples, with the model's free answer."""
     rows = []
     for task in c.tasks:
@@ -273,36 +290,7 @@ def draw_prompts(sampler: Sampler, c: FewShot, data_dir: str, file: Path) -> Non
         shots, query = episode.shots[:4], dataclasses.replace(episode.query, outputs={})
         predicted = answer(sampler, query, task.output, shots=shots, num_tokens=c.tokens_of(task))[task.output]
         rows.append((task.name, prompt_row(episode, shots, predicted, task.correct(predicted, episode))))
-    write_png(file, contact_sheet(rows))
-
-
-def evaluate(workdir: str | Path, out: str | Path = "") -> dict[str, Any]:
-    """Scores a trained model (see `load_run`) on few-shot tasks: fewshot.json, .md, .png and fewshot_prompts.png.
-
-    What is measured is the config's `fewshot`, else FewShot(). Into `out` (default: `workdir`).
-    """
-    need("matplotlib", "plots", "the figure of few-shot scores")
-    started, out = time.monotonic(), Path(out or workdir)
-    run = load_run(workdir)
-    c = run.config.fewshot or FewShot()
-    sampler = Sampler(run.model, run.tokenizers)
-    for task in c.tasks:
-        sampler.tokenizer(task.output)  # ValueError before any work
-    for task in c.tasks:
-        task.prepare(run.config.data_dir)
-    results = {}
-    out.mkdir(parents=True, exist_ok=True)
-    total = sum(num_scores(task, c) for task in c.tasks)
-    with tqdm(total=total, desc="few-shot", unit="score", file=sys.stdout, mininterval=1) as bar:
-        for task in c.tasks:
-            results[task.name] = evaluate_task(sampler, task, c, run.config.data_dir, bar)
-    write_atomically(out / "fewshot.json", json.dumps(results, indent=1).encode())
-    write_atomically(out / "fewshot.md", table(results, c).encode())
-    curves(results, c, out / "fewshot.png")
-    draw_prompts(sampler, c, run.config.data_dir, out / "fewshot_prompts.png")
-    files = f"{out}/fewshot.json, .md, .png, fewshot_prompts.png"
-    logger.info(f"{table(results, c)}\n{files} in {time.monotonic() - started:.0f} s")
-    return results
+    return contact_sheet(rows)
 
 
 def table(results: Mapping[str, Any], c: FewShot) -> str:
@@ -322,7 +310,7 @@ def table(results: Mapping[str, Any], c: FewShot) -> str:
     return "\n".join(lines) + "\n"
 
 
-def curves(results: Mapping[str, Any], c: FewShot, file: Path) -> None:
+def curves(results: Mapping[str, Any], c: FewShot) -> Any:
     """One panel for each task: accuracy against shots, a line for each condition."""
     from matplotlib.figure import Figure
 
@@ -339,5 +327,4 @@ def curves(results: Mapping[str, Any], c: FewShot, file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy")
     axes[0][-1].legend(fontsize=7, loc="lower right")
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    return figure

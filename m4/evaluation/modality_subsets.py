@@ -13,23 +13,21 @@ B samples, D width, S subsets
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
-from m4.checkpoints.runs import load_run
+from m4.checkpoints.runs import TrainedModel
 from m4.data.sources.files import read_for
-from m4.errors import check, check_seed, need
+from m4.errors import check, need
+from m4.evaluation.base import Evaluator, Report
 from m4.evaluation.probes import LABELS, labels_of, linear
-from m4.files import replacing, write_atomically
 from m4.inference.sampler import Sampler
 from m4.representations.embed import embed
 from m4.tokens.packing import pack
@@ -112,62 +110,70 @@ def missingness(
     return result
 
 
-def evaluate(
-    workdir: str | Path, out: str | Path = "", *, label: str = "number of objects", num_train: int = 512,
-    num_test: int = 1000, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Scores a trained model (see `load_run`): subsets.json, .md and .png into `out` (default: `workdir`).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subsets(Evaluator):
+    """A label predicted from every subset of signals, with probes of every other, and with signals missing at random or
+    depending on the label.
 
-    Samples are those of the first data set's source, with a label of m4.evaluation.probes.LABELS. Probes are fitted on
-    its validation split, which no training shows, and tested on its test split. ValueError if it has no such label.
+    Samples are those of the first data set's source. Probes are fitted on its validation split, which no training
+    shows, and tested on its test split.
     """
-    check("label", label, LABELS)
-    check_seed(seed)
-    need("matplotlib", "plots", "the figure of modality subsets")
-    started, out = time.monotonic(), Path(out or workdir)
-    run = load_run(workdir)
-    sampler, source = Sampler(run.model, run.tokenizers), run.config.datasets[0].source
-    if source is None:
-        raise ValueError(f"subsets need raw examples, and {run.config.datasets[0].label} has token shards only")
-    source.prepare(run.config.data_dir)
-    parts = []
-    for split, count in (("validation", num_train), ("test", num_test)):
-        examples = read_for(source.split(split, run.config.data_dir), run.tokenizers.values())
-        parts.append([examples[i] for i in range(min(count, len(examples)))])
-    if not all(parts):
-        raise ValueError(f"{[*map(len, parts)]} examples for training and tests; some of each are needed")
-    has = set.intersection(*({n for n, x in e.items() if x is not None} for part in parts for e in part))
-    signals = list(dict.fromkeys(m.signal for m in sampler.modalities if m.is_input and m.signal in has))
-    if not signals:
-        raise ValueError(f"no input signal of the model is in every example; they have {', '.join(sorted(has))}")
-    if len(signals) > MOST_SIGNALS:
-        logger.info(
-            f"left out, for {MOST_SIGNALS} signals have {2**MOST_SIGNALS - 1} subsets: {signals[MOST_SIGNALS:]}"
-        )
-        signals = signals[:MOST_SIGNALS]
-    values = [labels_of(label, part, type(source).__name__) for part in parts]
-    classes = sorted(set(values[0]))
-    known = [i for i, x in enumerate(values[1]) if x in classes]
-    if not known:
-        raise ValueError(f"no test example has a value of {label!r} that a training example has")
-    labels, truth = (np.array([classes.index(x) for x in xs]) for xs in (values[0], [values[1][i] for i in known]))
-    subsets = subsets_of(signals)
-    train, test = (embeddings(sampler, part, subsets) for part in (parts[0], [parts[1][i] for i in known]))
-    rng = np.random.default_rng(seed)
-    results = {
-        "label": label,
-        "num_train": len(labels),
-        "num_test": len(truth),
-        "most frequent": float((truth == np.bincount(labels).argmax()).mean()),
-        "matrix": matrix(train, labels, test, truth, rng),
-        "missingness": missingness(train, labels, test, truth, rng),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "subsets.json", json.dumps(results, indent=1).encode())
-    write_atomically(out / "subsets.md", table(results).encode())
-    picture(results, out / "subsets.png")
-    logger.info(f"{table(results)}\n{out}/subsets.json, .md, .png in {time.monotonic() - started:.0f} s")
-    return results
+
+    label: str = "number of objects"
+    """A label of m4.evaluation.probes.LABELS."""
+    num_train: int = 512
+    """Samples that are fitted on."""
+    num_test: int = 1000
+    """Samples that are scored."""
+
+    name = "subsets"
+
+    def __post_init__(self):
+        check("label", self.label, LABELS)
+
+    def check(self) -> None:
+        need("matplotlib", "plots", "the figure of modality subsets")
+
+    def run(self, trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
+        """subsets.json, .md and .png. ValueError if the samples have no such label."""
+        sampler, source = Sampler(trained.model, trained.tokenizers), trained.config.datasets[0].source
+        if source is None:
+            raise ValueError(f"subsets need raw examples, and {trained.config.datasets[0].label} has token shards only")
+        source.prepare(trained.config.data_dir)
+        parts = []
+        for split, count in (("validation", self.num_train), ("test", self.num_test)):
+            examples = read_for(source.split(split, trained.config.data_dir), trained.tokenizers.values())
+            parts.append([examples[i] for i in range(min(count, len(examples)))])
+        if not all(parts):
+            raise ValueError(f"{[*map(len, parts)]} examples for training and tests; some of each are needed")
+        has = set.intersection(*({n for n, x in e.items() if x is not None} for part in parts for e in part))
+        signals = list(dict.fromkeys(m.signal for m in sampler.modalities if m.is_input and m.signal in has))
+        if not signals:
+            raise ValueError(f"no input signal of the model is in every example; they have {', '.join(sorted(has))}")
+        if len(signals) > MOST_SIGNALS:
+            logger.info(
+                f"left out, for {MOST_SIGNALS} signals have {2**MOST_SIGNALS - 1} subsets: {signals[MOST_SIGNALS:]}"
+            )
+            signals = signals[:MOST_SIGNALS]
+        values = [labels_of(self.label, part, type(source).__name__) for part in parts]
+        classes = sorted(set(values[0]))
+        known = [i for i, x in enumerate(values[1]) if x in classes]
+        if not known:
+            raise ValueError(f"no test example has a value of {self.label!r} that a training example has")
+        labels, truth = (np.array([classes.index(x) for x in xs]) for xs in (values[0], [values[1][i] for i in known]))
+        subsets = subsets_of(signals)
+        train, test = (embeddings(sampler, part, subsets) for part in (parts[0], [parts[1][i] for i in known]))
+        rng = np.random.default_rng(seed)
+        results = {
+            "label": self.label,
+            "num_train": len(labels),
+            "num_test": len(truth),
+            "most frequent": float((truth == np.bincount(labels).argmax()).mean()),
+            "matrix": matrix(train, labels, test, truth, rng),
+            "missingness": missingness(train, labels, test, truth, rng),
+        }
+        report.write(results, table(results), {"": figure(results)})
+        return results
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -186,17 +192,16 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(results: Mapping[str, Any], file: Path) -> None:
+def figure(results: Mapping[str, Any]) -> Any:
     from matplotlib.figure import Figure  # seconds to import, used here alone
 
     rows = results["matrix"]
     values = np.array([[*row.values()] for row in rows.values()])
-    figure = Figure(figsize=(3 + 0.45 * values.shape[1], 3 + 0.35 * len(values)), layout="tight")
-    axis = figure.subplots()
+    drawing = Figure(figsize=(3 + 0.45 * values.shape[1], 3 + 0.35 * len(values)), layout="tight")
+    axis = drawing.subplots()
     shown = axis.imshow(values, vmin=results["most frequent"], vmax=1)
     axis.set(xlabel="signals in tests", ylabel="signals in training", title=f"accuracy of {results['label']}")
     axis.set_xticks(range(values.shape[1]), list(next(iter(rows.values()))), rotation=90)
     axis.set_yticks(range(len(values)), list(rows))
-    figure.colorbar(shown)
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    drawing.colorbar(shown)
+    return drawing

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +25,10 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 from tqdm import tqdm
 
-from m4.checkpoints.runs import load_run
+from m4.checkpoints.runs import TrainedModel
 from m4.data.sources.stamps import Stamps
 from m4.errors import check
-from m4.files import write_atomically
+from m4.evaluation.base import Evaluator, Report
 from m4.in_context.tasks.image_cache import KINDS, image_cache
 from m4.inference.sampler import Sampler
 from m4.model.encoder_decoder import Model
@@ -180,51 +177,59 @@ def default_probes() -> tuple[Probe, ...]:
     return (*scenes, category)
 
 
-def evaluate(workdir: str | Path, out: str | Path = "", probes: Seq[Probe] | None = None) -> dict[str, Any]:
-    """Probes a trained model (see `load_run`): probes.json and probes.md into `out` (default: `workdir`)."""
-    started, out = time.monotonic(), Path(out or workdir)
-    run = load_run(workdir)
-    random = Model(run.config.model, run.model.modalities, rngs=nnx.Rngs(random_key(run.config.seed + 1)))
-    encoders = {
-        "embeddings": Sampler(run.model, run.tokenizers),
-        "random encoder": Sampler(random, run.tokenizers),
-    }
-    results: dict[str, Any] = {}
-    encoded: dict[Any, Any] = {}  # images and their embeddings, which several labels share
-    for probe in probes or default_probes():
-        key = dataclasses.replace(probe, label="category")
-        try:
-            images, *labels, things = probe.read(run.config.data_dir)
-        except ValueError as error:
-            if probes:
-                raise
-            logger.info(f"{probe.name} is left out: {error}")
-            continue
-        if key not in encoded:
-            # Means of 4 x 4 raw pixels: a linear probe of all is slow.
-            encoded[key] = {
-                "raw pixels": [
-                    reduce(part.astype(np.float32) / 255, "b (h y) (w x) c -> b (h w c)", "mean", y=4, x=4)
-                    for part in images
-                ]
-            }
-            for name, sampler in encoders.items():
-                progress = functools.partial(tqdm, desc=f"{type(probe.source).__name__.lower()}, {name}", unit="batch")
-                embed = functools.partial(features, sampler, progress=progress)
-                encoded[key][name] = [embed({"rgb": list(part)}).pooled for part in images]
-        classes = sorted(set(labels[0]))
-        seen = [i for i, label in enumerate(labels[1]) if label in classes]
-        given, truth = (np.array([classes.index(x) for x in y]) for y in (labels[0], [labels[1][i] for i in seen]))
-        things = np.array(things)[seen]
-        frequent = clustered(np.asarray(truth == np.bincount(given).argmax(), float), things)
-        results[probe.name] = {"most frequent": {"k-NN": frequent}} | {
-            name: accuracies(x, given, y[seen], truth, things) for name, (x, y) in encoded[key].items()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probes(Evaluator):
+    """Labels predicted from the frozen encoder's embeddings, by nearest neighbours and by a linear map."""
+
+    probes: tuple[Probe, ...] = ()
+    """What is probed; () is all that the packaged data know."""
+
+    name = "probes"
+
+    def run(self, trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
+        """probes.json and probes.md."""
+        random = Model(
+            trained.config.model, trained.model.modalities, rngs=nnx.Rngs(random_key(trained.config.seed + 1))
+        )
+        encoders = {
+            "embeddings": Sampler(trained.model, trained.tokenizers),
+            "random encoder": Sampler(random, trained.tokenizers),
         }
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "probes.json", json.dumps(results, indent=1).encode())
-    write_atomically(out / "probes.md", table(results).encode())
-    logger.info(f"{table(results)}\n{out}/probes.json, .md in {time.monotonic() - started:.0f} s")
-    return results
+        results: dict[str, Any] = {}
+        encoded: dict[Any, Any] = {}  # images and their embeddings, which several labels share
+        for probe in self.probes or default_probes():
+            key = dataclasses.replace(probe, label="category")
+            try:
+                images, *labels, things = probe.read(trained.config.data_dir)
+            except ValueError as error:
+                if self.probes:
+                    raise
+                logger.info(f"{probe.name} is left out: {error}")
+                continue
+            if key not in encoded:
+                # Means of 4 x 4 raw pixels: a linear probe of all is slow.
+                encoded[key] = {
+                    "raw pixels": [
+                        reduce(part.astype(np.float32) / 255, "b (h y) (w x) c -> b (h w c)", "mean", y=4, x=4)
+                        for part in images
+                    ]
+                }
+                for name, sampler in encoders.items():
+                    progress = functools.partial(
+                        tqdm, desc=f"{type(probe.source).__name__.lower()}, {name}", unit="batch"
+                    )
+                    embed = functools.partial(features, sampler, progress=progress)
+                    encoded[key][name] = [embed({"rgb": list(part)}).pooled for part in images]
+            classes = sorted(set(labels[0]))
+            seen = [i for i, label in enumerate(labels[1]) if label in classes]
+            given, truth = (np.array([classes.index(x) for x in y]) for y in (labels[0], [labels[1][i] for i in seen]))
+            things = np.array(things)[seen]
+            frequent = clustered(np.asarray(truth == np.bincount(given).argmax(), float), things)
+            results[probe.name] = {"most frequent": {"k-NN": frequent}} | {
+                name: accuracies(x, given, y[seen], truth, things) for name, (x, y) in encoded[key].items()
+            }
+        report.write(results, table(results))
+        return results
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -15,26 +15,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import sys
-import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
-from m4.checkpoints.runs import load_run
+from m4.checkpoints.runs import TrainedModel
 from m4.data.sources.files import read_for
 from m4.errors import closest
+from m4.evaluation.base import Evaluator, Report
 from m4.evaluation.few_shot import summary
-from m4.files import write_atomically
 from m4.inference.sampler import Sampler
-from m4.pictures import contact_sheet, labelled, write_png
+from m4.pictures import contact_sheet, labelled
 from m4.representations.embed import features
 from m4.representations.nearest import retrieve
 
@@ -45,7 +42,7 @@ NUM_DRAWN, NUM_HITS = 4, 5  # queries of each direction in the picture, and thei
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Retrieval:
+class Retrieval(Evaluator):
     """Two groups of signals of the same samples; each is a query for the other."""
 
     a: tuple[str, ...] = ("rgb",)
@@ -62,11 +59,40 @@ class Retrieval:
     """Name in raw examples, such as a digit's class: all samples with the query's value of it are right answers. "" is
     its own sample alone."""
 
+    name = "retrieval"
+
     def __post_init__(self):
         if not self.a or not self.b or {*self.a} & {*self.b}:
             raise ValueError(f"retrieval: a={self.a} and b={self.b} must name signals, and none of them twice")
         if self.num_samples < 2:
             raise ValueError(f"retrieval: num_samples={self.num_samples} must be at least 2")
+
+    @classmethod
+    def run_all(cls, evaluators: Seq[Retrieval], trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
+        """Several in one table: retrieval.json, .md and .png."""
+        sampler, results, rows = Sampler(trained.model, trained.tokenizers), {}, []
+        for r in evaluators:
+            source = r.source or trained.config.datasets[0].source
+            if source is None:
+                raise ValueError(
+                    "retrieval needs raw examples, and the run's data set has token shards only; give a source"
+                )
+            examples = r.read(sampler, source, trained.config.data_dir)
+            embeddings = {}
+            for group, names in r.groups.items():
+                progress = functools.partial(tqdm, desc=f"embeddings of {group}", unit="batch", file=sys.stdout)
+                signals = {name: [e[name] for e in examples] for name in names}
+                pooled = features(sampler, signals, progress=progress).pooled
+                embeddings[group] = pooled - pooled.mean(axis=0)  # as the contrastive loss compares them
+            right = r.right(examples)
+            for query, answer in (r.groups, reversed(r.groups)):
+                name = f"{query} -> {answer}" + (f", same {r.label}" if r.label else "")
+                if name in results:
+                    raise ValueError(f"retrieval: {name!r} is asked twice; evaluate the second one by itself")
+                results[name], best = measure(embeddings[query], embeddings[answer], right)
+                rows += draw(sampler, name, (r.groups[query], r.groups[answer]), examples, best, right)
+        report.write(results, table(results), {"": contact_sheet(rows)})
+        return results
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -140,43 +166,6 @@ def measure(
     }
     chance = {k: {"mean": x, "sem": 0.0, "num_queries": count} for k, x in by_chance(right).items()}
     return {**rows, "chance": chance}, best
-
-
-def evaluate(workdir: str | Path, out: str | Path = "", retrievals: Retrieval | Seq[Retrieval] = ()) -> dict[str, Any]:
-    """Scores a trained model (see `load_run`): retrieval.json, .md and .png into `out` (default: `workdir`).
-
-    `retrievals` default to the config's `retrieval`, else to Retrieval().
-    """
-    started, out = time.monotonic(), Path(out or workdir)
-    run = load_run(workdir)
-    requested = retrievals or run.config.retrieval or Retrieval()
-    sampler, results, rows = Sampler(run.model, run.tokenizers), {}, []
-    for r in (requested,) if isinstance(requested, Retrieval) else requested:
-        source = r.source or run.config.datasets[0].source
-        if source is None:
-            raise ValueError(
-                "retrieval needs raw examples, and the run's data set has token shards only; give a source"
-            )
-        examples = r.read(sampler, source, run.config.data_dir)
-        embeddings = {}
-        for group, names in r.groups.items():
-            progress = functools.partial(tqdm, desc=f"embeddings of {group}", unit="batch", file=sys.stdout)
-            signals = {name: [e[name] for e in examples] for name in names}
-            pooled = features(sampler, signals, progress=progress).pooled
-            embeddings[group] = pooled - pooled.mean(axis=0)  # as the contrastive loss compares them
-        right = r.right(examples)
-        for query, answer in (r.groups, reversed(r.groups)):
-            name = f"{query} -> {answer}" + (f", same {r.label}" if r.label else "")
-            if name in results:
-                raise ValueError(f"retrieval: {name!r} is asked twice; evaluate the second one by itself")
-            results[name], best = measure(embeddings[query], embeddings[answer], right)
-            rows += draw(sampler, name, (r.groups[query], r.groups[answer]), examples, best, right)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "retrieval.json", json.dumps(results, indent=1).encode())
-    write_atomically(out / "retrieval.md", table(results).encode())
-    write_png(out / "retrieval.png", contact_sheet(rows))
-    logger.info(f"{table(results)}\n{out}/retrieval.json, .md, .png in {time.monotonic() - started:.0f} s")
-    return results
 
 
 def draw(

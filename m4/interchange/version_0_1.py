@@ -16,10 +16,15 @@ from m4.objectives.word_prediction import WordPrediction
 
 
 def config_fields(old: dict[str, Any]) -> dict[str, Any]:
-    """Objectives had fields of their own: loss, z_loss, teacher, distill and contrast; words were the model's."""
-    if "objectives" in old or not {"loss", "z_loss", "teacher", "distill", "contrast"} & {*old}:
-        return old
+    """Objectives had fields of their own: loss, z_loss, teacher, distill and contrast; words were the
+    model's. So had two evaluators."""
     new = dict(old)
+    if "evaluators" not in new and {"fewshot", "retrieval"} & {*new}:
+        few_shot, retrieval = new.pop("fewshot", None), new.pop("retrieval", None)
+        several = retrieval if isinstance(retrieval, tuple) else (retrieval,)
+        new["evaluators"] = tuple(e for e in (few_shot, *several) if e is not None)
+    if "objectives" in new or not {"loss", "z_loss", "teacher", "distill", "contrast"} & {*new}:
+        return new
     masked = {name: new.pop(field) for name, field in (("weighting", "loss"), ("z_loss", "z_loss")) if field in new}
     teacher, share, contrast = new.pop("teacher", ""), new.pop("distill", 1.0), new.pop("contrast", None)
     objectives: list[Any] = [

@@ -1,11 +1,16 @@
 """The matrix of subsets and the probes of missing signals, on embeddings whose contents are known; on a real run."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from m4.evaluation import modality_subsets as subsets
+from m4.evaluation.base import Evaluator, evaluate, evaluator_classes
+from m4.evaluation.modality_subsets import Subsets
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +64,31 @@ def test_presence_has_the_shares_that_it_says():
 
 
 def test_of_a_run(whole_run, tmp_path):
-    results = subsets.evaluate(whole_run, tmp_path, num_train=64, num_test=16)
+    results = evaluate(whole_run, Subsets(num_train=64, num_test=16), tmp_path)
     assert len(results["matrix"]) == 16 and set(results["missingness"]) >= {"rgb", "presence of rgb"}
     assert json.loads((tmp_path / "subsets.json").read_text()) == results
     assert (tmp_path / "subsets.png").stat().st_size > 1000 and "| drawn |" in (tmp_path / "subsets.md").read_text()
     with pytest.raises(ValueError, match="unknown label 'shapes'"):
-        subsets.evaluate(whole_run, tmp_path, label="shapes")
+        evaluate(whole_run, Subsets(label="shapes"), tmp_path)
+
+
+def test_a_users_own_evaluator(whole_run, tmp_path):
+    """It is found in the run's config by its name; without one, the name is refused with those that there are."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Count(Evaluator):
+        name = "count"
+
+        def run(self, trained, report, seed):
+            results = {"parameters": sum(x.size for x in jax.tree.leaves(nnx.state(trained.model, nnx.Param)))}
+            report.write(results, f"{results['parameters']:,}", {"_one": np.zeros((2, 2, 3), np.uint8)})
+            return results
+
+    results = evaluate(whole_run, Count(), tmp_path)
+    assert json.loads((tmp_path / "count.json").read_text()) == results and results["parameters"] > 1000
+    assert (tmp_path / "count_one.png").exists() and (tmp_path / "count.md").read_text() == f"{results['parameters']:,}"
+    twice = evaluate(whole_run, (Count(), Count()), tmp_path)
+    assert twice == {"count": results, "count_2": results} and (tmp_path / "count_2.json").exists()
+    with pytest.raises(ValueError, match="no evaluation 'fewshots'.*Did you mean 'fewshot'"):
+        evaluate(whole_run, "fewshots", tmp_path)
+    assert {"directions", "fewshot", "probes", "retrieval", "subsets"} <= {*evaluator_classes()}

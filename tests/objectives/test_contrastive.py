@@ -18,7 +18,7 @@ from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
 from m4.distributed import mesh as sharding
 from m4.distributed.mesh import MeshConfig
-from m4.evaluation import retrieval
+from m4.evaluation.base import evaluate
 from m4.evaluation.retrieval import Retrieval, by_chance, measure, shuffled_partners
 from m4.files import read_json, write_json
 from m4.masking.dirichlet import Masking, Strategy
@@ -248,7 +248,7 @@ def run(tmp_path_factory):
         tokenizers=recipes,
         masking=Masking(strategies=(Strategy(inputs={"rgb_pixels": 1.0}, targets={"caption": 1.0}),)),
         model=sizes,
-        retrieval=(Retrieval(b=("caption",), num_samples=12), Retrieval(b=("caption",), label="caption")),
+        evaluators=(Retrieval(b=("caption",), num_samples=12), Retrieval(b=("caption",), label="caption")),
     )
     write_run(TrainedModel(Model(sizes, modalities, rngs=nnx.Rngs(0)), tokenizers, config, 0), folder / "run")
     kept = read_json(folder / "run" / "config.json")
@@ -258,7 +258,7 @@ def run(tmp_path_factory):
 
 
 def test_an_evaluation_of_a_run(run):
-    results = retrieval.evaluate(run)
+    results = evaluate(run, "retrieval")
     assert {*results} == {
         "rgb -> caption", "caption -> rgb", "rgb -> caption, same caption", "caption -> rgb, same caption",
     }  # fmt: skip
@@ -287,7 +287,7 @@ def test_bad_retrievals_are_named(run):
         ((Retrieval(b=("caption",)),) * 2, "asked twice"),
     ):
         with pytest.raises(ValueError, match=message):
-            retrieval.evaluate(run, run.parent / "out", asked)
+            evaluate(run, asked, run.parent / "out")
     for fields in ({"a": ("audio",)}, {"b": ()}, {"num_samples": 1}):
         with pytest.raises(ValueError, match="retrieval: "):
             Retrieval(**fields)

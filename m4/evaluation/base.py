@@ -1,0 +1,116 @@
+"""Evaluations of a trained model: each a frozen dataclass in a file of its own, found by its name.
+
+    python -m m4 evaluate RUN --suite NAME        those of the config's `evaluators` with this name, else one by default
+
+A user's own class is found where a config has an instance of it, or by an entry point of the group `m4.components`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import pkgutil
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any, ClassVar
+
+import m4.evaluation
+from m4.checkpoints.runs import TrainedModel, load_run
+from m4.errors import check_seed, closest
+from m4.files import replacing, write_atomically
+from m4.pictures import write_png
+from m4.registry import components
+
+logger = logging.getLogger(__name__)
+
+
+class Report:
+    """Writes what an evaluation found into a folder: NAME.json, NAME.md, and pictures."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name, self.started = folder, name, time.monotonic()
+
+    def write(self, results: Mapping[str, Any], table: str, pictures: Mapping[str, Any] = {}) -> None:
+        """`pictures`: uint8 [H W 3] or a figure of matplotlib, by the end of its file's name ("" or "_prompts")."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / f"{self.name}.json", json.dumps(results, indent=1).encode())
+        write_atomically(self.folder / f"{self.name}.md", table.encode())
+        for end, picture in pictures.items():
+            file = self.folder / f"{self.name}{end}.png"
+            if hasattr(picture, "savefig"):
+                with replacing(file) as temporary:
+                    picture.savefig(temporary, dpi=120, format="png")
+            else:
+                write_png(file, picture)
+        names = ", ".join((".json", ".md", *(f"{end}.png" for end in pictures)))
+        seconds = time.monotonic() - self.started
+        logger.info(f"{table}\n{self.folder}/{self.name}{names} in {seconds:.0f} s")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """One way to score a trained model. Only `run` must be defined."""
+
+    name: ClassVar[str]
+    """What `--suite` calls it, and its files are called."""
+
+    def check(self) -> None:
+        """ValueError for what is missing, before the model is loaded."""
+
+    def run(self, trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
+        """Results, which it has written by `report`."""
+        raise NotImplementedError
+
+    @classmethod
+    def run_all(cls, evaluators: Seq[Any], trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
+        """Several of a config with the same name, one after the other; the second is NAME_2, and so on."""
+        results = {}
+        for i, evaluator in enumerate(evaluators, 1):
+            own = report if i == 1 else Report(report.folder, f"{report.name}_{i}")
+            results[own.name] = evaluator.run(trained, own, seed)
+        return results[report.name] if len(evaluators) == 1 else results
+
+
+def evaluate(
+    workdir: str | Path, evaluators: Evaluator | Seq[Evaluator] | str, out: str | Path = "", *, seed: int = 0
+) -> dict[str, Any]:
+    """Scores a trained model (see `load_run`) by evaluators of one name, or those that a name stands for, into `out`
+    (default: `workdir`)."""
+    check_seed(seed)
+    given = (evaluators,) if isinstance(evaluators, Evaluator) else evaluators
+    for evaluator in () if isinstance(given, str) else given:
+        evaluator.check()
+    known = evaluator_classes()
+    if isinstance(given, str) and given in known:
+        known[given]().check()  # what it needs is named before the model is read
+    trained = load_run(workdir)
+    if isinstance(given, str):
+        own = [e for e in trained.config.evaluators if e.name == given]
+        if not own and given not in known:
+            names = sorted({*known, *(e.name for e in trained.config.evaluators)})
+            raise ValueError(f"no evaluation {given!r}; {closest(given, names)}")
+        given = own or (known[given](),)
+    for evaluator in given:
+        evaluator.check()
+    name = given[0].name
+    return type(given[0]).run_all(given, trained, Report(Path(out or workdir), name), seed)
+
+
+def evaluator_classes() -> dict[str, type]:
+    """By name: those of this room, and of other packages by their entry points."""
+    found = {}
+    for info in pkgutil.iter_modules(m4.evaluation.__path__):
+        module = importlib.import_module(f"m4.evaluation.{info.name}")
+        found |= {cls.name: cls for cls in vars(module).values() if _is_evaluator(cls)}
+    for entry in components().values():
+        if not entry.module.startswith(("m4.", "m4_tokenizers.")) and _is_evaluator(cls := entry.load()):
+            found[cls.name] = cls
+    return found
+
+
+def _is_evaluator(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, Evaluator) and hasattr(cls, "name")
