@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,10 +52,10 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     check_names(file, {name: own[name].shape for name in file.entries if name in own}, [])
     if "m4_part" not in file.metadata:
         raise ValueError(f"{path} was not written by save_adapter: its metadata lacks m4_part")
-    own = {type(extension): extension for extension in _owners(model, set(file.entries))}
-    for saved in _extensions_of(file):
-        if type(saved) in own and own[type(saved)] != saved:
-            raise ValueError(f"{path} was trained with {saved}; the model has {own[type(saved)]}")
+    own = {value["component"]: value for value in to_json(_owners(model, set(file.entries)))}
+    for saved in _extensions_in(file):
+        if (name := saved["component"]) in own and own[name] != saved:
+            raise ValueError(f"{path} was trained with {saved}; the model has {own[name]}")
     return with_parameters(model, {name: file.check_finite(name, file.tensor(name)) for name in file.entries})
 
 
@@ -63,9 +64,9 @@ def _owners(model: Model, names: set[str]) -> list[Extension]:
     return [e for e in model.config.extensions if any(matches_pattern(n, p) for n in names for p in e.parameters)]
 
 
-def _extensions_of(file: TensorFile) -> tuple[Extension, ...]:
-    """Those that a file was trained with; version 0.1 named only LoRA."""
+def _extensions_in(file: TensorFile) -> list[dict[str, Any]]:
+    """Those that a file was trained with, as JSON; version 0.1 named only LoRA."""
     if "m4_extensions" in file.metadata:
-        return from_json(json.loads(file.metadata["m4_extensions"]))
+        return json.loads(file.metadata["m4_extensions"])
     old = from_json(json.loads(file.metadata["m4_lora"])) if "m4_lora" in file.metadata else None
-    return () if old is None else (old,)
+    return [] if old is None else [to_json(old)]

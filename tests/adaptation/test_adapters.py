@@ -125,7 +125,7 @@ def test_rows_travel_with_lora(small_model, modalities, batch, tmp_path):
     loaded = load_adapter(model_with(small_model, modalities, **KINDS["lora"]), tmp_path / "small.safetensors")
     np.testing.assert_array_equal(loaded(batch), tuned(batch))
     other = model_with(small_model, modalities, extensions=(LoRA(rank=2, alpha=1.0),))
-    with pytest.raises(ValueError, match="was trained with LoRA"):
+    with pytest.raises(ValueError, match="was trained with .*LoRA"):
         load_adapter(other, tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match=r"nothing.\* fits no parameter"):
         save_adapter(tuned, tmp_path / "none.safetensors", ("*.lora.*", "nothing.*"))
