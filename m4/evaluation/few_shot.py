@@ -38,7 +38,7 @@ from m4.in_context.tasks.counting import Counting
 from m4.in_context.tasks.fast_binding import FastBinding
 from m4.in_context.tasks.operators import OperatorInduction
 from m4.inference.sampler import Sampler
-from m4.masking.episodes import Episode, Shot, Task, pack_shots
+from m4.masking.episodes import Episode, Shot, Task, is_several, pack_shots
 from m4.pictures import contact_sheet, labelled
 from m4.representations.embed import embed
 from m4.tokens.batch import NUM_SHOTS
@@ -127,7 +127,7 @@ def _with_images(shot: Shot, other: Shot | None) -> Shot:
     """All images replaced by another example's, or left out."""
 
     def replaced(signals: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-        images = {n for n, v in signals.items() if isinstance(v, np.ndarray | list)}
+        images = {n for n, v in signals.items() if isinstance(v, np.ndarray) or is_several(v)}
         return {n: others[n] if n in images else v for n, v in signals.items() if n not in images or n in others}
 
     other = other or Shot(inputs={})
@@ -263,7 +263,7 @@ def prompt_row(episode: Episode, shots: Seq[Shot], answer: Any, right: bool | fl
     pictures: dict[str, np.ndarray] = {}
 
     def add(title: str, signals: Seq[Any], text: str) -> None:
-        flat = [x for s in signals for x in (s if isinstance(s, list) else [s])]
+        flat = [x for s in signals for x in (s if is_several(s) else [s])]
         images = [x for x in flat if isinstance(x, np.ndarray)] or [None]
         for i, image in enumerate(images):
             pictures[title if len(images) == 1 else f"{title}, image {i + 1}"] = labelled(image, text)

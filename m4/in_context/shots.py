@@ -11,7 +11,7 @@ from m4.data.samples import read_sample
 from m4.data.sources.contents import content
 from m4.data.sources.files import extension_of
 from m4.files import parse_json, shown
-from m4.masking.episodes import Shot, raw_examples
+from m4.masking.episodes import Shot, is_several, raw_examples
 from m4.tokens.modality import Modalities
 from m4.tokens.packing import Record
 from m4.tokens.tokenizer import Tokenizer
@@ -32,8 +32,9 @@ def encode(shot: Shot, tokenizers: Mapping[str, Tokenizer], modalities: Modaliti
 def read_shots(file: Path) -> list[Shot]:
     """Labelled examples from JSON: [{"inputs": {NAME: VALUE}, "outputs": {NAME: VALUE}}, ...].
 
-    A VALUE is text, a file's name (with an extension such as .png) beside FILE, or a list: of files, or of text and
-    numbers of images. ValueError for anything else.
+    A VALUE is text, a file's name (with an extension such as .png) beside FILE, or a list: of files, of text and
+    numbers of images, or of the parts of a structured answer ({"concept": ..., "kind": ..., "target": ...}). ValueError
+    for anything else.
     """
     like = '[{"inputs": {"rgb": "a.png"}, "outputs": {"caption": "a dax"}}, ...]'
     data = content(file)
@@ -53,6 +54,8 @@ def read_shots(file: Path) -> list[Shot]:
 
 
 def _value(value: Any, file: Path) -> Any:
+    if isinstance(value, list) and value and not is_several(value):
+        return value
     if isinstance(value, list) and any(isinstance(v, int) for v in value):
         return tuple(value)
     if isinstance(value, list):

@@ -35,7 +35,8 @@ class Shot:
     """One example: signals by name.
 
     A list is several images of one signal; an image may be the path of its file, a text a pathlib.Path. Text is a str,
-    or a tuple of str and int: i says "image i of this example" (from 1), in reading order.
+    or a tuple of str and int: i says "image i of this example" (from 1), in reading order. A structured answer is a
+    list too, of mappings with "concept", "kind" and "target", and is one value.
     """
 
     inputs: Mapping[str, Any]
@@ -89,16 +90,21 @@ def raw_examples(shot: Shot) -> list[dict[str, Any]]:
     for name, value in [*shot.inputs.items(), *shot.outputs.items()]:
         if isinstance(value, list) and not value:
             raise ValueError(f"{name} of a shot is an empty list; leave it out instead")
-    lists = {name: v for name, v in {**shot.outputs, **shot.inputs}.items() if isinstance(v, list)}
+    lists = {name: v for name, v in {**shot.outputs, **shot.inputs}.items() if is_several(v)}
     examples: list[dict[str, Any]] = [{} for _ in range(max([1, *map(len, lists.values())]))]
     for name in dict.fromkeys([*shot.inputs, *shot.outputs]):
         if name in shot.inputs and name in shot.outputs:
             examples[0][name] = joined(shot.inputs[name], shot.outputs[name], name)
             continue
         value = shot.inputs[name] if name in shot.inputs else shot.outputs[name]
-        for example, item in zip(examples, value if isinstance(value, list) else [value], strict=False):
+        for example, item in zip(examples, value if is_several(value) else [value], strict=False):
             example[name] = item
     return examples
+
+
+def is_several(value: Any) -> bool:
+    """Whether a signal of a shot is a list of several images, and not one structured answer."""
+    return isinstance(value, list) and not all(isinstance(item, Mapping) and "concept" in item for item in value)
 
 
 def joined(question: Any, answer: Any, name: str) -> tuple:
@@ -111,7 +117,7 @@ def joined(question: Any, answer: Any, name: str) -> tuple:
 
 def inputs_of(shots: Seq[Shot]) -> dict[str, list[Any]]:
     """The inputs of each by name, None where it lacks one; of several images the first."""
-    first = lambda value: value[0] if isinstance(value, list) else value  # noqa: E731
+    first = lambda value: value[0] if is_several(value) else value  # noqa: E731
     names = dict.fromkeys(name for shot in shots for name in shot.inputs)
     return {n: [first(s.inputs[n]) if n in s.inputs else None for s in shots] for n in names}
 

@@ -29,7 +29,7 @@ from m4.inference.prompts import in_buckets, make_prompt
 from m4.inference.sampler import Sampler
 from m4.inference.scheme import Stage
 from m4.masking.dirichlet import Masking, Strategy
-from m4.masking.episodes import EpisodeMasking, Shot, joined, pack_shots, raw_examples
+from m4.masking.episodes import EpisodeMasking, Shot, inputs_of, joined, pack_shots, raw_examples
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.objectives.masked_modeling import MaskedModeling
@@ -39,6 +39,7 @@ from m4.tokens.modality import Modalities
 from m4.tokens.packing import ANSWER, coarse_to_fine, pack
 from m4.training.optimizer import OptimizerConfig
 from m4.training.trainer import Trainer
+from m4_tokenizers.modalities.answers import AnswerRecipe
 from m4_tokenizers.modalities.image import PixelPatchesRecipe
 from m4_tokenizers.modalities.text import TextRecipe
 
@@ -665,3 +666,22 @@ def test_words_of_no_text_are_refused(own, by_words, tokenizers):
     with pytest.raises(ValueError, match="by words of"):
         other = with_words(by_words.config, "")
         dataclasses.replace(config, model=other, objectives=(WordPrediction(),)).check()
+
+
+def test_structured_answers_of_several_images(tokenizers):
+    """A list of images is several images, a list of the parts of an answer is one answer."""
+    parts = [{"concept": "red cube", "kind": "point", "target": np.array([0.25, 0.75], np.float32)}]
+    answers = AnswerRecipe(max_length=96).fit([{"answer": parts}], seed=0)
+    both = {"rgb_pixels": tokenizers["rgb_pixels"], answers.modality.name: answers}
+    modalities = Modalities([t.modality for t in both.values()])
+    images = [shot(i).inputs["rgb"] for i in range(2)]
+    labelled = Shot(inputs={"rgb": images}, outputs={"answer": parts * 2})
+    first, second = encode(labelled, both, modalities)
+    assert {*first} == {"rgb_pixels", answers.modality.name} and {*second} == {"rgb_pixels"}
+    (decoded,) = answers.decode([first[answers.modality.name]])
+    assert [part["concept"] for part in decoded] == ["red cube"] * 2
+    assert inputs_of([labelled])["rgb"][0] is images[0]
+    config = ModelConfig(width=16, num_heads=2, encoder_depth=1, decoder_depth=1, hidden=16)
+    sampler = Sampler(Model(config, modalities, rngs=nnx.Rngs(0)), both, devices=jax.devices()[:1])
+    (out,) = answer(sampler, [Shot(inputs={"rgb": images})], "answer", shots=[labelled])["answer"]
+    assert all({*part} == {"concept", "kind", "target"} for part in out)
