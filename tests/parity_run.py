@@ -33,7 +33,7 @@ from m4.inference.sampler import run_stage  # noqa: E402
 from m4.inference.scheme import Replay  # noqa: E402
 from m4.interchange import fourm  # noqa: E402
 from m4.interchange.fourm_convert import convert  # noqa: E402
-from m4.model.encoder_decoder import Encoded, Model  # noqa: E402
+from m4.model.encoder_decoder import Model  # noqa: E402
 from m4.objectives import cross_entropy as losses  # noqa: E402
 from m4.tokens.batch import MaskedBatch  # noqa: E402
 from m4.tokens.modality import Features, Grid, Sequence  # noqa: E402
@@ -98,7 +98,7 @@ def forward(model: Model, meta: dict, batch: MaskedBatch) -> dict[str, np.ndarra
         address = jnp.where(inputs.valid[..., None], model.input_address(inputs), 0)
         encoded = model.run_encoder(encoder_input, inputs)
         context = model.context(encoded, model.input_address(inputs))
-        hidden = model.decode(targets, Encoded(context, model.context_info(inputs), {}, {}), inputs.valid)
+        hidden = model.decode(targets, model.encode(inputs, batch.features)._replace(tokens=context), inputs.valid)
         modality_of = lambda t: jnp.where(t.valid, ids[np.asarray(t.modality)], -1)  # noqa: E731
         return {
             "encoder_input": encoder_input,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from m4.data.sources.scenes import Scenes
 from m4.evaluation import few_shot as fewshot
+from m4.evaluation.base import Report
 from m4.evaluation.few_shot import CONTROLS, FewShot, nearest_mean, summary
 from m4.in_context.tasks.fast_binding import FastBinding, SceneKinds
 from m4.in_context.tasks.operators import OperatorInduction
@@ -117,18 +118,18 @@ def test_every_condition_is_measured(sampler, data_dir, tmp_path):
                 assert {*cell} == {"mean", "sem", "num_queries"} and 0 <= cell["mean"] <= 1
                 assert cell["num_queries"] == 8
     assert fewshot.table(results, c).count("\n| fast_binding_2way") == 10
-    json.dumps(results)
-    fewshot.curves(results, c, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
+    tiles = fewshot.prompts(sampler, c, str(data_dir))
+    Report(tmp_path, "scores").write(results, fewshot.table(results, c), {"": fewshot.curves(results, c), "_2": tiles})
+    assert json.loads((tmp_path / "scores.json").read_text()) == results
+    with Image.open(tmp_path / "scores.png") as picture:
         assert picture.width > 500 and len(np.unique(np.asarray(picture.convert("L")))) > 10
-    fewshot.draw_prompts(sampler, c, str(data_dir), tmp_path / "prompts.png")
-    with Image.open(tmp_path / "prompts.png") as picture:
-        tiles = np.asarray(picture)
+    with Image.open(tmp_path / "scores_2.png") as picture:
+        np.testing.assert_array_equal(picture, tiles)
     # 4 examples, the query and the answer; of the first row those with images are coloured, of the second none is.
     assert tiles.shape[1] == 6 * 132 + 4
     coloured = [np.ptp(tiles[20:120, 4 + 132 * i : 132 * (i + 1)], axis=2).max() > 30 for i in range(6)]
     assert coloured == [True] * 5 + [False] and np.ptp(tiles[170:], axis=2).max() == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "prompts.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scores.json", "scores.md", "scores.png", "scores_2.png"]
 
 
 def test_settings_are_checked_and_saved():
