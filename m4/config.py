@@ -250,10 +250,10 @@ def from_cli(description: str, argv: list[str] | None = None) -> Any:
     """`CONFIG.py [--field value ...]` -> the config with its overrides; `--help` lists every field."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0].startswith("-"):
-        asked = bool(argv) and argv[0] in ("-h", "--help")
+        wants_help = bool(argv) and argv[0] in ("-h", "--help")
         usage = f"{description}\n\nusage: CONFIG.py [--field value ...]   (CONFIG.py --help lists the fields)"
-        print(usage, file=sys.stdout if asked else sys.stderr)
-        raise SystemExit(0 if asked else 2)
+        print(usage, file=sys.stdout if wants_help else sys.stderr)
+        raise SystemExit(0 if wants_help else 2)
     config = load_config(argv[0])
     if not isinstance(config, Config):
         raise ValueError(f"{argv[0]}: config must be an m4.config.Config, not {type(config).__name__}")

@@ -102,14 +102,14 @@ def evaluate(
 
 def evaluator_classes() -> dict[str, type]:
     """By name: those of this room, and of other packages by their entry points."""
-    found = {}
+    classes = {}
     for info in pkgutil.iter_modules(m4.evaluation.__path__):
         module = importlib.import_module(f"m4.evaluation.{info.name}")
-        found |= {cls.name: cls for cls in vars(module).values() if _is_evaluator(cls)}
+        classes |= {cls.name: cls for cls in vars(module).values() if _is_evaluator(cls)}
     for entry in components().values():
         if not entry.module.startswith(("m4.", "m4_tokenizers.")) and _is_evaluator(cls := entry.load()):
-            found[cls.name] = cls
-    return found
+            classes[cls.name] = cls
+    return classes
 
 
 def _is_evaluator(cls: Any) -> bool:

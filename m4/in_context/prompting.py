@@ -28,7 +28,7 @@ from m4.inference.prompts import BadSamples, Context, check_plan, make_prompt, r
 from m4.inference.results import Results
 from m4.inference.sampler import Sampler
 from m4.inference.scheme import Stage
-from m4.masking.episodes import Shot, inputs_of, joined, pack_shots
+from m4.masking.episodes import Shot, inputs_of, pack_shots, question_answer_text
 from m4.tokens.batch import Targets
 from m4.tokens.modality import Modality, Sequence
 from m4.tokens.packing import ANSWER, Record
@@ -37,11 +37,11 @@ BUDGET = 2048  # input tokens of a prompt
 
 
 class ShotsDropped(UserWarning):
-    """Some examples found no place in a prompt."""
+    """Some examples means no place in a prompt."""
 
 
 def candidate_targets(candidates: Seq[Seq[np.ndarray]], m: Modality, index: int) -> Targets:
-    """Ids of B queries' candidates as what a decoder is asked, [B C n]."""
+    """Ids of B queries' candidates as targets of a decoder, [B C n]."""
     shape = len(candidates), max(map(len, candidates)), max(len(ids) for row in candidates for ids in row)
     ids, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for b, row in enumerate(candidates):
@@ -91,7 +91,7 @@ def answer(
     m, inputs = sampler.modalities.as_target(stage.target), inputs_of(queries)
     check_plan([stage], [n for n in inputs if sampler.modalities.as_input(n).name != m.name], sampler.modalities)
     numbers = sampler.check([stage], len(queries), seed, indices)
-    prompts = asked(sampler, queries, stage.target, shots, num_tokens, budget)
+    prompts = build_prompts(sampler, queries, stage.target, shots, num_tokens, budget)
     inputs = sampler.read_all(inputs)
     out = Results(sampler, [stage.target], inputs, single)
     for first in progress(range(0, len(prompts), sampler.batch_size)):
@@ -143,7 +143,7 @@ def score(
         if isinstance(row, str) or not len(row):
             raise ValueError(f"candidates must be lists of at least one answer, one list for each query; got {row!r}")
     scores = np.full((len(queries), max(map(len, candidates), default=0)), -np.inf, np.float32)
-    prompts = asked(sampler, queries, target, shots, num_tokens, budget)
+    prompts = build_prompts(sampler, queries, target, shots, num_tokens, budget)
     for first in progress(range(0, len(queries), sampler.batch_size)):
         rows = range(first, min(first + sampler.batch_size, len(queries)))
         records, partial, contexts = zip(*prompts[rows.start : rows.stop], strict=True)
@@ -153,11 +153,11 @@ def score(
         # A short batch is filled up with its last row, for the sizes of those before to serve it.
         fill = np.minimum(np.arange(sampler.batch_size if first else len(rows)), len(rows) - 1)
         inputs, features, targets = jax.tree.map(lambda x, fill=fill: x[fill], (*prompt.rows(), targets))
-        found = np.asarray(_score(sampler.graph, sampler.params, m.name, inputs, features, targets))
-        if np.isnan(found[: len(rows)]).any():
+        means = np.asarray(_score(sampler.graph, sampler.params, m.name, inputs, features, targets))
+        if np.isnan(means[: len(rows)]).any():
             raise ValueError(f"{target}: the model's predictions are not finite; its weights are damaged")
         for row, i in enumerate(rows):
-            scores[i, : len(candidates[i])] = found[row, : len(candidates[i])]
+            scores[i, : len(candidates[i])] = means[row, : len(candidates[i])]
     if calibrate:
         is_question = lambda name: sampler.modalities.as_input(name).name == m.name  # noqa: E731
         empty = [Shot(inputs={n: "" for n in q.inputs if is_question(n)}) for q in queries]
@@ -166,7 +166,7 @@ def score(
     return scores
 
 
-def asked(
+def build_prompts(
     sampler: Sampler, queries: Seq[Shot], target: str, shots, num_tokens: int, budget: int
 ) -> list[tuple[Record, np.ndarray | None, Context]]:
     """Of each query its record, what is given of the target, and its context."""
@@ -220,7 +220,7 @@ def _encode_query(sampler: Sampler, query: Shot, m: Modality) -> tuple[Record, l
     record, *others = encode(Shot(inputs=query.inputs), sampler.tokenizers, sampler.modalities)
     partial = np.array([-1]) if isinstance(m, Sequence) else None
     for name in [n for n in query.inputs if sampler.modalities.as_input(n).name == m.name]:
-        (ids,) = sampler.tokenizers[m.name].encode([joined(query.inputs[name], None, name)])
+        (ids,) = sampler.tokenizers[m.name].encode([question_answer_text(query.inputs[name], None, name)])
         assert isinstance(m, Sequence), "other targets are no inputs, too"
         if ids[-1] != m.end_id:
             raise ValueError(f"the question {query.inputs[name]!r} is longer than {m.name}, which has {m.max_length}")

@@ -130,18 +130,18 @@ class ExampleSimilarity(nnx.Module):
 
     def __call__(self, x: Float[Array, "B C D"], inputs: Tokens, modalities: Modalities) -> ExampleMatches:
         """x: of the inputs alone, without registers. An example is the mean of its image's tokens, by learned weights;
-        one without image, and one whose text is asked, is like no other. The query, address 0, is never matched."""
+        one without image, and one whose text is predicted, is like no other. The query, address 0, is never matched."""
         is_text = jnp.asarray([isinstance(m, Sequence) for m in modalities])[inputs.modality]
-        of = jax.nn.one_hot(inputs.shot, NUM_SHOTS) * inputs.valid[..., None]
-        images = of * ~is_text[..., None]
+        by_address = jax.nn.one_hot(inputs.shot, NUM_SHOTS) * inputs.valid[..., None]
+        images = by_address * ~is_text[..., None]
         weights = images * jnp.exp(jnp.clip(x @ self.score[...], -20, 20))
         pooled = jnp.einsum("bcs,bcd->bsd", weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-9), x)
-        there = images.any(1)[..., None]
-        mean = (pooled * there).sum(1, keepdims=True) / jnp.maximum(there.sum(1, keepdims=True), 1)
-        vectors = jnp.where(there, pooled - mean, 0) @ self.kernel[...]
+        has_image = images.any(1)[..., None]
+        mean = (pooled * has_image).sum(1, keepdims=True) / jnp.maximum(has_image.sum(1, keepdims=True), 1)
+        vectors = jnp.where(has_image, pooled - mean, 0) @ self.kernel[...]
         vectors = vectors / jnp.sqrt((vectors**2).sum(-1, keepdims=True) + 1e-6)
-        asked = is_text & is_sentinel(inputs, modalities)
-        labelled = (of * is_text[..., None]).any(1) & ~(of * asked[..., None]).any(1)
+        is_open = is_text & is_sentinel(inputs, modalities)
+        labelled = (by_address * is_text[..., None]).any(1) & ~(by_address * is_open[..., None]).any(1)
         labelled &= (jnp.arange(NUM_SHOTS) > 0)[None]
         labelled &= labelled.sum(1, keepdims=True) > 1
         keys = at_address(vectors * labelled[..., None], inputs.shot) * inputs.valid[..., None]
@@ -149,9 +149,9 @@ class ExampleSimilarity(nnx.Module):
         if self.words is None:
             return ExampleMatches(vectors, keys, weight, None)
         words = self.words(x, images)
-        alike = self.words.alike(words, labelled & there[..., 0], same_text(inputs, is_text)) * there
+        alike = self.words.alike(words, labelled & has_image[..., 0], same_text(inputs, is_text)) * has_image
         # Keys by address, of texts alone: the product is that of `alike`.
-        named = of * is_text[..., None] * (labelled[:, None] & there.swapaxes(1, 2))
+        named = by_address * is_text[..., None] * (labelled[:, None] & has_image.swapaxes(1, 2))
         more = jnp.broadcast_to(self.words.weight[...][:, None], (len(weight), NUM_SHOTS))
         return ExampleMatches(
             jnp.concatenate([vectors, alike], -1),
@@ -165,8 +165,8 @@ def same_text(inputs: Tokens, is_text: Bool[Array, "B C"]) -> Bool[Array, "B S S
     """Which addresses have equal texts; a question is a part of its text."""
     batch, slots = inputs.ids.shape
     texts = jnp.zeros((batch, NUM_SHOTS, slots), jnp.int32)
-    of = jnp.where(is_text & inputs.valid, 1 + inputs.ids + MODALITY * inputs.modality, 0)
-    texts = texts.at[jnp.arange(batch)[:, None], inputs.shot, inputs.position].max(of, mode="drop")
+    values = jnp.where(is_text & inputs.valid, 1 + inputs.ids + MODALITY * inputs.modality, 0)
+    texts = texts.at[jnp.arange(batch)[:, None], inputs.shot, inputs.position].max(values, mode="drop")
     return (texts[:, :, None] == texts[:, None]).all(-1)
 
 

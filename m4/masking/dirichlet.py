@@ -272,7 +272,7 @@ def _held_back(capacity, lengths, is_target, is_sequence) -> Int[np.ndarray, "B 
 def _split(alphas: Float[np.ndarray, "B M"], total: Int[np.ndarray, " B"], draws: Draws, part: int):
     """Budgets int [B M] that sum to `total`, by one Dirichlet draw, and its shares float [B M].
 
-    As in the original: shares are rounded down, and each slot that is left goes to the largest share of a new draw.
+    As in 4M: shares are rounded down, and each slot that is left goes to the largest share of a new draw.
     """
     budget, shares = np.zeros(alphas.shape, int), np.zeros(alphas.shape)
     patterns, pattern_of = np.unique(alphas, axis=0, return_inverse=True)

@@ -94,7 +94,7 @@ def raw_examples(shot: Shot) -> list[dict[str, Any]]:
     examples: list[dict[str, Any]] = [{} for _ in range(max([1, *map(len, lists.values())]))]
     for name in dict.fromkeys([*shot.inputs, *shot.outputs]):
         if name in shot.inputs and name in shot.outputs:
-            examples[0][name] = joined(shot.inputs[name], shot.outputs[name], name)
+            examples[0][name] = question_answer_text(shot.inputs[name], shot.outputs[name], name)
             continue
         value = shot.inputs[name] if name in shot.inputs else shot.outputs[name]
         for example, item in zip(examples, value if is_several(value) else [value], strict=False):
@@ -107,7 +107,7 @@ def is_several(value: Any) -> bool:
     return isinstance(value, list) and not all(isinstance(item, Mapping) and "concept" in item for item in value)
 
 
-def joined(question: Any, answer: Any, name: str) -> tuple:
+def question_answer_text(question: Any, answer: Any, name: str) -> tuple:
     """One text of a question and its answer (None: up to where it begins)."""
     parts = [(x,) if isinstance(x, str) else x for x in (question, *([] if answer is None else [answer]))]
     if not all(isinstance(x, tuple) for x in parts):
@@ -142,10 +142,10 @@ def pack_shots(
     return Packed.join(kept, modalities), len(shots) - len(kept)
 
 
-def asked(
+def split_prompt_and_target(
     stored: np.ndarray, m: Modality, address: int, modalities: Modalities, rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "5 m"]]:
-    """What is shown of an output that is asked, and its columns of targets (ids, previous, modality, position, shot).
+    """What is given of a predicted output, and its columns of targets (ids, previous, modality, position, shot).
 
     Of a text the question, up to where the answer begins, and a sentinel in its place; of a grid a random share.
     """
@@ -247,7 +247,7 @@ class EpisodeMasking(ExampleMasking):
             shown = [{n: e[n] for n in dict.fromkeys(names) if n in e} for e in examples[i]]
             wanted = []
             for m in asks if i not in labelled else ():
-                question, target = asked(examples[i][0][m.name], m, addresses[0], modalities, rng)
+                question, target = split_prompt_and_target(examples[i][0][m.name], m, addresses[0], modalities, rng)
                 shown[0].pop(m.name, None)
                 shown[0][m.name] = question
                 wanted.append(target)

@@ -55,7 +55,7 @@ class Spans:
         limits = np.array([k.num_sentinels for k in kinds], int)
         masked = valid.copy()
         budget = budgets[example, modality]
-        # The original's scheme: masks are drawn with ever smaller shares of kept tokens until one fits its budget.
+        # 4M's scheme: masks are drawn with ever smaller shares of kept tokens until one fits its budget.
         share = np.choose(keep[example, modality], [u := uniform[example, modality], np.ones_like(u), np.round(u)])
         (active,), attempt = np.nonzero(budget > 0), 0
         while len(active):
@@ -70,9 +70,9 @@ class Spans:
             tries &= valid[active][:, None]
             spans, hidden = _starts(tries).sum(2), tries.sum(2)
             fits = (length[active, None] - hidden + spans <= budget[active, None]) & (spans < limits[active, None])
-            found, first = fits.any(1), fits.argmax(1)
-            masked[active[found]] = tries[found, first[found]]
-            active, attempt = active[~found], attempt + 1
+            some_fits, first = fits.any(1), fits.argmax(1)
+            masked[active[some_fits]] = tries[some_fits, first[some_fits]]
+            active, attempt = active[~some_fits], attempt + 1
         return cls(example, modality, ids, valid, masked, np.array([k.first_sentinel for k in kinds], int))
 
     def inputs(self, budgets):
@@ -88,7 +88,7 @@ class Spans:
 
         Columns: sentinel before token 0, token 0, sentinel before token 1, token 1, ..., closing sentinel. What is too
         long begins at the sentinel of a randomly chosen span (not the closing one); where fewer tokens than slots come
-        after it, at the first sentinel of which that is true, as in the original, for ends to be targets too.
+        after it, at the first sentinel of which that is true, as in 4M, for ends to be targets too.
         """
         (kept,) = np.nonzero(budgets[self.example, self.modality] > 0)
         num_rows, num_columns = len(kept), 2 * self.ids.shape[1] + 1

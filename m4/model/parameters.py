@@ -20,16 +20,16 @@ from m4.tokens.modality import Modalities
 
 def parameters(state: Any) -> dict[str, Any]:
     """The arrays (or shapes) of a model's state by dotted name, those of each block apart: encoder.0.mlp.up.kernel."""
-    found = {}
+    arrays = {}
     for (top, *rest), variable in nnx.to_flat_state(state):
         (x,), rest = jax.tree.leaves(variable), "".join(f".{key}" for key in rest)
         if not is_stack(top):
-            found[f"{top}{rest}"] = x
+            arrays[f"{top}{rest}"] = x
             continue
         for i in range(x.shape[0]):
             one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x[i]
-            found[f"{top}.{i}{rest}"] = one
-    return found
+            arrays[f"{top}.{i}{rest}"] = one
+    return arrays
 
 
 def from_parameters(state: Any, array_of: Callable[[str], ArrayLike]) -> Any:
@@ -47,12 +47,12 @@ def from_parameters(state: Any, array_of: Callable[[str], ArrayLike]) -> Any:
 def by_modality(model: Model) -> dict[str, Any]:
     """`parameters` of a model, with rows of tables as TABLE[MODALITY], and so all that extensions have by
     modality."""
-    found = parameters(nnx.state(model, nnx.Param))
-    for table, rows in _rows_by_modality(model, found).items():
-        x = found.pop(table)
+    arrays = parameters(nnx.state(model, nnx.Param))
+    for table, rows in _rows_by_modality(model, arrays).items():
+        x = arrays.pop(table)
         names = enumerate(model.modalities.names)
-        found |= {f"{table}[{m}]": x[rows[i] : rows[i + 1]] for i, m in names if rows[i] < rows[i + 1]}
-    return found
+        arrays |= {f"{table}[{m}]": x[rows[i] : rows[i + 1]] for i, m in names if rows[i] < rows[i + 1]}
+    return arrays
 
 
 def _rows_by_modality(model: Model, names: Iterable[str]) -> dict[str, Sequence[int]]:
@@ -68,12 +68,12 @@ def is_by_modality(config: ModelConfig, name: str) -> bool:
 
 def with_parameters(model: Model, pieces: Mapping[str, Any]) -> Model:
     """A model with these in place of its own, by the names of `by_modality`."""
-    found = {**by_modality(model), **pieces}
+    arrays = {**by_modality(model), **pieces}
     graph, state = nnx.split(model, nnx.Param)
     for table in _rows_by_modality(model, parameters(state)):
-        parts = [found[name] for m in model.modalities.names if (name := f"{table}[{m}]") in found]
-        found[table] = jnp.concatenate([jnp.asarray(x) for x in parts])
-    return nnx.merge(graph, from_parameters(state, lambda name: found[name]))
+        parts = [arrays[name] for m in model.modalities.names if (name := f"{table}[{m}]") in arrays]
+        arrays[table] = jnp.concatenate([jnp.asarray(x) for x in parts])
+    return nnx.merge(graph, from_parameters(state, lambda name: arrays[name]))
 
 
 def parameter_shapes(model_config: Any, modalities: Modalities) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ def sine_cosine(position: np.ndarray, width: int, base: float) -> np.ndarray:
     """[P] positions -> float32 [P width]: sines then cosines at frequencies base^-(i / (width / 2))."""
     exponent = np.arange(width // 2, dtype=np.float32) / np.float32(width // 2)
     frequency = np.float32(1) / np.power(np.float32(base), exponent)
-    # The product is rounded to float32, as in the original: far positions turn by many radians.
+    # The product is rounded to float32, as in 4M: far positions turn by many radians.
     angle = (position.astype(np.float32)[:, None] * frequency).astype(np.float64)
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
 

@@ -98,7 +98,7 @@ def group_embeddings(
 def info_nce(
     p: Float[Array, "B D"],
     q: Float[Array, "B D"],
-    there: Bool[Array, " B"],
+    has_both: Bool[Array, " B"],
     temperature: float = 0.1,
     weighted: bool = False,
 ):
@@ -107,19 +107,19 @@ def info_nce(
 
     `weighted`: row i is to find column j with a probability in proportion to (1 + cos(p_i, p_j)) / 2, a constant.
     """
-    count, own = there.sum(), jnp.eye(len(p))
-    p, q = (x - jnp.where(there[:, None], x, 0).sum(0, keepdims=True) / jnp.maximum(count, 1) for x in (p, q))
+    count, own = has_both.sum(), jnp.eye(len(p))
+    p, q = (x - jnp.where(has_both[:, None], x, 0).sum(0, keepdims=True) / jnp.maximum(count, 1) for x in (p, q))
     p, q = (x * jax.lax.rsqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-12)) for x in (p, q))
     cosines = lambda x, y: jnp.einsum("id,jd->ij", x, y, precision="highest")  # noqa: E731
     share = (1 + jax.lax.stop_gradient(cosines(p, p))) / 2 if weighted else own
-    share = jnp.where(there[:, None] & there[None], share, 0)
+    share = jnp.where(has_both[:, None] & has_both[None], share, 0)
     share = share / jnp.maximum(share.sum(-1, keepdims=True), 1e-9)
     similarity = cosines(p, q) / temperature
 
     def find(similarity):
-        seen = jnp.where(there[None], similarity, jnp.finfo(jnp.float32).min)
-        found = there & (seen.argmax(-1) == jnp.arange(len(seen)))
-        return -(share * jax.nn.log_softmax(seen)).sum() / jnp.maximum(count, 1), found.sum()
+        seen = jnp.where(has_both[None], similarity, jnp.finfo(jnp.float32).min)
+        hits = has_both & (seen.argmax(-1) == jnp.arange(len(seen)))
+        return -(share * jax.nn.log_softmax(seen)).sum() / jnp.maximum(count, 1), hits.sum()
 
-    (there_loss, there_found), (back_loss, back_found) = find(similarity), find(similarity.T)
-    return (there_loss + back_loss) / 2, (there_found + back_found) / (2 * count), count
+    (forward_loss, forward_hits), (backward_loss, backward_hits) = find(similarity), find(similarity.T)
+    return (forward_loss + backward_loss) / 2, (forward_hits + backward_hits) / (2 * count), count

@@ -63,7 +63,7 @@ def cross_entropy(
     Chowdhery et al. 2022, section 5). `taught`: part of the loss is against a teacher's distribution (Hinton et al.
     2015, section 2). Neither changes the modalities' means, which are those of the data alone.
 
-    The original's formulas, for parity: "4m_modality" divides by all modalities that the model predicts, so that absent
+    4M's formulas, for parity: "4m_modality" divides by all modalities that the model predicts, so that absent
     ones count as zero; "4m_token" weighs each modality's mean by its number of logits, tokens times vocabulary.
     """
     num_modalities, rows = len(model.modalities), model.output_rows

@@ -50,22 +50,22 @@ class WordPrediction(Objective):
 
 
 def captioned(batch: MaskedBatch, modalities: Modalities, name: str) -> Bool[Array, "B S"]:
-    """Addresses of which all of a text is asked, by images alone and without examples: it is a caption."""
+    """Addresses of which all of a text is predicted, by images alone and without examples: it is a caption."""
     m, index = modalities.named(name), modalities.index(name)
     assert isinstance(m, Sequence), "words are those of a text"
     of = lambda t, where: (where[..., None] * jax.nn.one_hot(t.shot, NUM_SHOTS)).any(1)  # noqa: E731
     t, x = batch.targets, batch.inputs
-    asked = t.valid & (t.modality == index)
-    ends, begins = of(t, asked & (t.ids == m.end_id)), of(t, asked & (t.position == 0))
+    predicted = t.valid & (t.modality == index)
+    ends, begins = of(t, predicted & (t.ids == m.end_id)), of(t, predicted & (t.position == 0))
     is_text = jnp.asarray([isinstance(m, Sequence) for m in modalities])[x.modality]
-    told = of(x, x.valid & is_text & ~is_sentinel(x, modalities))
+    given = of(x, x.valid & is_text & ~is_sentinel(x, modalities))
     has_examples = (x.valid & (x.shot > 0)).any(1, keepdims=True)
-    return begins & ends & ~told & ~has_examples & of(x, x.valid & ~is_text)
+    return begins & ends & ~given & ~has_examples & of(x, x.valid & ~is_text)
 
 
-def words_loss(words: Float[Array, "B S V"], targets: Targets, index: int, there: Bool[Array, "B S"]) -> Array:
+def words_loss(words: Float[Array, "B S V"], targets: Targets, index: int, is_captioned: Bool[Array, "B S"]) -> Array:
     """The squared error of how often each word of modality `index` is said, summed over words and the addresses that
-    are `there`."""
+    are `is_captioned`."""
     said = jnp.zeros_like(words).at[jnp.arange(len(words))[:, None], targets.shot, targets.ids]
     said = said.add(targets.valid & (targets.modality == index), mode="drop")
-    return (((words - said) ** 2).sum(-1) * there).sum()
+    return (((words - said) ** 2).sum(-1) * is_captioned).sum()

@@ -30,8 +30,8 @@ DEVICES = {
 
 def device_data(kind: str) -> tuple[float, float, float, float] | None:
     """Of the device kind that JAX names (`jax.devices()[0].device_kind`), by the longest name it begins with."""
-    found = [name for name in DEVICES if kind.lower().startswith(name.lower())]
-    return DEVICES[max(found, key=len)] if found else None
+    known = [name for name in DEVICES if kind.lower().startswith(name.lower())]
+    return DEVICES[max(known, key=len)] if known else None
 
 
 def peak_flops(device: jax.Device, dtype: str) -> tuple[float | None, str]:

@@ -47,9 +47,9 @@ class OptimizerConfig:
         warmup = min(self.warmup_steps, max(1, num_steps // 2)) if num_steps > 1 else 0
         return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, num_steps)
 
-    def make(self, num_steps: int, is_trained: Any, keep: Any = False) -> optax.GradientTransformation:
-        """`is_trained`: see there. `keep` (bool, may be traced) leaves the moments as they are: the step is skipped."""
-        b1, b2 = (jnp.where(keep, 1.0, b) for b in (self.b1, self.b2))
+    def make(self, num_steps: int, is_trained: Any, skip_update: Any = False) -> optax.GradientTransformation:
+        """`is_trained`: see there. `skip_update` (bool, may be traced) leaves the moments unchanged."""
+        b1, b2 = (jnp.where(skip_update, 1.0, b) for b in (self.b1, self.b2))
         adamw = optax.adamw(self.schedule(num_steps), b1, b2, weight_decay=self.weight_decay, mask=has_weight_decay)
         chain = optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw) if self.clip_norm else adamw
         labels = jax.tree.map(lambda t: t is not False, is_trained, is_leaf=_is_mask)

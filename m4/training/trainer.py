@@ -244,7 +244,7 @@ class Trainer:
             lambda g, t: jnp.where(finite, where_trained(t, g, jnp.zeros_like(g)), 0), grads, is_trained
         )
         make = functools.partial(c.optimizer.make, c.num_steps, is_trained)
-        updates, optimizer = make(keep=~finite).update(grads, state.optimizer, state.params)
+        updates, optimizer = make(skip_update=~finite).update(grads, state.optimizer, state.params)
         optimizer = jax.tree.map(lambda x, old: x if x.ndim else jnp.where(finite, x, old), optimizer, state.optimizer)
         params = jax.tree.map(
             lambda p, u, t: where_trained(t, p + jnp.where(finite, u, 0), p), state.params, updates, is_trained

@@ -82,6 +82,7 @@ def test_a_sweep_scores_and_keeps_the_best(whole_run, tmp_path, monkeypatch):
         sweep(whole_run, whole_run, [float("nan")], tmp_path / "none")
 
 
+@pytest.mark.slow  # two evaluations of a run
 def test_scores_from_before_a_fine_tuning(whole_run, tmp_path, capsys):
     run = tmp_path / "tuned"
     shutil.copytree(whole_run, run)

@@ -28,6 +28,7 @@ def options(tmp_path_factory):
     return ["--data-dir", str(folder / "data"), "--datasets.2.source.files", str(folder / "texts.txt")]
 
 
+@pytest.mark.slow  # reads a whole mixture
 @needs_stamps
 def test_measured_shares_are_the_weights(options, tmp_path):
     """Shares of data sets within 2% of the weights; what is shown adds up; the sheet has a row for each sample."""

@@ -29,7 +29,7 @@ from m4.inference.prompts import in_buckets, make_prompt
 from m4.inference.sampler import Sampler
 from m4.inference.scheme import Stage
 from m4.masking.dirichlet import Masking, Strategy
-from m4.masking.episodes import EpisodeMasking, Shot, inputs_of, joined, pack_shots, raw_examples
+from m4.masking.episodes import EpisodeMasking, Shot, inputs_of, pack_shots, question_answer_text, raw_examples
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.objectives.masked_modeling import MaskedModeling
@@ -136,7 +136,7 @@ def test_no_more_examples_than_addresses(tokenizers, own):
 
 
 def test_a_question_and_its_answer_are_one_text(tokenizers):
-    assert joined("what colour ?", "red", "caption") == ("what colour ?", ANSWER, "red")
+    assert question_answer_text("what colour ?", "red", "caption") == ("what colour ?", ANSWER, "red")
     text = tokenizers["caption"]
     (whole,), (question,) = text.encode([("what colour ?", ANSWER, "red")]), text.encode([("what colour ?", ANSWER)])
     assert list(whole[: len(question) - 1]) == list(question[:-1])
@@ -145,7 +145,7 @@ def test_a_question_and_its_answer_are_one_text(tokenizers):
     with pytest.raises(ValueError, match="no declaration 32; it has 32"):
         text.encode([("a", 32)])
     with pytest.raises(ValueError, match="rgb is both input and output"):
-        joined(np.zeros(3), "red", "rgb")
+        question_answer_text(np.zeros(3), "red", "rgb")
 
 
 # ---- Masking of episodes --------------------------------------------------------------------------------------------
@@ -528,7 +528,7 @@ def test_answers_with_matching_are_those_of_uncached_decoding(by_words, tokenize
     queries, context = [shot(60 + i) for i in range(2)], shots(3)
     results = answer(tuned, queries, "caption", shots=context)
     m, name = own.named("caption"), own.index("caption")
-    prompts = in_context.asked(tuned, queries, "caption", context, 0, 999)
+    prompts = in_context.build_prompts(tuned, queries, "caption", context, 0, 999)
     records, partial, contexts = zip(*prompts, strict=True)
     prompt = make_prompt(records, partial, m, own, contexts=contexts)
     inputs, features = jax.tree.map(jnp.asarray, prompt.rows())

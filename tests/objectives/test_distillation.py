@@ -209,6 +209,7 @@ def test_what_does_not_fit_is_named(config, modalities, teacher, tmp_path):
         load(other)
 
 
+@pytest.mark.slow  # resume itself is in test_training, meshes and micro-batches of a teacher above
 def test_a_run_is_distilled_and_resumed(data_dir, tmp_path):
     """By train.py; and a teacher whose tokens mean something else is refused."""
     tiny = load_config(str(ROOT / "tests/tiny_config.py"))

@@ -336,6 +336,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow  # trains a tokenizer twice
 @pytest.mark.parametrize("name", ["uvit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("unet", "uvit_xattn"))])
 def test_diffusion_decoder_learns_on_a_frozen_encoder(name, tmp_path):
     base = ImageRecipe(**PATCHES)
