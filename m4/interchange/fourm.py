@@ -20,6 +20,7 @@ from flax import nnx
 from m4.errors import closest
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
+from m4.model.layers import BIASES
 from m4.tokens.batch import MaskedBatch, Targets, Tokens
 from m4.tokens.modality import Features, Grid, Modalities, Modality, Sequence
 
@@ -122,10 +123,10 @@ def released(
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; {closest(size, list(SIZES))}")
     width, num_heads, encoder_depth, decoder_depth = SIZES[size]
-    biases = {f"{part}_bias": mlp == "gelu" for part in ("qkv", "proj", "mlp", "norm")}
+    biases = BIASES if mlp == "gelu" else ()
     hidden = 4 * width if mlp == "gelu" else 8 * width // 3
     sizes = {"width": width, "num_heads": num_heads, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth}
-    fields: dict[str, Any] = {**sizes, "hidden": hidden, "mlp": mlp, "embeddings": "encoder_decoder", **biases}
+    fields: dict[str, Any] = {**sizes, "hidden": hidden, "mlp": mlp, "embeddings": "encoder_decoder", "biases": biases}
     return ModelConfig(**{**fields, **changes})
 
 

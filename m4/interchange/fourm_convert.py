@@ -30,6 +30,7 @@ from m4.errors import closest
 from m4.files import remove_leftovers
 from m4.interchange import fourm
 from m4.model.config import ModelConfig
+from m4.model.layers import BIASES
 from m4.model.parameters import abstract, parameter_shapes
 from m4.model.positions import positions_of, sine_cosine
 from m4.tensor_file import DTYPES, TensorFile, literal_like, make_header, parse_header, write
@@ -126,7 +127,8 @@ def _model_config(config: dict[str, Any], mlp: Literal["swiglu", "gelu"], tied: 
         decoder_within_modality=config["decoder_sep_mask"],
         encoder_drop_path=config["drop_path_rate_encoder"],
         decoder_drop_path=config["drop_path_rate_decoder"],
-        **{k: config[k] for k in ("qkv_bias", "proj_bias", "mlp_bias", "norm_bias", "qk_norm")},
+        biases=tuple(name for name in BIASES if config[f"{name}_bias"]),
+        qk_norm=config["qk_norm"],
         share_modality_embeddings=config["share_modality_embeddings"],
     )
 
@@ -185,15 +187,15 @@ class _Layout:
 
     def norm(self, name: str, parameter: str, size: int) -> None:
         self.pieces[f"{name}.weight"] = [Piece(f"{parameter}.scale", (0, size))]
-        if self.config.norm_bias:
+        if "norm" in self.config.biases:
             self.pieces[f"{name}.bias"] = [Piece(f"{parameter}.bias", (0, size))]
 
     def attention(self, name: str, parameter: str, cross: bool) -> None:
         c = self.config
         query, key_value = {f"{parameter}.query": c.width}, {f"{parameter}.key_value": 2 * c.width}
         for part, parts in {"q": query, "kv": key_value}.items() if cross else [("qkv", {**query, **key_value})]:
-            self.linear(f"{name}.{part}", parts, c.qkv_bias)
-        self.linear(f"{name}.proj", {f"{parameter}.out": c.width}, c.proj_bias)
+            self.linear(f"{name}.{part}", parts, "qkv" in c.biases)
+        self.linear(f"{name}.proj", {f"{parameter}.out": c.width}, "proj" in c.biases)
         if c.qk_norm:
             self.norm(f"{name}.q_norm", f"{parameter}.query_norm", c.width // c.num_heads)
             self.norm(f"{name}.k_norm", f"{parameter}.key_norm", c.width // c.num_heads)
@@ -202,8 +204,8 @@ class _Layout:
         c = self.config
         for i, layer in enumerate(("fc1", "fc3") if c.mlp == "swiglu" else ("fc1",)):
             columns = (i * c.hidden, (i + 1) * c.hidden)
-            self.linear(f"{name}.mlp.{layer}", {f"{parameter}.mlp.up": c.hidden}, c.mlp_bias, columns)
-        self.linear(f"{name}.mlp.fc2", {f"{parameter}.mlp.down": c.width}, c.mlp_bias)
+            self.linear(f"{name}.mlp.{layer}", {f"{parameter}.mlp.up": c.hidden}, "mlp" in c.biases, columns)
+        self.linear(f"{name}.mlp.fc2", {f"{parameter}.mlp.down": c.width}, "mlp" in c.biases)
 
     def table(self, name: str, parameter: str, offsets: tuple[int, ...], i: int) -> None:
         rows = offsets[i], offsets[i + 1]
@@ -237,7 +239,7 @@ class _Layout:
 def unread(c: ModelConfig, modalities: Modalities, pieces: dict[str, list[Piece]]) -> dict[str, Modality | None]:
     """Tensors that a 4M checkpoint may hold but 4M does not use -> the modality that they belong to, if any."""
     tensors: dict[str, Modality | None] = {}
-    if not c.norm_bias:
+    if "norm" not in c.biases:
         norms = (n.removesuffix(".weight") for n, (piece, *_) in pieces.items() if piece.parameter.endswith(".scale"))
         tensors.update({f"{norm}.bias": None for norm in norms})
     for m in modalities:

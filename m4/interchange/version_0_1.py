@@ -10,6 +10,7 @@ from m4.in_context.example_encoder import ExampleEncoder
 from m4.in_context.independent_items import IndependentItems
 from m4.in_context.similarity_prior import SimilarityPrior
 from m4.masking.dirichlet import DirichletMasking
+from m4.model.layers import BIASES
 from m4.objectives.distillation import Distillation
 from m4.objectives.masked_modeling import MaskedModeling
 from m4.objectives.word_prediction import WordPrediction
@@ -39,7 +40,7 @@ def config_fields(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_fields(old: dict[str, Any]) -> dict[str, Any]:
-    """Extensions had fields of their own, of which 0 or None left them out."""
+    """Extensions had fields of their own, of which 0 or None left them out; so had biases."""
     fields = (
         "num_registers",
         "num_independent_blocks",
@@ -49,9 +50,11 @@ def model_fields(old: dict[str, Any]) -> dict[str, Any]:
         "lora",
         "adapter_size",
     )
-    if "extensions" in old or not {*fields} & {*old}:
-        return old
     new = dict(old)
+    if "biases" not in new:
+        new["biases"] = tuple(name for name in BIASES if new.pop(f"{name}_bias", False))
+    if "extensions" in new or not {*fields} & {*new}:
+        return new
     registers, blocks, depth, size, words, lora, adapter = (new.pop(field, None) for field in fields)
     extensions = (
         Registers(num=registers) if registers else None,

@@ -87,11 +87,11 @@ class Attention(nnx.Module):
     def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
         self.num_heads = c.num_heads
         linear = functools.partial(Linear, rngs=rngs)
-        self.query = linear(c.width, c.width, bias=c.qkv_bias)
-        self.key_value = linear(c.width, 2 * c.width, fan_out=c.width, bias=c.qkv_bias)
+        self.query = linear(c.width, c.width, bias="qkv" in c.biases)
+        self.key_value = linear(c.width, 2 * c.width, fan_out=c.width, bias="qkv" in c.biases)
         if c.mimetic_init:
             self.key_value.kernel[...] = self.key_value.kernel[...].at[:, : c.width].set(self.query.kernel[...])
-        self.out = linear(c.width, c.width, bias=c.proj_bias)
+        self.out = linear(c.width, c.width, bias="proj" in c.biases)
         self.query_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
         self.key_norm = LayerNorm(c, c.width // c.num_heads) if c.qk_norm else None
 

@@ -48,7 +48,7 @@ class MLP(nnx.Module):
 
     def __init__(self, c: BlockConfig, *, rngs: nnx.Rngs):
         self.gated = c.mlp == "swiglu"
-        linear = functools.partial(Linear, rngs=rngs, bias=c.mlp_bias)
+        linear = functools.partial(Linear, rngs=rngs, bias="mlp" in c.biases)
         self.up = linear(c.width, c.hidden * (1 + self.gated), fan_out=c.hidden)
         self.down = linear(c.hidden, c.width)
 

@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from m4.errors import closest
 from m4.model.block_inputs import TokenInfo
 from m4.model.xla import flat_rows
+
+BIASES = ("qkv", "proj", "mlp", "norm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,14 +38,9 @@ class BlockConfig:
     """Feed-forward layer: "swiglu" (Shazeer 2020), or "gelu" (the exact one, not the tanh formula)."""
     qk_norm: bool = False
     """Normalise the queries and keys of each head."""
-    qkv_bias: bool = False
-    """Biases in the maps to queries, keys and values."""
-    proj_bias: bool = False
-    """Biases in the output maps of attention."""
-    mlp_bias: bool = False
-    """Biases in the feed-forward layers."""
-    norm_bias: bool = False
-    """Biases in the layer norms."""
+    biases: tuple[Literal["qkv", "proj", "mlp", "norm"], ...] = ()
+    """What has biases: the maps to queries, keys and values ("qkv"), the output maps of attention ("proj"), the
+    feed-forward layers ("mlp"), the layer norms ("norm"); () is nothing."""
     mimetic_init: bool = False
     """Query and key kernels start equal, so that a token first attends to its own address (Trockman & Kolter 2023,
     section 3). If false they are drawn apart, as in 4M."""
@@ -54,6 +52,9 @@ class BlockConfig:
     def __post_init__(self):
         if self.num_heads < 1 or self.width % self.num_heads or self.width % 4:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads} and of 4")
+        for name in self.biases:
+            if name not in BIASES:
+                raise ValueError(f"biases={self.biases}: {closest(name, BIASES)}")
 
 
 class Linear(nnx.Module):
@@ -164,7 +165,7 @@ class LayerNorm(nnx.Module):
     def __init__(self, c: BlockConfig, width: int = 0):
         self.dtype = c.dtype
         self.scale = nnx.Param(jnp.ones(width or c.width))
-        self.bias = nnx.Param(jnp.zeros(width or c.width)) if c.norm_bias else None
+        self.bias = nnx.Param(jnp.zeros(width or c.width)) if "norm" in c.biases else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         y = layer_norm(x, self.scale[...])

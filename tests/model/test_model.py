@@ -29,7 +29,7 @@ VARIANTS = {
     "released": {"embeddings": "separate", "share_modality_embeddings": False, "qk_norm": True},
     "gelu": {
         "embeddings": "encoder_decoder", "mlp": "gelu", "extensions": (Registers(num=3),),
-        "qkv_bias": True, "proj_bias": True, "mlp_bias": True, "norm_bias": True,
+        "biases": ("qkv", "proj", "mlp", "norm"),
     },
 }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import einops
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float
 
 from m4.model.block_inputs import BlockInputs
 from m4.model.blocks import EncoderBlock
-from m4.model.layers import BlockConfig, LayerNorm, Linear
+from m4.model.layers import BIASES, BlockConfig, LayerNorm, Linear
 from m4.model.visibility import Visible
 from m4_tokenizers.networks.patches import DecoderModule, Shape, Table, resize_table, sine_cosine_grid, to_patches
 
@@ -34,7 +33,7 @@ class ConvNeXtBlock(nnx.Module):
     """Depthwise 7 x 7 convolution, norm, MLP, added with a learned scale (Liu et al. 2022)."""
 
     def __init__(self, num_channels: int, *, rngs: nnx.Rngs):
-        c = BlockConfig(width=4, num_heads=1, norm_bias=True)
+        c = BlockConfig(width=4, num_heads=1, biases=("norm",))
         self.depthwise = nnx.Conv(
             num_channels, num_channels, (7, 7), padding=3, feature_group_count=num_channels, rngs=rngs
         )
@@ -67,8 +66,7 @@ class ViT:
 
     @property
     def block(self) -> BlockConfig:
-        biases: dict[str, Any] = dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias", "norm_bias"), True)
-        return BlockConfig(width=self.width, num_heads=self.num_heads, hidden=4 * self.width, mlp="gelu", **biases)
+        return BlockConfig(width=self.width, num_heads=self.num_heads, hidden=4 * self.width, mlp="gelu", biases=BIASES)
 
 
 class Transformer(nnx.Module):
