@@ -3,6 +3,7 @@
 import ast
 import builtins
 import contextlib
+import hashlib
 import importlib
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import ROOT, call_m4, code_blocks, documents, environment, executed_commands
-from test_house import FLOORS
+from test_house import FLOORS, modules
 
 from m4.__main__ import verbs
 from m4.checkpoints.hub import packaged
@@ -64,12 +65,26 @@ def test_python_examples(document, folder, monkeypatch):
     # The same tokens, from programs that compile in less time.
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr("m4.inference.parallel.NUM_SHAPES", 1)
-    session = {"__name__": "__main__"}
+    session, before = {"__name__": "__main__"}, library_digest()
     for block in PYTHON:
         if block.document == document and not block.reason:
             exec(compile("\n" * block.line + block.text, str(ROOT / document), "exec"), session)
     if "config" in session:
         session["config"].check()
+    assert library_digest() == before, "an example changed a file of the library"
+
+
+def library_digest() -> str:
+    """Of all source files of both packages."""
+    sha256 = hashlib.sha256()
+    for path in modules().values():
+        sha256.update(path.read_bytes())
+    return sha256.hexdigest()
+
+
+def test_examples_of_extending_are_short():
+    blocks = [b for b in PYTHON if b.document == "docs/extending.md"]
+    assert len(blocks) > 10 and all(len(b.text.splitlines()) <= 40 for b in blocks)
 
 
 @pytest.mark.parametrize("line", [c for c in executed_commands() if not c.startswith("python -m m4 generate ")])
