@@ -13,6 +13,13 @@ from m4.checkpoints.hub import packaged
 from m4.config import from_cli, load_config
 from m4.data.dataset import Dataset
 from m4.in_context.independent_items import IndependentItems
+from m4.in_context.similarity_prior import SimilarityPrior
+from m4.masking.dirichlet import DirichletMasking
+from m4.masking.episodes import EpisodeMasking
+from m4.objectives.contrastive import Contrast
+from m4.objectives.distillation import Distillation
+from m4.objectives.masked_modeling import MaskedModeling
+from m4.objectives.word_prediction import WordPrediction
 from m4.registry import component_class, from_json, to_json
 from m4.tokens.modality import Features, Grid, Modalities
 
@@ -144,3 +151,32 @@ def test_the_readme_has_exactly_the_two_set_up_commands():
         "pip install -e . && python train.py configs/quickstart.py",
         'pip install -e ".[test]" && pytest',
     ]
+
+
+def test_every_field_of_a_config_of_0_1_is_read():
+    """Methods that had fields of their own are today's objectives, extensions, maskings and evaluators."""
+    old = json.loads((ROOT / "tests/data/runs_0.1/run/config.json").read_text())
+    plain = from_json(old)
+    assert plain.objectives == (MaskedModeling(),) and plain.model.extensions == plain.evaluators == ()
+    mixture = old["masking"]["strategies"]
+    shots = {"component": "m4.shots:ShotMasking", "num_examples": 3, "labelled": [1, 2]}
+    datasets = [
+        {**old["datasets"][0], "strategies": mixture, "name": "own"},
+        {**old["datasets"][0], "shots": shots, "name": "episodes"},
+    ]
+    contrast = {"component": "m4.contrast:Contrast", "a": ["rgb_pixels"], "b": ["caption"]}
+    retrieval = {"component": "m4.evals.retrieval:Retrieval", "b": ["caption"]}
+    new = from_json({
+        **old, "loss": "token", "z_loss": 1e-3, "teacher": "scenes", "distill": 0.5, "contrast": contrast,
+        "retrieval": [retrieval, {**retrieval, "label": "caption"}], "datasets": datasets,
+        "fewshot": {"component": "m4.evals.fewshot:FewShot"},
+        "model": {**old["model"], "match_size": 8, "match_words": "caption", "norm_bias": True},
+    })  # fmt: skip
+    distillation, words, contrastive = new.objectives
+    assert distillation == Distillation(weighting="token", z_loss=1e-3, teacher="scenes", share=0.5)
+    assert words == WordPrediction(text="caption") and contrastive == Contrast(a=("rgb_pixels",), b=("caption",))
+    assert [e.name for e in new.evaluators] == ["fewshot", "retrieval", "retrieval"]
+    assert new.datasets[0].masking == DirichletMasking(strategies=plain.masking.strategies)
+    assert new.datasets[1].masking == EpisodeMasking(num_examples=3, labelled=(1, 2))
+    assert new.model.extensions == (SimilarityPrior(size=8, words="caption"),) and new.model.biases == ("norm",)
+    assert from_json(json.loads(json.dumps(to_json(new)))) == new
