@@ -82,7 +82,7 @@ def _described(info: StructTypeInfo) -> StructConstructorSpec | None:
                 )
                 specs.append(StructFieldSpec(name=f"{name}.{i}", type=type(part), default=part, helptext=help_text))
             continue
-        if item in (None, ()) and any(map(dataclasses.is_dataclass, typing.get_args(hint))):
+        if item in (None, ()) and any(a is Any or dataclasses.is_dataclass(a) for a in typing.get_args(hint)):
             # Options cannot create an absent part: it is only shown, and is set in the config's file.
             hint = Any if item is None else tyro.conf.Fixed[tuple[str, ...]]
         help_text = functools.partial(_help_text, cls, name, item)
