@@ -126,7 +126,7 @@ def from_json(value: Any) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
     renamed = RENAMED_FIELDS.get(cls.__name__, {})
     given = {renamed.get(k, k): from_json(v) for k, v in value.items() if k != "component"}
-    if cls.__name__ in UPGRADES:
+    if cls.__name__ in UPGRADES and not {*given} <= {*fields}:
         module, _, function = UPGRADES[cls.__name__].partition(":")
         upgrade = getattr(importlib.import_module(module), function)
         try:

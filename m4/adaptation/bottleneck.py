@@ -29,10 +29,6 @@ class Bottleneck(Extension):
 
     parameters = ("*.adapter.*",)
 
-    def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"{self}: size must be at least 1")
-
     def sizes(self) -> dict[str, int]:
         return {"bottleneck.size": self.size}
 

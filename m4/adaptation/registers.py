@@ -21,10 +21,6 @@ class Registers(Extension):
 
     parameters = ("registers",)
 
-    def __post_init__(self):
-        if self.num < 1:
-            raise ValueError(f"{self}: num must be at least 1")
-
     @property
     def num_prefix_tokens(self) -> int:
         return self.num

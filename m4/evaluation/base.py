@@ -7,6 +7,7 @@ A user's own class is found where a config has an instance of it, or by an entry
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import importlib
 import json
@@ -52,7 +53,7 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluator:
+class Evaluator(abc.ABC):
     """One way to score a trained model. Only `run` must be defined."""
 
     name: ClassVar[str]
@@ -61,9 +62,9 @@ class Evaluator:
     def check(self) -> None:
         """ValueError for what is missing, before the model is loaded."""
 
+    @abc.abstractmethod
     def run(self, trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
         """Results, which it has written by `report`."""
-        raise NotImplementedError
 
     @classmethod
     def run_all(cls, evaluators: Seq[Any], trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
@@ -81,23 +82,22 @@ def evaluate(
     """Scores a trained model (see `load_run`) by evaluators of one name, or those that a name stands for, into `out`
     (default: `workdir`)."""
     check_seed(seed)
-    given = (evaluators,) if isinstance(evaluators, Evaluator) else evaluators
-    for evaluator in () if isinstance(given, str) else given:
-        evaluator.check()
-    known = evaluator_classes()
-    if isinstance(given, str) and given in known:
-        known[given]().check()  # what it needs is named before the model is read
-    trained = load_run(workdir)
-    if isinstance(given, str):
-        own = [e for e in trained.config.evaluators if e.name == given]
-        if not own and given not in known:
+    if isinstance(evaluators, str):
+        known = evaluator_classes()
+        default = [known[evaluators]()] if evaluators in known else []
+        for evaluator in default:
+            evaluator.check()  # what it needs is named before the model is read
+        trained = load_run(workdir)
+        given = [e for e in trained.config.evaluators if e.name == evaluators] or default
+        if not given:
             names = sorted({*known, *(e.name for e in trained.config.evaluators)})
-            raise ValueError(f"no evaluation {given!r}; {closest(given, names)}")
-        given = own or (known[given](),)
-    for evaluator in given:
-        evaluator.check()
-    name = given[0].name
-    return type(given[0]).run_all(given, trained, Report(Path(out or workdir), name), seed)
+            raise ValueError(f"no evaluation {evaluators!r}; {closest(evaluators, names)}")
+    else:
+        given = [evaluators] if isinstance(evaluators, Evaluator) else [*evaluators]
+        for evaluator in given:
+            evaluator.check()
+        trained = load_run(workdir)
+    return type(given[0]).run_all(given, trained, Report(Path(out or workdir), given[0].name), seed)
 
 
 def evaluator_classes() -> dict[str, type]:

@@ -67,6 +67,9 @@ class Retrieval(Evaluator):
         if self.num_samples < 2:
             raise ValueError(f"retrieval: num_samples={self.num_samples} must be at least 2")
 
+    def run(self, trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
+        return self.run_all((self,), trained, report, seed)
+
     @classmethod
     def run_all(cls, evaluators: Seq[Retrieval], trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
         """Several in one table: retrieval.json, .md and .png."""

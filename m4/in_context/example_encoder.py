@@ -30,10 +30,6 @@ class ExampleEncoder(Extension):
 
     parameters = ("shot_encoder*",)
 
-    def __post_init__(self):
-        if self.depth < 1:
-            raise ValueError(f"{self}: depth must be at least 1")
-
     def sizes(self) -> dict[str, int]:
         return {"example_encoder.depth": self.depth}
 

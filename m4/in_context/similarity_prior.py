@@ -94,10 +94,6 @@ class SimilarityPrior(Extension):
 
     parameters = ("matching.*",)
 
-    def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"{self}: size must be at least 1")
-
     def sizes(self) -> dict[str, int]:
         return {"similarity_prior.size": self.size}
 

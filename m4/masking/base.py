@@ -5,6 +5,7 @@ Dataset(source=..., masking=EpisodeMasking(num_examples=5))      its own; withou
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -17,7 +18,7 @@ from m4.tokens.modality import Modalities
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExampleMasking:
+class ExampleMasking(abc.ABC):
     """Examples of a data set -> which tokens are given and which are predicted. Only `__call__` must be defined."""
 
     @property
@@ -36,12 +37,12 @@ class ExampleMasking:
         """Whether it can make use of an example that has these modalities."""
         return True
 
+    @abc.abstractmethod
     def __call__(
         self, examples: Seq[Any], modalities: Modalities, keys: UInt64[np.ndarray, "B 2"], num_inputs: int,
         num_targets: int,
     ) -> MaskedBatch:  # fmt: skip
         """A masked batch. An example's mask depends on its own key (seed, index) alone."""
-        raise NotImplementedError
 
     @classmethod
     def mask_rows(

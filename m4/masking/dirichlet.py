@@ -94,10 +94,7 @@ class DirichletMasking(ExampleMasking):
         return any(strategy.fits(names) for strategy in self.strategies)
 
     def __call__(self, examples, modalities, keys, num_inputs: int, num_targets: int) -> MaskedBatch:
-        sizes = Masking(
-            num_inputs=num_inputs, num_targets=num_targets, strategies=self.strategies, budgets=self.budgets
-        )
-        return sizes(examples, modalities, keys)
+        return self._mask(examples, modalities, keys, [self.strategies] * len(examples), num_inputs, num_targets)
 
     @classmethod
     def mask_rows(cls, maskings, examples, modalities, keys, num_inputs: int, num_targets: int) -> MaskedBatch:
@@ -105,10 +102,62 @@ class DirichletMasking(ExampleMasking):
         parts = []
         for budgets in dict.fromkeys(masking.budgets for masking in maskings):
             rows = [i for i, masking in enumerate(maskings) if masking.budgets == budgets]
-            mixtures = [maskings[i].strategies for i in rows]
-            sizes = Masking(num_inputs=num_inputs, num_targets=num_targets, strategies=mixtures[0], budgets=budgets)
-            parts.append((rows, sizes([examples[i] for i in rows], modalities, keys[rows], mixtures)))
+            mixtures, own = [maskings[i].strategies for i in rows], [examples[i] for i in rows]
+            masked = maskings[rows[0]]._mask(own, modalities, keys[rows], mixtures, num_inputs, num_targets)
+            parts.append((rows, masked))
         return interleave(parts)
+
+    def _mask(
+        self, examples: Seq[Mapping[str, np.ndarray]], modalities: Modalities, keys: UInt64[np.ndarray, "B 2"],
+        mixtures: Seq[tuple[Strategy, ...]], num_inputs: int, num_targets: int,
+    ) -> MaskedBatch:  # fmt: skip
+        if not len(examples):
+            raise ValueError("there is no example to mask")
+        draws = Draws(keys)
+        lengths = _lengths(examples, modalities)
+        table = _Table.of(mixtures, modalities)
+        uniform = np.stack([draws.at(i, CHOICE).random(4 + 2 * len(modalities)) for i in range(len(examples))])
+        chosen = table.choose(lengths > 0, uniform[:, 0], examples)
+
+        # Inputs: budgets, then the spans of sequences, whose masked tokens may leave slots for grids.
+        low, high = table.input_share[chosen].T
+        input_budget = np.round(num_inputs * (low + uniform[:, 1] * (high - low))).astype(int)
+        is_sequence = np.array([isinstance(m, Sequence) for m in modalities])
+        inputs, share = _split(table.inputs[chosen] * (lengths > 0), input_budget, draws, 0)
+        inputs = np.minimum(inputs, lengths)
+        if self.budgets == "filled":
+            inputs = _fill(inputs, share, lengths, input_budget, uniform[:, 2])
+        spans = Spans.of(examples, modalities, lengths, inputs, table.keep[chosen], uniform[:, 4:], draws)
+        used = np.where(is_sequence, 0, inputs)
+        used[spans.example, spans.modality] = np.where(inputs[spans.example, spans.modality] > 0, spans.num_inputs, 0)
+        if self.budgets == "filled":
+            inputs = _fill(used, share, np.where(is_sequence, used, lengths), input_budget, uniform[:, 2])
+
+        # Targets: what is left of grids, and the masked spans of sequences.
+        capacity = np.where(is_sequence, 0, lengths - inputs)
+        capacity[spans.example, spans.modality] = spans.num_targets
+        if self.budgets == "filled":
+            held_back = _held_back(capacity, lengths, table.targets[chosen] > 0, is_sequence)
+            inputs, capacity = inputs - held_back, capacity + held_back
+        target_budget = np.full(len(examples), num_targets)
+        targets, share = _split(table.targets[chosen] * (lengths > 0), target_budget, draws, 1)
+        cut = uniform[:, 4 + len(modalities) :]
+        if self.budgets == "filled":
+            targets = _fill(np.minimum(targets, capacity), share, capacity, target_budget, uniform[:, 3])
+            # A sequence that is cut may begin too late to use all its slots: they go to grids.
+            used = np.where(is_sequence, 0, targets)
+            example, *_, modality, _ = spans.targets(targets, cut)
+            np.add.at(used, (example, modality), 1)
+            targets = _fill(used, share, np.where(is_sequence, used, capacity), target_budget, uniform[:, 3])
+        else:
+            targets = np.minimum(np.where(is_sequence, targets - 1, targets), capacity)
+
+        rows = Grids.of(examples, modalities, lengths, inputs, targets, draws)
+        return MaskedBatch(
+            Tokens(*_pack(len(examples), num_inputs, [rows.inputs(), spans.inputs(inputs)])),
+            Targets(*_pack(len(examples), num_targets, [rows.targets(), spans.targets(targets, cut)])),
+            rows.features(examples, modalities, num_inputs),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,53 +187,8 @@ class Masking(DirichletMasking):
         `strategies`: the mixture of each example, where data sets have their own. ValueError for an array that does
         not fit its modality, and for an example of which no strategy can predict anything.
         """
-        if not len(examples):
-            raise ValueError("there is no example to mask")
-        draws = Draws(keys)
-        lengths = _lengths(examples, modalities)
-        table = _Table.of([self.strategies] * len(examples) if strategies is None else strategies, modalities)
-        uniform = np.stack([draws.at(i, CHOICE).random(4 + 2 * len(modalities)) for i in range(len(examples))])
-        chosen = table.choose(lengths > 0, uniform[:, 0], examples)
-
-        # Inputs: budgets, then the spans of sequences, whose masked tokens may leave slots for grids.
-        low, high = table.input_share[chosen].T
-        num_inputs = np.round(self.num_inputs * (low + uniform[:, 1] * (high - low))).astype(int)
-        is_sequence = np.array([isinstance(m, Sequence) for m in modalities])
-        inputs, share = _split(table.inputs[chosen] * (lengths > 0), num_inputs, draws, 0)
-        inputs = np.minimum(inputs, lengths)
-        if self.budgets == "filled":
-            inputs = _fill(inputs, share, lengths, num_inputs, uniform[:, 2])
-        spans = Spans.of(examples, modalities, lengths, inputs, table.keep[chosen], uniform[:, 4:], draws)
-        used = np.where(is_sequence, 0, inputs)
-        used[spans.example, spans.modality] = np.where(inputs[spans.example, spans.modality] > 0, spans.num_inputs, 0)
-        if self.budgets == "filled":
-            inputs = _fill(used, share, np.where(is_sequence, used, lengths), num_inputs, uniform[:, 2])
-
-        # Targets: what is left of grids, and the masked spans of sequences.
-        capacity = np.where(is_sequence, 0, lengths - inputs)
-        capacity[spans.example, spans.modality] = spans.num_targets
-        if self.budgets == "filled":
-            held_back = _held_back(capacity, lengths, table.targets[chosen] > 0, is_sequence)
-            inputs, capacity = inputs - held_back, capacity + held_back
-        num_targets = np.full(len(examples), self.num_targets)
-        targets, share = _split(table.targets[chosen] * (lengths > 0), num_targets, draws, 1)
-        cut = uniform[:, 4 + len(modalities) :]
-        if self.budgets == "filled":
-            targets = _fill(np.minimum(targets, capacity), share, capacity, num_targets, uniform[:, 3])
-            # A sequence that is cut may begin too late to use all its slots: they go to grids.
-            used = np.where(is_sequence, 0, targets)
-            example, *_, modality, _ = spans.targets(targets, cut)
-            np.add.at(used, (example, modality), 1)
-            targets = _fill(used, share, np.where(is_sequence, used, capacity), num_targets, uniform[:, 3])
-        else:
-            targets = np.minimum(np.where(is_sequence, targets - 1, targets), capacity)
-
-        rows = Grids.of(examples, modalities, lengths, inputs, targets, draws)
-        return MaskedBatch(
-            Tokens(*_pack(len(examples), self.num_inputs, [rows.inputs(), spans.inputs(inputs)])),
-            Targets(*_pack(len(examples), self.num_targets, [rows.targets(), spans.targets(targets, cut)])),
-            rows.features(examples, modalities, self.num_inputs),
-        )
+        mixtures = [self.strategies] * len(examples) if strategies is None else strategies
+        return self._mask(examples, modalities, keys, mixtures, self.num_inputs, self.num_targets)
 
 
 def check_strategies(strategies: tuple[Strategy, ...], modalities: Modalities) -> None:

@@ -51,8 +51,8 @@ class ModelConfig(BlockConfig):
         if len({*kinds}) < len(kinds):
             raise ValueError(f"extensions={kinds} must be of different classes")
         for extension in self.extensions:
-            if wrong := {name: value for name, value in extension.sizes().items() if value < 0}:
-                raise ValueError(f"sizes must be at least 0: {wrong}")
+            if wrong := {name: value for name, value in extension.sizes().items() if value < 1}:
+                raise ValueError(f"{extension}: sizes must be at least 1: {wrong}")
             extension.check(self, None)
         if not (0 <= self.encoder_drop_path < 1 and 0 <= self.decoder_drop_path < 1):
             raise ValueError(f"encoder_drop_path and decoder_drop_path must lie within [0, 1): {self}")

@@ -220,6 +220,8 @@ class Model(nnx.Module):
         rules = [rule for e in self.config.extensions if (rule := e.first_blocks(info)) is not None]
         if not rules:
             return x, {}, 0
+        if len(rules) > 1:
+            raise ValueError(f"only one extension may say what the first blocks see: {self.config.extensions}")
         ((num, visible),) = rules
         return *self.run_blocks(self.encoder, x, BlockInputs(visible, info), scales, slice(num)), num
 

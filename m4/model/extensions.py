@@ -47,7 +47,7 @@ class Extension:
         return False
 
     def sizes(self) -> dict[str, int]:
-        """Sizes of what it adds, by name: at least 0, and bounded by the file before anything is allocated."""
+        """Sizes of what it adds, by name: at least 1, and bounded by a model file before anything is allocated."""
         return {}
 
     def check(self, config: Any, modalities: Modalities | None) -> None:

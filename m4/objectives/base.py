@@ -7,6 +7,7 @@ A new one edits no other file: configs name it, the step sums it, a saved config
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from m4.tokens.batch import MaskedBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(abc.ABC):
     """One summand of the loss. Only `__call__` must be defined."""
 
     name: ClassVar[str]
@@ -45,8 +46,8 @@ class Objective:
     def totals(self, batch: MaskedBatch, model: Model) -> Any:
         """What the loss is divided by, counted over the whole batch, for micro-batches to add up to it."""
 
+    @abc.abstractmethod
     def __call__(
         self, outputs: Outputs, part: MaskedBatch, totals: Any, loaded: Any
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
         """The loss of a part of the batch (a micro-batch, or all of it), and scalars by name that add up likewise."""
-        raise NotImplementedError
