@@ -98,7 +98,7 @@ def forward(model: Model, meta: dict, batch: MaskedBatch) -> dict[str, np.ndarra
         address = jnp.where(inputs.valid[..., None], model.input_address(inputs), 0)
         encoded = model.run_encoder(encoder_input, inputs)
         context = model.context(encoded, model.input_address(inputs))
-        hidden = model.decode(targets, model.encode(inputs, batch.features)._replace(tokens=context), inputs.valid)
+        hidden = model.decode(targets, model.encode(inputs, batch.features)._replace(tokens=context))
         modality_of = lambda t: jnp.where(t.valid, ids[np.asarray(t.modality)], -1)  # noqa: E731
         return {
             "encoder_input": encoder_input,

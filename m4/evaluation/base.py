@@ -88,12 +88,17 @@ def evaluate(
         for evaluator in default:
             evaluator.check()  # what it needs is named before the model is read
         trained = load_run(workdir)
-        given = [e for e in trained.config.evaluators if e.name == evaluators] or default
+        own = [e for e in trained.config.evaluators if e.name == evaluators]
+        for evaluator in own:
+            evaluator.check()
+        given = own or default
         if not given:
             names = sorted({*known, *(e.name for e in trained.config.evaluators)})
             raise ValueError(f"no evaluation {evaluators!r}; {closest(evaluators, names)}")
     else:
         given = [evaluators] if isinstance(evaluators, Evaluator) else [*evaluators]
+        if len({e.name for e in given}) != 1:
+            raise ValueError(f"evaluators={given} must be at least one, and of one name")
         for evaluator in given:
             evaluator.check()
         trained = load_run(workdir)

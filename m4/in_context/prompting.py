@@ -60,7 +60,7 @@ def _score(graph, params, name, inputs, features, targets: Targets) -> Float[Arr
     model = nnx.merge(graph, params)
     model.unstack()
     context = model.encode(inputs, features)
-    hidden = jax.vmap(lambda t: model.decode(t, context, inputs.valid), in_axes=1, out_axes=1)(targets)
+    hidden = jax.vmap(lambda t: model.decode(t, context), in_axes=1, out_axes=1)(targets)
     log_probability = jax.nn.log_softmax(model.logits(hidden, name))
     chosen = jnp.take_along_axis(log_probability, targets.ids[..., None], axis=-1)[..., 0]
     return (chosen * targets.valid).sum(-1) / jnp.maximum(targets.valid.sum(-1), 1)

@@ -51,7 +51,7 @@ class Autoregressive(TokenSampling):
         length, grammar = static, prompt.grammar if self.constrained else None
         inputs, features = prompt.rows()
         batch, passes = len(prompt.given), prompt.num_passes
-        decoder = model.start_decoding(model.encode(inputs, features), inputs.valid, length)
+        decoder = model.start_decoding(model.encode(inputs, features), length)
         logits_of = model.logits_of(modality.name)
         index = jnp.full((batch * passes, 1), model.modalities.index(modality.name))
         weights = guidance.weights(jnp.ones(batch)) if guidance else jnp.ones((batch, 1))

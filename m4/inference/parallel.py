@@ -177,7 +177,7 @@ class _Parallel(TokenSampling):
             limit = num if self.by_confidence else (num_known + count)[:, None]
             at, is_open = order[row, jnp.minimum(rank, num - 1)], rank < limit
             t = grid_tokens(at, jnp.zeros_like(at), is_open)
-            hidden = model.decode(Targets(t.ids, jnp.full_like(t.ids, -1), *t[1:]), context, read.valid)
+            hidden = model.decode(Targets(t.ids, jnp.full_like(t.ids, -1), *t[1:]), context)
             logits = logits_of(guided(hidden, weights))
             drawn, log_prob = self.draw(logits, temperature[:, None, None], noise[row, at])
             # 3. The most confident come first, and the order of open positions is theirs from now on.

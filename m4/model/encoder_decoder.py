@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from m4.distributed.constraints import BATCH, lookup, shard_constraint
 from m4.model.block_inputs import AttentionBias, BlockInputs, TokenInfo
@@ -130,7 +130,7 @@ class Model(nnx.Module):
         """The same, and what the decoder read of the inputs."""
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         context = self.encode(batch.inputs, batch.features, encoder_key)
-        hidden, auxiliary = self._decode(batch.targets, context, batch.inputs.valid, decoder_key)
+        hidden, auxiliary = self._decode(batch.targets, context, decoder_key)
         return Outputs(self, hidden, context, auxiliary)
 
     def _address(self, t: Tokens | Targets, modality_table, modality_rows, position_embedding, position_rows) -> Array:
@@ -280,13 +280,11 @@ class Model(nnx.Module):
         address = jnp.pad(address, ((0, 0), (self.config.num_prefix_tokens, 0), (0, 0)))
         return self.context_projection(encoded, "float32") + address
 
-    def decode(
-        self, targets: Targets, context: Encoded, inputs_valid: Bool[TokenArray, "B N"], key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B M D"]:
+    def decode(self, targets: Targets, context: Encoded, key: PRNGKeyArray | None = None) -> Float[Array, "B M D"]:
         """Hidden vectors from which `logits` are read, one for each target slot."""
-        return self._decode(targets, context, inputs_valid, key)[0]
+        return self._decode(targets, context, key)[0]
 
-    def _decode(self, targets: Targets, context: Encoded, inputs_valid: Bool[TokenArray, "B N"], key):
+    def _decode(self, targets: Targets, context: Encoded, key: PRNGKeyArray | None):
         c = self.config
         x = self.decoder_input(targets)
         scales = survival(key, DecoderBlock.num_branches, c.decoder_depth, c.decoder_drop_path, len(x))
@@ -363,7 +361,7 @@ class Model(nnx.Module):
         vocabulary = self.output_table[self.output_rows[i] : self.output_rows[i + 1]].astype(self.config.dtype)
         return lambda hidden: jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
 
-    def start_decoding(self, context: Encoded, inputs_valid: Bool[TokenArray, "B N"], length: int) -> Decoding:
+    def start_decoding(self, context: Encoded, length: int) -> Decoding:
         """What `decode_step` of an unstacked model needs to decode `length` positions, one after the other."""
         assert isinstance(self.decoder, nnx.List), "unstack() comes first"
         c, blocks = self.config, list(self.decoder)

@@ -291,7 +291,7 @@ def test_the_query_reads_its_examples(model, episode_batch):
 
     def query(content):
         context = model.encode_embedded(content + address, address, b.inputs)
-        hidden = model.decode(b.targets, context, b.inputs.valid)
+        hidden = model.decode(b.targets, context)
         return (hidden * (b.targets.valid & (b.targets.shot == 0))[..., None]).std()
 
     gradient = np.abs(np.asarray(jax.grad(query)(content))).sum(-1)
@@ -374,7 +374,7 @@ def test_scores_are_those_of_each_candidate_alone(sampler, model, tokenizers, ow
         ids[None], np.array([[m.first_sentinel, *ids[:-1]]]), zeros + own.index("caption"), np.arange(n)[None], zeros,
         np.ones((1, n), bool),
     )  # fmt: skip
-    hidden = model.decode(jax.tree.map(jnp.asarray, targets), model.encode(inputs, features), inputs.valid)
+    hidden = model.decode(jax.tree.map(jnp.asarray, targets), model.encode(inputs, features))
     log = jax.nn.log_softmax(model.logits(hidden, "caption"))[0]
     np.testing.assert_allclose(found[0, 1], float(jnp.mean(log[np.arange(n), ids])), atol=1e-5)
 
@@ -498,7 +498,7 @@ def test_a_weight_of_zero_is_plain_attention(by_words, episode_batch):
     context = plain.encode(b.inputs, b.features)
     kept = np.asarray(b.targets.valid)
     expected = Model(plain.config.without(SimilarityPrior), plain.modalities, rngs=nnx.Rngs(0)).decode(
-        b.targets, context, b.inputs.valid
+        b.targets, context
     )
     np.testing.assert_allclose(np.asarray(plain(b))[kept], np.asarray(expected)[kept], atol=2e-6)
     assert np.abs(np.asarray(matching(b)) - np.asarray(expected))[kept].max() > 1e-3
@@ -537,7 +537,7 @@ def test_answers_with_matching_are_those_of_uncached_decoding(by_words, tokenize
         n = len(ids)
         targets = [ids, previous, np.full(n, name), np.arange(n), np.zeros(n, int), np.ones(n, bool)]
         targets = Targets(*(jnp.asarray(np.stack([t] * 2)) for t in targets))
-        hidden = matching.decode(targets, matching.encode(inputs, features), inputs.valid)
+        hidden = matching.decode(targets, matching.encode(inputs, features))
         likeliest = np.asarray(matching.logits(hidden, "caption").argmax(-1))[row]
         np.testing.assert_array_equal(likeliest[: n - 1], ids[: n - 1])
 

@@ -177,10 +177,10 @@ def test_cached_decoding_equals_uncached(model, modalities, make_example):
     previous = jax.random.randint(jax.random.key(3), (3, length), 5, 30)
     position = jnp.broadcast_to(jnp.arange(length), (3, length))
     full = Targets(previous, previous, jnp.full_like(previous, caption), position, 0 * previous, previous >= 0)
-    expected = model.decode(full, context, inputs.valid)
+    expected = model.decode(full, context)
     apart = nnx.merge(*nnx.split(model))
     apart.unstack()
-    decoding = apart.start_decoding(context, inputs.valid, length)
+    decoding = apart.start_decoding(context, length)
     cache = decoding.cache
     for i in range(length):
         one = Targets(*(x[:, i : i + 1] for x in full))
