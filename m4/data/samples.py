@@ -336,8 +336,14 @@ def read_mask(file: str | Path, tokenizer: Tokenizer, picture: Any, *, pad: bool
 
 
 def load_mask(file: str | Path) -> Bool[np.ndarray, "H W"]:
-    """The bright part of an image, at its own size: see `m4.data.sources.pictures.to_mask`."""
-    return decode("a mask", shown(file), content(file), "mask")
+    """The bright part of an image, or of an array [H W], at its own size: see `m4.data.sources.pictures.to_mask`.
+
+    ValueError for what cannot be read so, tokens included, which other readers of a mask take.
+    """
+    mask = decode("a mask", shown(file), content(file), "mask")
+    if mask.dtype != bool:
+        raise ValueError(f"{shown(file)} holds {mask.dtype} {list(mask.shape)}; allowed: an image, or an array [H W]")
+    return mask
 
 
 def fit_mask(mask: Bool[np.ndarray, "H W"], tokenizer: Tokenizer, *, pad: bool = False) -> Bool[np.ndarray, "h h"]:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from m4.data.dataset import Dataset
 from m4.data.pretokenize import prepare
-from m4.data.samples import file_of, read_mask, read_sample
+from m4.data.samples import file_of, load_mask, read_mask, read_sample
 from m4.data.sources.files import read_for
 from m4.data.sources.folders import Folders
 from m4.data.sources.generated import Generated
@@ -517,6 +517,15 @@ def test_masks_that_keep_all_or_nothing_or_have_another_shape(tokenizers, tmp_pa
             (tmp_path / name).write_bytes(BOMB)
         with pytest.raises(ValueError, match=f"{name}: .*{message}"):
             keep(name)
+
+
+def test_tokens_are_no_mask_of_what_stays(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.array([3, 1, 2]))
+    with pytest.raises(ValueError, match=r"tokens.npy holds int64 \[3\]; allowed: an image, or an array \[H W\]"):
+        load_mask(tmp_path / "tokens.npy")
+    for array in (np.eye(4, dtype=bool), np.eye(4, dtype=np.int64), np.eye(4, dtype=np.float32)):
+        np.save(tmp_path / "mask.npy", array)
+        np.testing.assert_array_equal(load_mask(tmp_path / "mask.npy"), np.eye(4) > 0)
 
 
 def test_masks_are_cropped_and_padded_as_their_picture(tokenizers, tmp_path):
