@@ -151,8 +151,14 @@ class Config:
         for split in self.eval_splits if isinstance(known, tuple) and known else ():  # a mapping renames some splits
             if split not in known:
                 raise ValueError(f"eval_splits: {labels[0]} has no split {split!r}; {closest(split, known)}")
-        for dataset in self.datasets:
-            dataset.masked_by(self.masking).check(self.modalities)
+        maskings = [dataset.masked_by(self.masking) for dataset in self.datasets]
+        for masking in maskings:
+            masking.check(self.modalities)
+        if 1 < (most := max(masking.num_items for masking in maskings)) < self.model.max_items:
+            raise ValueError(
+                f"model.max_items={self.model.max_items} items have learned addresses, but those of the data sets are "
+                f"numbered below {most}; set EpisodeMasking(max_items={self.model.max_items})"
+            )
 
 
 # What may differ between a run's config.json and the config that it is resumed with.

@@ -47,6 +47,7 @@ RENAMED_FIELDS = {
     "ModelConfig": {"separate_depth": "num_independent_blocks"},
     "ConditionalTask": {"measure": "metric", "through": "intermediate"},
 }
+RENAMED_PARAMETERS = {"shot_embedding": "item_embedding"}  # in files of parameters
 # What makes the fields of today from those of 0.1; imported when a file needs it, after renaming.
 UPGRADES = {
     "Config": "m4.interchange.version_0_1:config_fields", "ModelConfig": "m4.interchange.version_0_1:model_fields",

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from m4.checkpoints.model_file import check_names
+from m4.checkpoints.model_file import check_names, named_as_today
 from m4.errors import closest
 from m4.model.encoder_decoder import Model
 from m4.model.extensions import Extension
@@ -48,7 +48,7 @@ def save_adapter(model: Model, path: str | Path, patterns: tuple[str, ...] = ())
 def load_adapter(model: Model, path: str | Path) -> Model:
     """A model with the parameters of such a file in place of its own. ValueError for one that it has not, or in another
     shape, or for another LoRA."""
-    file, own = TensorFile.read(path), by_modality(model)
+    file, own = named_as_today(TensorFile.read(path)), by_modality(model)
     check_names(file, {name: own[name].shape for name in file.entries if name in own}, [])
     if "m4_part" not in file.metadata:
         raise ValueError(f"{path} was not written by save_adapter: its metadata lacks m4_part")

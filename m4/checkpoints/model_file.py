@@ -6,6 +6,7 @@ tensors    by the parameters' paths: encoder.0.attention.query.kernel, ...
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from m4.files import parse_json, shown
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.model.parameters import abstract, from_parameters, parameters
-from m4.registry import from_json, to_json
+from m4.registry import RENAMED_PARAMETERS, from_json, to_json
 from m4.tensor_file import DTYPE_NAMES, DTYPES, SEAL, TensorFile, make_header, write
 from m4.tokens.modality import Features, Grid, Modalities
 
@@ -56,7 +57,7 @@ def check_sizes(c: ModelConfig, modalities: Modalities, file: TensorFile) -> Non
     """ValueError where a config claims more than its file can hold, before anything of that size is allocated."""
     num_tensors, num_values = len(file.entries), sum(math.prod(e.shape) for e in file.entries.values())
     blocks = {name: getattr(c, name) for name in ("encoder_depth", "decoder_depth")}
-    sizes = {"width": c.width, "hidden": c.hidden}
+    sizes = {"width": c.width, "hidden": c.hidden, "max_items": c.max_items * c.width}
     for extension in c.extensions:
         for name, value in extension.sizes().items():
             (blocks if name.endswith("depth") else sizes)[name] = value
@@ -99,11 +100,18 @@ def load_model(path: str | Path, *, is_checked: bool = False) -> Model:
 
 def model_in(file: TensorFile) -> Model:
     """See `load_model`."""
+    file = named_as_today(file)
     graph, state = nnx.split(abstract(*read_description(file)), nnx.Param)
     expected = parameters(state)
     check_names(file, {name: x.shape for name, x in expected.items()}, [n for n in file.entries if ":" in n])
     array_of = lambda name: file.check_finite(name, file.tensor(name).astype(np.float32))  # noqa: E731
     return nnx.merge(graph, from_parameters(state, array_of))
+
+
+def named_as_today(file: TensorFile) -> TensorFile:
+    """A file of parameters with today's names of those that m4 0.1 called otherwise."""
+    entries = {RENAMED_PARAMETERS.get(name, name): entry for name, entry in file.entries.items()}
+    return dataclasses.replace(file, entries=entries)
 
 
 def check_names(file: TensorFile, expected: dict[str, tuple[int, ...]], optional: Iterable[str]) -> None:

@@ -27,11 +27,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint._src.path import atomicity
 
 from m4.command_line import system_error
 from m4.files import DIGESTS, check_digests, naming, read_json, shown, sync, write_digests
+from m4.registry import RENAMED_PARAMETERS
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +153,34 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Mapping[str, Any])
     tasks behind whose own tracebacks would be printed when they are deleted.
     """
     _silence_tasks()
+    old = {item: _old_names(Path(manager.directory) / str(step) / item) for item in args}
+    args = {
+        item: ocp.args.StandardRestore(_renamed(arg.item, names)) if (names := old[item]) else arg
+        for item, arg in args.items()
+    }
     try:
-        return manager.restore(step, args=ocp.args.Composite(**args)), None
+        restored = manager.restore(step, args=ocp.args.Composite(**args))
+        back = {item: {name: new for new, name in names.items()} for item, names in old.items()}
+        return {item: _renamed(restored[item], back[item]) if old[item] else restored[item] for item in args}, None
     except Exception as error:
         return None, error if _is_own_error(error) else RuntimeError(_first_line(error))
+
+
+def _old_names(item: Path) -> dict[str, str]:
+    """Names of parameters of today -> those of m4 0.1 that a saved item has in their place."""
+    metadata = item / "_METADATA"
+    text = metadata.read_text(encoding="utf-8", errors="replace") if metadata.is_file() else ""
+    return {new: old for old, new in RENAMED_PARAMETERS.items() if f"'{old}'" in text}
+
+
+def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
+    """A tree of parameters, or of an optimizer, with other keys."""
+    if isinstance(tree, nnx.State):
+        return nnx.from_flat_state([((names.get(top, top), *rest), x) for (top, *rest), x in nnx.to_flat_state(tree)])
+    if isinstance(tree, tuple | list):
+        values = [_renamed(value, names) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return tree
 
 
 @contextlib.contextmanager

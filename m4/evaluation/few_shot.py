@@ -38,10 +38,10 @@ from m4.in_context.tasks.counting import Counting
 from m4.in_context.tasks.fast_binding import FastBinding
 from m4.in_context.tasks.operators import OperatorInduction
 from m4.inference.sampler import Sampler
-from m4.masking.episodes import Episode, Shot, Task, is_several, pack_shots
+from m4.masking.episodes import Episode, Shot, Task, is_several
 from m4.pictures import contact_sheet, labelled
 from m4.representations.embed import embed
-from m4.tokens.batch import NUM_SHOTS
+from m4.tokens.packing import pack
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,6 @@ class FewShot(Evaluator):
         for task in self.tasks:
             if task.max_shots < max(self.shots):
                 raise ValueError(f"{task.name} has max_shots={task.max_shots}, and shots={self.shots} are requested")
-            if (max(self.shots) + 1) * max(task.images, 1) > NUM_SHOTS:
-                most = NUM_SHOTS // task.images - 1
-                raise ValueError(f"shots={self.shots}: {task.name} has {task.images} images an example: at most {most}")
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"each task can be measured once; got {', '.join(names)}")
@@ -149,7 +146,7 @@ def embeddings(sampler: Sampler, shots: Seq[Shot]) -> Float[np.ndarray, "K D"]:
     rows = []
     for shot in shots:
         records = encode(Shot(inputs=shot.inputs), sampler.tokenizers, sampler.modalities)
-        rows.append(pack_shots([records], sampler.modalities, budget=1 << 30, first_address=0)[0])
+        rows.append(pack(records, range(len(records)), sampler.modalities))
     return embed(sampler, rows).pooled
 
 

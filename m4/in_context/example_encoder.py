@@ -16,9 +16,10 @@ from jaxtyping import Array, Float
 from m4.model.block_inputs import BlockInputs
 from m4.model.blocks import EncoderBlock
 from m4.model.extensions import Extension
+from m4.model.positions import item_address
 from m4.model.stack import stack
 from m4.model.visibility import Visible
-from m4.tokens.batch import NUM_SHOTS, Tokens
+from m4.tokens.batch import Tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,10 @@ class ExampleEncoder(Extension):
     def add(self, model: Any, rngs: nnx.Rngs) -> None:
         c = model.config
         model.shot_encoder = stack(EncoderBlock, c, len(model.modalities), self.depth, rngs)
-        model.shot_encoder_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (NUM_SHOTS, c.width)))
+        model.shot_encoder_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.max_items, c.width)))
 
     def inputs(self, model: Any, x: Float[Array, "B N D"], inputs: Tokens) -> Float[Array, "B N D"]:
-        is_example = jnp.asarray(inputs.valid & (inputs.shot > 0))
-        y = x + model.shot_encoder_embedding[...][inputs.shot]
+        is_example = jnp.asarray(inputs.valid & (inputs.example > 0))
+        y = x + item_address(model.shot_encoder_embedding[...], inputs.item, model.config.position_base)
         y, _ = model.run_blocks(model.shot_encoder, y, BlockInputs(Visible.keys(is_example), model.info(inputs)))
         return jnp.where(is_example[..., None], y, x)

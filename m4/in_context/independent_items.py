@@ -28,5 +28,5 @@ class IndependentItems(Extension):
 
     def first_blocks(self, info: TokenInfo) -> tuple[int, Visible]:
         """Learned tokens before the inputs go with the query."""
-        item, rank = info.shot, jnp.zeros_like(info.shot)
+        item, rank = info.item, jnp.zeros_like(info.item)
         return self.num_blocks, Visible(item, rank, jnp.where(info.valid, item, -1), rank)

@@ -50,8 +50,8 @@ def candidate_targets(candidates: Seq[Seq[np.ndarray]], m: Modality, index: int)
     previous = np.full(shape, -1, np.int32)
     if isinstance(m, Sequence):
         previous[..., 0], previous[..., 1:] = m.first_sentinel, ids[..., :-1]
-    position = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
-    return Targets(ids, previous, np.full(shape, index, np.int32), position, np.zeros(shape, np.int32), valid)
+    position, query = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape), np.zeros(shape, np.int32)
+    return Targets(ids, previous, np.full(shape, index, np.int32), position, query, query, valid)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -187,16 +187,16 @@ def build_prompts(
         shown = [ids for r in (record, *others) for ids in r.values()] + ([] if partial is None else [partial])
         room = budget - sum(map(len, shown))
         packed, dropped = pack_shots(
-            examples, sampler.modalities, budget=room, num_tokens=num_tokens, first_address=1 + len(others)
+            examples, sampler.modalities, budget=room, num_tokens=num_tokens, first_item=1 + len(others)
         )
         num_dropped = max(num_dropped, dropped)
-        prompts.append((record, partial, Context(tuple(others), tuple(range(1 + len(others))), packed)))
+        prompts.append((record, partial, Context(tuple(others), packed)))
     if errors:
         raise BadSamples(errors, len(queries))
     if num_dropped:
         warnings.warn(
             f"up to {num_dropped} of the oldest shots were dropped: they exceed the budget of {budget} input "
-            "tokens or the model's number of addresses; num_tokens gives each image fewer",
+            "tokens; num_tokens gives each image fewer",
             ShotsDropped,
             stacklevel=3,
         )

@@ -64,7 +64,7 @@ class Autoregressive(TokenSampling):
             # All passes of guidance read the same previous token; their outputs become one row of logits.
             previous = jnp.repeat(carry["previous"][:, None], passes, axis=0)
             position, zero = jnp.full_like(index, step), jnp.zeros_like(index)
-            target = Targets(previous, previous, index, position, zero, zero == 0)
+            target = Targets(previous, previous, index, position, zero, zero, zero == 0)
             hidden, cache = model.decode_step(target, decoder, carry["cache"], step)
             logits = logits_of(guided(hidden, weights)[:, 0])
             closing = modality.first_sentinel + 1 + carry["span"]

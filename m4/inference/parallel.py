@@ -211,7 +211,8 @@ class _Parallel(TokenSampling):
 def _grid_tokens(position, ids, valid, index: int, num_passes: int) -> Tokens:
     """Tokens of the grid with this index among modalities; all passes of guidance have the same."""
     shape = position.shape
-    values = (ids, jnp.full(shape, index), position, jnp.zeros(shape, jnp.int32), valid)
+    query = jnp.zeros(shape, jnp.int32)
+    values = (ids, jnp.full(shape, index), position, query, query, valid)
     return Tokens(*(jnp.repeat(x, num_passes, axis=0) for x in values))
 
 

@@ -109,10 +109,9 @@ def encode_each(tokenizer: Tokenizer, signals: Seq[Any]) -> tuple[list[np.ndarra
 
 
 class Context(NamedTuple):
-    """What is read beside a record: further images of its example, at addresses of their own, and labelled examples."""
+    """What is read beside a record: further images of its example, each an item of its own, and labelled examples."""
 
     others: tuple[Record, ...] = ()
-    addresses: tuple[int, ...] = (0,)  # the record's, then theirs
     shots: Packed = Packed.nothing()
 
 
@@ -160,7 +159,7 @@ def make_prompt(
             for name in [n for n in record if n in dropped and drops_to_sentinel and n not in tagged]:
                 if isinstance(m := modalities.named(name), Sequence):
                     row[name] = np.array([m.first_sentinel])
-            packed = pack([{**row, **own}, *query.others], query.addresses, modalities)
+            packed = pack([{**row, **own}, *query.others], range(1 + len(query.others)), modalities)
             rows.append(Packed.join([packed, query.shots], modalities))
     inputs, features = in_buckets(rows, modalities)
     zeros = np.zeros(len(records), np.int32)

@@ -132,14 +132,14 @@ def released(
 
 def num_parameters(config: ModelConfig, modalities: Modalities) -> int:
     """Parameters as ml-4m counts them: its decoder has two tables of all targets, one for inputs and one for logits,
-    and no embeddings of shots."""
+    and no embeddings of items."""
     model = nnx.eval_shape(lambda: Model(config, modalities, rngs=nnx.Rngs(0)))
     counts = {path[0]: 0 for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         counts[path[0]] += math.prod(x.shape)
     rows = {side: sum(m.vocab_size for m in modalities if getattr(m, side)) for side in ("is_input", "is_target")}
     tables = (rows["is_input"] + 2 * rows["is_target"]) * config.width
-    not_counted = ("token_embedding", "decoder_embedding", "output_embedding", "shot_embedding")
+    not_counted = ("token_embedding", "decoder_embedding", "output_embedding", "item_embedding")
     return tables + sum(count for name, count in counts.items() if name not in not_counted)
 
 
@@ -198,9 +198,11 @@ def masked_batch(
             previous, ids, masked = ids[:, :-1], ids[:, 1:], masked[:, 1:] | masked[:, :-1]
         targets.append((ids, previous, np.full_like(ids, modalities.index(name)), position, masked))
     ids, index, position, valid = _first(inputs, num_inputs)
-    packed = Tokens(ids, index, position, np.zeros_like(ids), valid)
+    query = np.zeros_like(ids)
+    packed = Tokens(ids, index, position, query, query, valid)
     ids, previous, index, position, valid = _first(targets, num_targets)
-    return MaskedBatch(packed, Targets(ids, previous, index, position, np.zeros_like(ids), valid), features)
+    query = np.zeros_like(ids)
+    return MaskedBatch(packed, Targets(ids, previous, index, position, query, query, valid), features)
 
 
 def _first(parts: list[tuple[np.ndarray, ...]], num_slots: int) -> list[np.ndarray]:

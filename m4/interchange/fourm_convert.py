@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from m4.adaptation.registers import Registers
-from m4.checkpoints.model_file import check_names, check_sizes, describe, read_description
+from m4.checkpoints.model_file import check_names, check_sizes, describe, named_as_today, read_description
 from m4.errors import closest
 from m4.files import remove_leftovers
 from m4.interchange import fourm
@@ -345,7 +345,7 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
     progress = tqdm(shapes, desc=f"writing {out.name}", unit="tensor", mininterval=1, disable=None)
     write(out, make_header(shapes, metadata), (pieces_of(name) for name in progress))
     unused = sum(math.prod(shape) for n, (_, shape) in kept.items() if n.endswith("token_emb.weight"))
-    total = sum(math.prod(shape) for n, shape in m4_shapes.items() if n != "shot_embedding") + unused
+    total = sum(math.prod(shape) for n, shape in m4_shapes.items() if n != "item_embedding") + unused
     return f"{out}: {total:,} parameters of the original, {len(modalities)} modalities, {len(file.entries)} tensors"
 
 
@@ -392,7 +392,7 @@ def to_4m(file: TensorFile, out: Path) -> str:
 
 def convert(source: Path, out: Path, declared: Seq[Modality] = ()) -> str:
     """Converts in either direction, by what `source` is. ValueError for damage, and for values that are not finite."""
-    file = TensorFile.read(source)
+    file = named_as_today(TensorFile.read(source))
     if out.exists() and out.resolve() == file.path.resolve():
         raise ValueError(f"{out} is the input itself; give another name")
     remove_leftovers(out.parent)

@@ -26,6 +26,11 @@ class ExampleMasking(abc.ABC):
         """Consecutive records of the data set that are one example, a list of them; 0: an example is one record."""
         return 0
 
+    @property
+    def num_items(self) -> int:
+        """Items of an example are numbered below this; 1: all tokens are of the query's first."""
+        return 1
+
     def num_vectors(self, num_inputs: int) -> int:
         """Rows that each modality of features has in a batch; 0: as many as are needed."""
         return 0

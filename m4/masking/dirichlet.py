@@ -337,4 +337,5 @@ def _pack(num_examples: int, length: int, parts) -> tuple[np.ndarray, ...]:
         for out, column in zip(packed, columns, strict=True):
             out.reshape(-1)[slot] = column
         filled += count
-    return *packed, np.zeros((num_examples, length), np.int32), np.arange(length) < filled[:, None]
+    zeros = np.zeros((num_examples, length), np.int32)  # all of them are the query's first item
+    return *packed, zeros, zeros, np.arange(length) < filled[:, None]

@@ -1,13 +1,13 @@
 """In-context examples: labelled examples and a query, packed into one budget of tokens.
 
-    address 2     rgb .....   caption d a x $               a shot: goes in whole
-    address 1     rgb .....   caption b l i c k e t $
-    address 0     rgb .....   caption S1                    the query: what S1 stands for is asked
+    item 2, example 2     rgb .....   caption d a x $               a labelled example: goes in whole
+    item 1, example 1     rgb .....   caption b l i c k e t $
+    item 0, example 0     rgb .....   caption S1                    the query: what S1 stands for is predicted
 
-Everything is a token with an address: the `shot` of its address says to which example a token belongs. Each further
-image of an example has an address of its own, and a text says [D_i] where it means the example's image i; that token
-has the image's address. [D_0] stands between a question and its answer, so that a text is one sequence of which the
-query keeps what comes before.
+Everything is a token with an address, which says to which `example` it belongs, and to which `item` (image, text or
+frame). Each further image of an example is an item of its own, and a text says [D_i] where it means the example's image
+i; that token belongs to the image's item. [D_0] stands between a question and its answer, so that a text is one
+sequence of which the query keeps what comes before.
 
 The task forms follow VL-ICL Bench (Zong et al. 2024) and M2IXT (Chen et al. 2023).
 """
@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Int
 
 from m4.masking.base import ExampleMasking
-from m4.tokens.batch import NUM_SHOTS, MaskedBatch, Targets, pad
+from m4.tokens.batch import MaskedBatch, Targets, pad
 from m4.tokens.modality import Features, Modalities, Modality, Sequence
 from m4.tokens.packing import ANSWER, Packed, Record, pack, stack
 
@@ -123,29 +123,29 @@ def inputs_of(shots: Seq[Shot]) -> dict[str, list[Any]]:
 
 
 def pack_shots(
-    shots: Seq[Seq[Record]], modalities: Modalities, *, budget: int, num_tokens: int = 0, first_address: int = 1
+    shots: Seq[Seq[Record]], modalities: Modalities, *, budget: int, num_tokens: int = 0, first_item: int = 1
 ) -> tuple[Packed, int]:
-    """Labelled examples at the addresses from `first_address` on, and how many of them there was no room for.
+    """Labelled examples, whose items are numbered from `first_item` on, and how many of them there was no room for.
 
-    What does not fit into `budget` tokens, or finds no address, is dropped whole, the oldest first.
+    What does not fit into `budget` tokens is dropped whole, the oldest first. The newest example is number 1.
     """
     kept: list[Packed] = []
-    address, used = first_address, 0
-    for records in reversed(shots):
-        if address + len(records) > NUM_SHOTS:
-            break
-        packed = pack(records, range(address, address + len(records)), modalities, num_tokens)
+    item, used = first_item, 0
+    for number, records in enumerate(reversed(shots), 1):
+        items = range(item, item + len(records))
+        packed = pack(records, items, modalities, example=number, num_tokens=num_tokens)
         if used + packed.columns.shape[1] > budget:
             break
         kept.append(packed)
-        used, address = used + packed.columns.shape[1], address + len(records)
+        used, item = used + packed.columns.shape[1], items.stop
     return Packed.join(kept, modalities), len(shots) - len(kept)
 
 
 def split_prompt_and_target(
-    stored: np.ndarray, m: Modality, address: int, modalities: Modalities, rng: np.random.Generator
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "5 m"]]:
-    """What is given of a predicted output, and its columns of targets (ids, previous, modality, position, shot).
+    stored: np.ndarray, m: Modality, item: int, example: int, modalities: Modalities, rng: np.random.Generator
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "6 m"]]:
+    """What is given of a predicted output, and its columns of targets (ids, previous, modality, position, item,
+    example).
 
     Of a text the question, up to where the answer begins, and a sentinel in its place; of a grid a random share.
     """
@@ -159,8 +159,8 @@ def split_prompt_and_target(
         known = rng.permutation(len(ids)) < rng.integers(len(ids))
         question, place = np.where(known, ids, -1), np.flatnonzero(~known)
         ids, previous = ids[place], np.full(len(place), -1)
-    own = [np.full(len(ids), modalities.index(m.name)), place, np.full(len(ids), address)]
-    return question, np.stack([ids, previous, *own]).astype(np.int32)
+    index, own = np.full(len(ids), modalities.index(m.name)), (np.full(len(ids), x) for x in (item, example))
+    return question, np.stack([ids, previous, index, place, *own]).astype(np.int32)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -173,13 +173,16 @@ class EpisodeMasking(ExampleMasking):
 
     A random number of examples goes in with their outputs, and the query's outputs are predicted. If labels of an
     episode are drawn to be balanced, the labelled ones tell what these others are not, and a task in which there is
-    little else to go by is not learned. Addresses are drawn, so that all of them are learned.
+    little else to go by is not learned. Items are numbered at random, so that all their addresses are learned.
     """
 
     num_examples: int = 9
     """Examples of an episode, the query included."""
     num_images: int = 1
     """Images of each example."""
+    max_items: int = 17
+    """Items are numbered below this, at random; at least `ModelConfig.max_items`, for all learned addresses to be
+    learned."""
     inputs: tuple[str, ...] = ("rgb",)
     """Signals or modalities that go in."""
     outputs: tuple[str, ...] = ("caption",)
@@ -200,10 +203,10 @@ class EpisodeMasking(ExampleMasking):
                 f"labelled={self.labelled} must be two rising numbers within [0, {self.num_examples - 1}]: of "
                 f"{self.num_examples} examples one is the query"
             )
-        if self.num_examples * self.num_images > NUM_SHOTS:
+        if self.num_records > self.max_items:
             raise ValueError(
-                f"{self.num_examples} examples of {self.num_images} images need more than the {NUM_SHOTS} addresses "
-                "that a model has"
+                f"{self.num_examples} examples of {self.num_images} images are {self.num_records} items, more than "
+                f"max_items={self.max_items}"
             )
         if not self.num_tokens or min(self.num_tokens) < 0:
             raise ValueError(f"num_tokens={self.num_tokens} must be numbers of at least 0, at least one")
@@ -211,6 +214,10 @@ class EpisodeMasking(ExampleMasking):
     @property
     def num_records(self) -> int:
         return self.num_examples * self.num_images
+
+    @property
+    def num_items(self) -> int:
+        return self.max_items
 
     def check(self, modalities: Modalities) -> None:
         for name in self.inputs:
@@ -223,8 +230,8 @@ class EpisodeMasking(ExampleMasking):
 
     def mask_one(
         self, records: Seq[Record], modalities: Modalities, rng: np.random.Generator, num_inputs: int, num_targets: int
-    ) -> tuple[Packed, Int[np.ndarray, "5 m"]]:
-        """One episode -> its input tokens, and columns of targets: ids, previous, modality, position, shot.
+    ) -> tuple[Packed, Int[np.ndarray, "6 m"]]:
+        """One episode -> its input tokens, and columns of targets: ids, previous, modality, position, item, example.
 
         Examples for which there is no room are left out, the oldest first.
         """
@@ -235,23 +242,24 @@ class EpisodeMasking(ExampleMasking):
         order = rng.permutation(len(examples) - 1)  # any may be labelled but the query
         labelled = {*order[:num_labelled].tolist()}
         kept = range(len(examples) - 1) if self.ask_all else sorted(labelled)
-        free = (1 + rng.permutation(NUM_SHOTS - 1)).tolist()
+        free = (1 + rng.permutation(self.max_items - 1)).tolist()
         reads = [modalities.as_input(name).name for name in self.inputs]
         asks = [modalities.as_target(name) for name in self.outputs]
         parts, targets, room_in, room_out = [], [], num_inputs, num_targets
-        for i in [len(examples) - 1, *reversed(kept)]:
+        for number, i in enumerate([len(examples) - 1, *reversed(kept)]):
             is_query = i == len(examples) - 1
-            addresses = [0, *free[: r - 1]] if is_query else free[:r]
-            free = free[len(addresses) - is_query :]
+            items = [0, *free[: r - 1]] if is_query else free[:r]
+            free = free[len(items) - is_query :]
             names = [*reads, *(modalities.as_input(name).name for name in self.outputs if i in labelled)]
             shown = [{n: e[n] for n in dict.fromkeys(names) if n in e} for e in examples[i]]
             wanted = []
             for m in asks if i not in labelled else ():
-                question, target = split_prompt_and_target(examples[i][0][m.name], m, addresses[0], modalities, rng)
+                stored = examples[i][0][m.name]
+                question, target = split_prompt_and_target(stored, m, items[0], number, modalities, rng)
                 shown[0].pop(m.name, None)
                 shown[0][m.name] = question
                 wanted.append(target)
-            part = pack(shown, addresses, modalities, 0 if is_query else num_tokens)
+            part = pack(shown, items, modalities, example=number, num_tokens=0 if is_query else num_tokens)
             count = sum(t.shape[1] for t in wanted)
             if part.columns.shape[1] > room_in or count > room_out:
                 if is_query:
@@ -263,7 +271,7 @@ class EpisodeMasking(ExampleMasking):
             parts.append(part)
             targets += wanted
             room_in, room_out = room_in - part.columns.shape[1], room_out - count
-        return Packed.join(parts, modalities), np.concatenate([np.zeros((5, 0), np.int32), *targets], axis=1)
+        return Packed.join(parts, modalities), np.concatenate([np.zeros((6, 0), np.int32), *targets], axis=1)
 
     def __call__(
         self, examples: Seq[Seq[Record]], modalities: Modalities, keys: Any, num_inputs: int, num_targets: int
@@ -278,5 +286,5 @@ class EpisodeMasking(ExampleMasking):
             if isinstance(m, Features) and m.name not in features:
                 features[m.name] = np.zeros((len(rows), num_inputs, m.size), m.dtype)
         counts = np.array([t.shape[1] for _, t in rows])
-        targets = [np.stack([pad([t[i]], num_targets) for _, t in rows]) for i in range(5)]
+        targets = [np.stack([pad([t[i]], num_targets) for _, t in rows]) for i in range(6)]
         return MaskedBatch(inputs, Targets(*targets, np.arange(num_targets) < counts[:, None]), features)

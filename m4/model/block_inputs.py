@@ -14,7 +14,8 @@ class TokenInfo(NamedTuple):
 
     modality: Int[Array, "*B T"]
     position: Int[Array, "*B T"]
-    shot: Int[Array, "*B T"]
+    item: Int[Array, "*B T"]
+    example: Int[Array, "*B T"]
     valid: Bool[Array, "*B T"]
 
 

@@ -29,6 +29,9 @@ class ModelConfig(BlockConfig):
     position_base: float = 10_000.0
     """Longest wavelength of the sine-cosine positions over 2 pi. A smaller one tells neighbours in small grids apart
     sooner."""
+    max_items: int = 17
+    """Items of a prompt (images and texts of the query and of labelled examples) that have learned addresses. A prompt
+    may hold more: the addresses of further ones are sines, of the same size."""
     decoder_within_modality: bool = True
     """Targets see only targets of their own modality; if false, those of earlier modalities too."""
     decoder_causal: bool = False
@@ -45,7 +48,8 @@ class ModelConfig(BlockConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.width, self.num_heads, self.encoder_depth, self.decoder_depth, self.hidden, self.unroll) < 1:
+        sizes = self.width, self.num_heads, self.encoder_depth, self.decoder_depth, self.hidden, self.max_items
+        if min(*sizes, self.unroll) < 1:
             raise ValueError(f"every size must be at least 1: {self}")
         kinds = [type(extension).__name__ for extension in self.extensions]
         if len({*kinds}) < len(kinds):

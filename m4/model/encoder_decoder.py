@@ -32,12 +32,12 @@ from m4.model.block_inputs import AttentionBias, BlockInputs, TokenInfo
 from m4.model.blocks import Block, DecoderBlock, EncoderBlock
 from m4.model.config import ModelConfig
 from m4.model.layers import LayerNorm, Linear
-from m4.model.positions import position_table
+from m4.model.positions import item_address, position_table
 from m4.model.stack import is_stack, stack, survival
 from m4.model.visibility import Visible
 from m4.model.xla import param_grads_first
-from m4.tokens.batch import NUM_SHOTS, MaskedBatch, Targets, Tokens
 from m4.tokens.batch import Array as TokenArray
+from m4.tokens.batch import MaskedBatch, Targets, Tokens
 from m4.tokens.modality import Features, Modalities, Sequence
 
 FeatureVectors = Mapping[str, Float[TokenArray, "B K F"]]  # by modality
@@ -107,7 +107,7 @@ class Model(nnx.Module):
         self.position_embedding = table(self.position_rows[-1])
         self.decoder_position_embedding = table(self.decoder_position_rows[-1])
 
-        self.shot_embedding = filled(NUM_SHOTS)
+        self.item_embedding = filled(c.max_items)
         self.mask_token = filled(1)
         self.registers = table(c.num_prefix_tokens)
         self.feature_projections = nnx.Dict(
@@ -143,7 +143,7 @@ class Model(nnx.Module):
             is_learned = jnp.asarray([m.learned_positions for m in self.modalities])[t.modality]
             where = jnp.where(is_learned[..., None], learned, where)
         modality = modality_table[...][jnp.asarray(modality_rows)[t.modality]]
-        return where + modality + self.shot_embedding[...][t.shot]
+        return where + modality + item_address(self.item_embedding[...], t.item, c.position_base)
 
     def input_address(self, inputs: Tokens) -> Float[Array, "B N D"]:
         return self._address(
@@ -231,11 +231,11 @@ class Model(nnx.Module):
         return self.encoder_norm(x), auxiliary
 
     def info(self, t: Tokens | Targets) -> TokenInfo:
-        return TokenInfo(*(jnp.asarray(x) for x in (t.modality, t.position, t.shot, t.valid)))
+        return TokenInfo(*(jnp.asarray(x) for x in (t.modality, t.position, t.item, t.example, t.valid)))
 
     def context_info(self, inputs: Tokens) -> TokenInfo:
         """Of registers, which are always valid, and inputs."""
-        none = (-1, 0, 0, True)
+        none = (-1, 0, 0, 0, True)
         pad = ((0, 0), (self.config.num_prefix_tokens, 0))
         return TokenInfo(
             *(jnp.pad(x, pad, constant_values=value) for x, value in zip(self.info(inputs), none, strict=True))
@@ -316,7 +316,7 @@ class Model(nnx.Module):
         c = self.config
         slot = jnp.broadcast_to(jnp.arange(targets.ids.shape[1]), targets.ids.shape)
         ordered = jnp.asarray([isinstance(m, Sequence) for m in self.modalities])[targets.modality]
-        segment = jnp.asarray(targets.modality) * NUM_SHOTS + targets.shot
+        segment = jnp.asarray(targets.item) * len(self.modalities) + targets.modality
         rank = jnp.where(ordered, targets.position, 0)
         if c.decoder_causal:
             rank = slot

@@ -1,6 +1,6 @@
 """Changes of a model, each a frozen dataclass in a file of its own.
 
-    ModelConfig(extensions=(LoRA(rank=8), SimilarityPrior(size=32)))
+    ModelConfig(extensions=(Registers(num=8), ...))
 
 An extension may add parts to the layers of each block (`wrap`), add parameters and modules of its own (`add`), change
 what the encoder reads (`inputs`), what its first blocks see (`first_blocks`), and what the decoder attends to

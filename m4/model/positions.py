@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
+from m4.tokens.batch import Array as TokenArray
 from m4.tokens.modality import Modalities, Modality, Sequence
 
 
@@ -32,3 +36,13 @@ def position_table(modalities: Modalities, width: int, base: float) -> tuple[np.
     tables = [positions_of(m, width, base) for m in modalities]
     first = np.cumsum([0, *(len(t) for t in tables)])[:-1]
     return np.concatenate(tables), first.astype(np.int32)
+
+
+def item_address(learned: Float[Array, "I D"], item: Int[TokenArray, "*B L"], base: float) -> Float[Array, "*B L D"]:
+    """Rows of a table for the items 0 to I - 1; beyond, sines and cosines with the root mean square of its values."""
+    num_items, width = learned.shape
+    frequency = np.float32(base) ** -(np.arange(width // 2, dtype=np.float32) / (width // 2))
+    angle = jnp.asarray(item)[..., None] * frequency.reshape(*[1] * item.ndim, -1)
+    size = jnp.sqrt(2 * jnp.mean(jax.lax.stop_gradient(learned) ** 2))
+    sines = size * jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return jnp.where((item < num_items)[..., None], learned[jnp.minimum(item, num_items - 1)], sines)

@@ -87,7 +87,7 @@ def group_embeddings(
 ) -> tuple[Float[Array, "B D"], Bool[Array, " B"]]:
     """Of the query's inputs of some modalities alone, and which rows have any."""
     of_group = jnp.asarray([m.name in names for m in model.modalities])[batch.inputs.modality]
-    inputs = batch.inputs._replace(valid=batch.inputs.valid & of_group & (batch.inputs.shot == 0))
+    inputs = batch.inputs._replace(valid=batch.inputs.valid & of_group & (batch.inputs.example == 0))
     # In no more slots than they can fill.
     needed = sum(m.max_tokens for m in model.modalities if m.name in names)
     first = jnp.argsort(~inputs.valid, axis=1, stable=True)[:, :needed]

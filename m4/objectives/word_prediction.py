@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float
 from m4.errors import closest
 from m4.model.encoder_decoder import Model, Outputs
 from m4.objectives.base import Objective
-from m4.tokens.batch import NUM_SHOTS, MaskedBatch, Targets
-from m4.tokens.modality import Modalities, Sequence
+from m4.tokens.batch import MaskedBatch, Targets
+from m4.tokens.modality import Sequence
 from m4.tokens.spans import is_sentinel
 
 PRIOR = "SimilarityPrior"  # the extension that estimates words (m4.in_context.similarity_prior)
@@ -40,32 +40,32 @@ class WordPrediction(Objective):
             )
 
     def totals(self, batch: MaskedBatch, model: Model) -> Array:
-        return jnp.maximum(captioned(batch, model.modalities, self.text).sum(), 1)
+        return jnp.maximum(captioned(batch, model, self.text).sum(), 1)
 
     def __call__(self, outputs: Outputs, part: MaskedBatch, totals: Any, loaded: Any):
-        modalities = outputs.model.modalities
-        in_part, words = captioned(part, modalities, self.text), outputs.context.observed[PRIOR].words
-        error = words_loss(words, part.targets, modalities.index(self.text), in_part)
+        in_part, words = captioned(part, outputs.model, self.text), outputs.context.observed[PRIOR].words
+        error = words_loss(words, part.targets, outputs.model.modalities.index(self.text), in_part)
         return error / totals, {"words/loss": error / totals}
 
 
-def captioned(batch: MaskedBatch, modalities: Modalities, name: str) -> Bool[Array, "B S"]:
-    """Addresses of which all of a text is predicted, by images alone and without examples: it is a caption."""
+def captioned(batch: MaskedBatch, model: Model, name: str) -> Bool[Array, "B S"]:
+    """Items of which all of a text is predicted, by images alone and without examples: it is a caption."""
+    modalities, num_items = model.modalities, model.config.max_items
     m, index = modalities.named(name), modalities.index(name)
     assert isinstance(m, Sequence), "words are those of a text"
-    of = lambda t, where: (where[..., None] * jax.nn.one_hot(t.shot, NUM_SHOTS)).any(1)  # noqa: E731
+    of = lambda t, where: (where[..., None] * jax.nn.one_hot(t.item, num_items)).any(1)  # noqa: E731
     t, x = batch.targets, batch.inputs
     predicted = t.valid & (t.modality == index)
     ends, begins = of(t, predicted & (t.ids == m.end_id)), of(t, predicted & (t.position == 0))
     is_text = jnp.asarray([isinstance(m, Sequence) for m in modalities])[x.modality]
     given = of(x, x.valid & is_text & ~is_sentinel(x, modalities))
-    has_examples = (x.valid & (x.shot > 0)).any(1, keepdims=True)
+    has_examples = (x.valid & (x.example > 0)).any(1, keepdims=True)
     return begins & ends & ~given & ~has_examples & of(x, x.valid & ~is_text)
 
 
 def words_loss(words: Float[Array, "B S V"], targets: Targets, index: int, is_captioned: Bool[Array, "B S"]) -> Array:
-    """The squared error of how often each word of modality `index` is said, summed over words and the addresses that
+    """The squared error of how often each word of modality `index` is said, summed over words and the items that
     are `is_captioned`."""
-    said = jnp.zeros_like(words).at[jnp.arange(len(words))[:, None], targets.shot, targets.ids]
+    said = jnp.zeros_like(words).at[jnp.arange(len(words))[:, None], targets.item, targets.ids]
     said = said.add(targets.valid & (targets.modality == index), mode="drop")
     return (((words - said) ** 2).sum(-1) * is_captioned).sum()

@@ -5,7 +5,8 @@ B batch, L tokens, K feature vectors, F values in one feature vector
     ids       3   7   0   1   9   0        id in the modality's own vocabulary (Features: row of features[name])
     modality  0   0   2   2   2   0        index in Modalities
     position  5   6  17   3  60   0        position within the modality
-    shot      0   0   0   0   0   0        0 = the query, 1.. = in-context examples
+    item      0   0   0   0   0   0        image, text or frame of the prompt: 0 = the query's first
+    example   0   0   0   0   0   0        0 = the query, 1.. = the labelled examples, from the newest on
     valid     T   T   T   T   T   F        False = padding
 """
 
@@ -22,7 +23,6 @@ from jaxtyping import Bool, Int, Num
 from m4.tokens.modality import Features, Modalities
 
 Array = jax.Array | np.ndarray
-NUM_SHOTS = 17  # addresses: the query, and up to 16 images of in-context examples
 
 
 class Tokens(NamedTuple):
@@ -31,7 +31,8 @@ class Tokens(NamedTuple):
     ids: Int[Array, "*B L"]
     modality: Int[Array, "*B L"]
     position: Int[Array, "*B L"]
-    shot: Int[Array, "*B L"]
+    item: Int[Array, "*B L"]
+    example: Int[Array, "*B L"]
     valid: Bool[Array, "*B L"]
 
 
@@ -45,7 +46,8 @@ class Targets(NamedTuple):
     previous: Int[Array, "*B L"]
     modality: Int[Array, "*B L"]
     position: Int[Array, "*B L"]
-    shot: Int[Array, "*B L"]
+    item: Int[Array, "*B L"]
+    example: Int[Array, "*B L"]
     valid: Bool[Array, "*B L"]
 
 

@@ -36,14 +36,14 @@ def coarse_to_fine(shape: tuple[int, ...]) -> Int[np.ndarray, " n"]:
 
 
 class Packed(NamedTuple):
-    """Columns of input tokens (ids, modality, position, shot) and the vectors that ids of features index."""
+    """Columns of input tokens (ids, modality, position, item, example) and the vectors that ids of features index."""
 
-    columns: Int[np.ndarray, "4 n"]
+    columns: Int[np.ndarray, "5 n"]
     features: dict[str, np.ndarray]  # stored [k F]
 
     @classmethod
     def nothing(cls) -> Packed:
-        return cls(np.zeros((4, 0), np.int32), {})
+        return cls(np.zeros((5, 0), np.int32), {})
 
     @classmethod
     def join(cls, parts: Seq[Packed], modalities: Modalities) -> Packed:
@@ -58,15 +58,17 @@ class Packed(NamedTuple):
         return cls(np.concatenate([nothing, *columns], axis=1), {n: np.concatenate(v) for n, v in features.items()})
 
 
-def pack(records: Seq[Record], addresses: Seq[int], modalities: Modalities, num_tokens: int = 0) -> Packed:
-    """One example, each of its images at its own address. `num_tokens`: at most this number of each image, coarse
-    to fine (0: all)."""
+def pack(
+    records: Seq[Record], items: Seq[int], modalities: Modalities, *, example: int = 0, num_tokens: int = 0
+) -> Packed:
+    """One example, each of its images an item of its own. `num_tokens`: of each image at most, coarse to fine
+    (0: all)."""
     columns, features = [], {}
-    for record, address in zip(records, addresses, strict=True):
+    for record, own_item in zip(records, items, strict=True):
         for name, stored in record.items():
             m = modalities.named(name.partition("#")[0])
             if isinstance(m, Sequence):
-                ids, place, shot = stored, np.arange(len(stored)), _addresses(stored, m, addresses, addresses[0])
+                ids, place, item = stored, np.arange(len(stored)), _items_of_text(stored, m, items)
             else:
                 place = np.arange(len(stored))
                 if 0 < num_tokens < len(stored):
@@ -74,12 +76,13 @@ def pack(records: Seq[Record], addresses: Seq[int], modalities: Modalities, num_
                     place = order[order < len(stored)][:num_tokens]
                 if isinstance(m, Grid):
                     place = place[stored[place] >= 0]  # -1: unknown tokens of a partial grid
-                ids, shot = stored[place], np.full(len(place), address)
+                ids, item = stored[place], np.full(len(place), own_item)
             if isinstance(m, Features):
                 # Ids of features are rows of the vectors so far, to which these are appended.
                 vectors = features.setdefault(name, [])
                 ids, _ = np.arange(len(place)) + sum(map(len, vectors)), vectors.append(ids)
-            columns.append(np.stack([ids, np.full(len(ids), modalities.index(m.name)), place, shot]))
+            index, number = np.full(len(ids), modalities.index(m.name)), np.full(len(ids), example)
+            columns.append(np.stack([ids, index, place, item, number]))
     nothing = Packed.nothing().columns
     return Packed(
         np.concatenate([nothing, *columns], axis=1).astype(np.int32),
@@ -87,13 +90,13 @@ def pack(records: Seq[Record], addresses: Seq[int], modalities: Modalities, num_
     )
 
 
-def _addresses(ids: np.ndarray, m: Sequence, addresses: Seq[int], own: int) -> np.ndarray:
-    """Addresses of a text's tokens: that of its example, but for declarations of images those of the images."""
+def _items_of_text(ids: np.ndarray, m: Sequence, items: Seq[int]) -> np.ndarray:
+    """Items of a text's tokens: the example's first, but for declarations of images those of the images."""
     declared = ids.astype(int) - m.first_declaration
-    shot = np.full(len(ids), own)
-    for i, address in enumerate(addresses, 1):
-        shot[(declared == i) & (i < m.num_declarations)] = address
-    return shot
+    item = np.full(len(ids), items[0])
+    for i, image in enumerate(items, 1):
+        item[(declared == i) & (i < m.num_declarations)] = image
+    return item
 
 
 def stack(
@@ -102,7 +105,7 @@ def stack(
     """Rows padded with invalid slots to Tokens [B length], and the stored features [B num_vectors F] of the
     continuous modalities that any row has."""
     counts = np.array([row.columns.shape[1] for row in rows])
-    columns = [np.stack([pad([row.columns[i]], length) for row in rows]) for i in range(4)]
+    columns = [np.stack([pad([row.columns[i]], length) for row in rows]) for i in range(5)]
     features = {}
     for m in modalities:
         if isinstance(m, Features) and any(m.name in row.features for row in rows):

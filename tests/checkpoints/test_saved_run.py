@@ -18,6 +18,7 @@ from m4.inference.parallel import MaskGIT
 from m4.inference.sampler import Sampler
 from m4.inference.scheme import Stage
 from m4.model.parameters import parameters
+from m4.registry import RENAMED_PARAMETERS
 from m4.tokens.tokenizer import load_tokenizer, tokenizer_hash
 
 SAVED = ROOT / "tests/data/runs_0.1"
@@ -26,6 +27,7 @@ EXPECTED = json.loads((SAVED / "expected.json").read_text())
 
 def check_parameters(model, sums: dict[str, list[float]], tolerance: float) -> None:
     found = {name: np.asarray(x, np.float64) for name, x in parameters(nnx.state(model, nnx.Param)).items()}
+    sums = {RENAMED_PARAMETERS.get(name, name): values for name, values in sums.items()}
     assert found.keys() == sums.keys()
     for name, x in found.items():
         np.testing.assert_allclose([x.sum(), np.square(x).sum()], sums[name], rtol=tolerance, atol=tolerance)

@@ -141,8 +141,7 @@ def test_settings_are_checked_and_saved():
     assert [both.tokens_of(t) for t in both.tasks] == [4, 16] and c.tokens_of(c.tasks[0]) == 4
     with pytest.raises(ValueError, match="one for each of 2 tasks"):
         dataclasses.replace(both, num_tokens=(4,))
-    with pytest.raises(ValueError, match="has 2 images an example: at most 7"):
-        FewShot(tasks=(OperatorInduction(form="interleaved"),))
+    FewShot(tasks=(OperatorInduction(form="interleaved"),))  # 18 items, more than a model has learned addresses
     with pytest.raises(ValueError, match="each task can be measured once"):
         FewShot(tasks=(SMALL, FastBinding()))
     with pytest.raises(ValueError, match="needs tasks"):

@@ -34,7 +34,7 @@ from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.objectives.masked_modeling import MaskedModeling
 from m4.objectives.word_prediction import WordPrediction, captioned, words_loss
-from m4.tokens.batch import NUM_SHOTS, Targets, Tokens, normalized
+from m4.tokens.batch import Targets, Tokens, normalized
 from m4.tokens.modality import Modalities
 from m4.tokens.packing import ANSWER, coarse_to_fine, pack
 from m4.training.optimizer import OptimizerConfig
@@ -62,7 +62,7 @@ def own(tokenizers):
 def model(own):
     config = ModelConfig(width=16, num_heads=2, encoder_depth=2, decoder_depth=2, hidden=24, embedding_scale=14.0)
     model = Model(config, own, rngs=nnx.Rngs(0))
-    model.shot_embedding[...] = 30 * model.shot_embedding[...]
+    model.item_embedding[...] = 30 * model.item_embedding[...]
     return model
 
 
@@ -101,11 +101,12 @@ def test_every_image_has_an_address_and_texts_refer_to_them(tokenizers, own):
     packed, dropped = pack_shots(
         [encode(s, tokenizers, own) for s in shots(2, question=question, images=2)], own, budget=1000
     )
-    ids, modality, position, address = packed.columns
+    ids, modality, position, address, example = packed.columns
     text = modality == own.index("caption")
     assert dropped == 0 and {*address[~text]} == {1, 2, 3, 4}
+    np.testing.assert_array_equal(example, np.where(address < 3, 1, 2))
     first = own.named("caption").first_declaration
-    # The newer example has addresses 1 and 2: its text the first, its declarations those of the images they mean.
+    # The newer example has items 1 and 2: its text the first, its declarations those of the images they mean.
     own_text, declared = text & np.isin(address, (1, 2)), ids - first
     assert address[own_text & (declared == 1)] == 1 and address[own_text & (declared == 2)] == 2
     assert {*address[own_text & ~np.isin(declared, (1, 2))]} == {1}
@@ -122,17 +123,17 @@ def test_every_image_has_an_address_and_texts_refer_to_them(tokenizers, own):
 def test_what_does_not_fit_is_dropped_whole_the_oldest_first(tokenizers, own, budget, num_tokens, count):
     examples = [encode(s, tokenizers, own) for s in shots(count)]
     packed, dropped = pack_shots(examples, own, budget=budget, num_tokens=num_tokens)
-    sizes = [pack(e, [1], own, num_tokens).columns.shape[1] for e in examples]
+    sizes = [pack(e, [1], own, num_tokens=num_tokens).columns.shape[1] for e in examples]
     kept = sizes[dropped:]
     assert packed.columns.shape[1] == sum(kept) <= budget
     assert not dropped or sum(sizes[dropped - 1 :]) > budget
     assert sorted({*packed.columns[3]}) == list(range(1, len(kept) + 1))
 
 
-def test_no_more_examples_than_addresses(tokenizers, own):
+def test_the_budget_alone_limits_the_number_of_examples(tokenizers, own):
     examples = [encode(s, tokenizers, own) for s in shots(20)]
     packed, dropped = pack_shots(examples, own, budget=10_000)
-    assert dropped == 20 - (NUM_SHOTS - 1) and packed.columns[3].max() == NUM_SHOTS - 1
+    assert dropped == 0 and {*packed.columns[3]} == {*packed.columns[4]} == {*range(1, 21)}
 
 
 def test_a_question_and_its_answer_are_one_text(tokenizers):
@@ -165,10 +166,11 @@ def test_what_is_asked_is_not_shown(tokenizers, own, seed, low, images, ask_all)
     question = ("is", 1, "so") if seed % 2 else None
     episode = records(tokenizers, own, seed, images=images, question=question)
     packed, targets = masking.mask_one(episode, own, np.random.default_rng(seed), 400, 120)
-    _, modality, _, address = packed.columns
+    _, modality, _, address, example = packed.columns
     text = modality == own.index("caption")
     asked = {*targets[4]}
     told = len({*address[text]} - asked)
+    assert len({*zip(address, example, strict=True)}) == len({*address}) and (example[address == 0] == 0).all()
     assert 0 in asked and low <= told <= 4 and len(asked) == (5 - told if ask_all else 1)
     assert len({*address[~text]}) == images * len({*address[text]})
     for a in asked:  # of an asked text: the question, if any, and a sentinel
@@ -196,13 +198,13 @@ def test_a_batch_of_episodes_and_ordinary_examples_is_each_alone(tokenizers, own
         alone = mask([item])
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(jax.tree.map(lambda x, i=i: x[i], whole)), strict=True):
             np.testing.assert_array_equal(a[0], b)
-    assert (whole.inputs.shot[::2] == 0).all() and (whole.inputs.shot[1::2] > 0).any()
+    assert (whole.inputs.item[::2] == 0).all() and (whole.inputs.item[1::2] > 0).any()
 
 
 def test_errors_of_episodes(tokenizers, own):
     with pytest.raises(ValueError, match=r"labelled=\(0, 9\).*within \[0, 8\]"):
         EpisodeMasking(labelled=(0, 9))
-    with pytest.raises(ValueError, match="more than the 17 addresses"):
+    with pytest.raises(ValueError, match="18 items, more than max_items=17"):
         EpisodeMasking(num_images=2)
     with pytest.raises(ValueError, match="unknown modality 'capton'.*caption"):
         EpisodeMasking(outputs=("capton",)).check(own)
@@ -231,7 +233,7 @@ def test_padding_changes_nothing(name, request, episode_batch):
     model, b = request.getfixturevalue(name), episode_batch
     expected = np.asarray(model(b))
     valid = b.inputs.valid
-    noise = Tokens(*(jnp.where(valid, x, 1) for x in b.inputs[:4]), valid)
+    noise = Tokens(*(jnp.where(valid, x, 1) for x in b.inputs[:-1]), valid)
     kept = np.asarray(b.targets.valid)
     np.testing.assert_array_equal(np.asarray(model(b._replace(inputs=noise)))[kept], expected[kept])
     # In between, behind every token.
@@ -248,11 +250,11 @@ def test_the_order_of_slots_carries_no_meaning_and_addresses_do(model, episode_b
     np.testing.assert_allclose(np.asarray(model(b._replace(inputs=shuffled)))[kept], expected[kept], atol=3e-6)
     # Examples that change places keep everything else, once all addresses look alike.
     alike = nnx.clone(model)
-    alike.shot_embedding[...] = jnp.zeros_like(alike.shot_embedding[...])
-    rename = np.concatenate([[0], 1 + rng.permutation(NUM_SHOTS - 1)])
+    alike.item_embedding[...] = jnp.zeros_like(alike.item_embedding[...])
+    rename = np.concatenate([[0], 1 + rng.permutation(model.config.max_items - 1)])
     moved = b._replace(
-        inputs=b.inputs._replace(shot=jnp.asarray(rename)[b.inputs.shot]),
-        targets=b.targets._replace(shot=jnp.asarray(rename)[b.targets.shot]),
+        inputs=b.inputs._replace(item=jnp.asarray(rename)[b.inputs.item]),
+        targets=b.targets._replace(item=jnp.asarray(rename)[b.targets.item]),
     )
     np.testing.assert_array_equal(np.asarray(alike(moved))[kept], np.asarray(alike(b))[kept])
     assert np.abs(np.asarray(model(moved)) - expected)[kept].max() > 1e-3
@@ -262,8 +264,8 @@ def test_no_gradient_from_one_examples_answer_to_another(model, episode_batch):
     """The decoder's inputs at address a reach its outputs at address a alone (and of a text what comes after them)."""
     b = episode_batch
     twice = Targets(*(jnp.concatenate([t, t], 1) for t in b.targets))
-    other = jnp.arange(twice.shot.shape[1]) >= b.targets.shot.shape[1]
-    b = b._replace(targets=twice._replace(shot=jnp.where(other[None], 1, twice.shot)))
+    other = jnp.arange(twice.item.shape[1]) >= b.targets.item.shape[1]
+    b = b._replace(targets=twice._replace(item=jnp.where(other[None], 1, twice.item)))
     context = model.encode(b.inputs, b.features)
     visible = model.decoder_visibility(b.targets)
     x = model.decoder_input(b.targets)
@@ -275,11 +277,11 @@ def test_no_gradient_from_one_examples_answer_to_another(model, episode_batch):
         info = model.context_info(b.inputs)
         inputs = BlockInputs(visible, model.info(b.targets), context.tokens, info, Visible.keys(info.valid))
         hidden, _ = model.run_blocks(model.decoder, x, inputs)
-        return (hidden * (b.targets.valid & (b.targets.shot == address))[..., None] ** 2).sum()
+        return (hidden * (b.targets.valid & (b.targets.item == address))[..., None] ** 2).sum()
 
     for address in (0, 1):
         gradient = np.abs(np.asarray(jax.grad(at)(x, address))).sum(-1)
-        same = np.asarray(b.targets.valid & (b.targets.shot == address))
+        same = np.asarray(b.targets.valid & (b.targets.item == address))
         assert (gradient[same] > 0).any() and (gradient[~same] == 0).all()
 
 
@@ -292,10 +294,10 @@ def test_the_query_reads_its_examples(model, episode_batch):
     def query(content):
         context = model.encode_embedded(content + address, address, b.inputs)
         hidden = model.decode(b.targets, context)
-        return (hidden * (b.targets.valid & (b.targets.shot == 0))[..., None]).std()
+        return (hidden * (b.targets.valid & (b.targets.example == 0))[..., None]).std()
 
     gradient = np.abs(np.asarray(jax.grad(query)(content))).sum(-1)
-    labelled = np.asarray(b.inputs.valid & (b.inputs.shot > 0))
+    labelled = np.asarray(b.inputs.valid & (b.inputs.example > 0))
     assert (gradient[labelled] > 0).all() and (gradient[~np.asarray(b.inputs.valid)] == 0).all()
 
 
@@ -330,7 +332,7 @@ def test_the_shot_encoder_alone_is_trained(own, tokenizers, episode_batch):
     backbone = [(p, x) for p, x in nnx.to_flat_state(nnx.state(tuned, nnx.Param)) if "shot_encoder" not in p[0]]
     nnx.update(plain, nnx.from_flat_state(backbone))
     b = episode_batch
-    is_query = b.inputs.valid & (b.inputs.shot == 0)
+    is_query = b.inputs.valid & (b.inputs.example == 0)
     alone = b._replace(inputs=b.inputs._replace(valid=is_query))
     np.testing.assert_array_equal(np.asarray(tuned(alone)), np.asarray(plain(alone)))
     assert np.abs(np.asarray(tuned(b)) - np.asarray(plain(b))).max() > 1e-4
@@ -372,7 +374,7 @@ def test_scores_are_those_of_each_candidate_alone(sampler, model, tokenizers, ow
     zeros = np.zeros((1, n), np.int32)
     targets = Targets(
         ids[None], np.array([[m.first_sentinel, *ids[:-1]]]), zeros + own.index("caption"), np.arange(n)[None], zeros,
-        np.ones((1, n), bool),
+        zeros, np.ones((1, n), bool),
     )  # fmt: skip
     hidden = model.decode(jax.tree.map(jnp.asarray, targets), model.encode(inputs, features))
     log = jax.nn.log_softmax(model.logits(hidden, "caption"))[0]
@@ -485,7 +487,7 @@ def test_matches_compare_images_of_labelled_examples(matching, tokenizers, own):
     inputs, features = jax.tree.map(jnp.asarray, in_buckets(rows, own))
     matches = matching.encode(inputs, features).observed["SimilarityPrior"]
     cosine = np.asarray(jnp.einsum("br,bcr->bc", matches.examples[:, 0], matches.keys))
-    address, valid = np.asarray(inputs.shot), np.asarray(inputs.valid)
+    address, valid = np.asarray(inputs.item), np.asarray(inputs.valid)
     alike, unlike = (np.unique(cosine[0][valid[0] & (address[0] == a)].round(4)) for a in (2, 1))
     assert len(alike) == len(unlike) == 1 and alike > 0.3 > unlike  # the older example shows what the query shows
     assert (cosine[0][~valid[0] | (address[0] == 0)] == 0).all() and (cosine[1] == 0).all()
@@ -508,7 +510,7 @@ def test_examples_are_read_separately_at_first(matching, episode_batch):
     """Before the last blocks, no example's tokens depend on another's: gradients are zero."""
     b = episode_batch
     x = matching.encoder_input(b.inputs, b.features)
-    address = np.asarray(jnp.pad(b.inputs.shot, ((0, 0), (2, 0))))
+    address = np.asarray(jnp.pad(b.inputs.item, ((0, 0), (2, 0))))
     valid = np.asarray(matching.context_info(b.inputs).valid)
     one = address[0].max()
 
@@ -535,7 +537,7 @@ def test_answers_with_matching_are_those_of_uncached_decoding(by_words, tokenize
     for row, ids in enumerate(results.tokens["caption"]):
         previous = np.append(m.first_sentinel, ids[:-1])
         n = len(ids)
-        targets = [ids, previous, np.full(n, name), np.arange(n), np.zeros(n, int), np.ones(n, bool)]
+        targets = [ids, previous, np.full(n, name), np.arange(n), np.zeros(n, int), np.zeros(n, int), np.ones(n, bool)]
         targets = Targets(*(jnp.asarray(np.stack([t] * 2)) for t in targets))
         hidden = matching.decode(targets, matching.encode(inputs, features))
         likeliest = np.asarray(matching.logits(hidden, "caption").argmax(-1))[row]
@@ -568,7 +570,7 @@ def test_texts_are_the_same_or_not(tokenizers, own):
     examples = [shot(0, "dax"), shot(1, "dax"), shot(2, "dax wug"), shot(3)]
     context, _ = pack_shots([encode(s, tokenizers, own) for s in examples], own, budget=999)
     inputs, _ = in_buckets([context], own)
-    same = np.asarray(same_text(inputs, jnp.asarray(inputs.modality == own.index("caption"))))[0]
+    same = np.asarray(same_text(inputs, jnp.asarray(inputs.modality == own.index("caption")), 17))[0]
     assert same[4, 3] and same.diagonal().all() and not same[4, 2] and not same[4, 1] and not same[2, 1]
 
 
@@ -582,10 +584,10 @@ def test_words_are_learned_from_whole_captions_of_pictures(by_words, tokenizers,
     rows = [{**encode(shot(i), tokenizers, own)[0], "caption": tokenizers["caption"].encode([t])[0]}
             for i, t in enumerate(texts)]  # fmt: skip
     batch = jax.tree.map(jnp.asarray, normalized(masking(rows, own, mask_keys(3), [masking.strategies] * 3), own))
-    there = np.asarray(captioned(batch, own, "caption"))
+    there = np.asarray(captioned(batch, by_words, "caption"))
     fits = np.array([len(r["caption"]) < 12 for r in rows])
     assert fits.tolist() == [True, False, True]
-    np.testing.assert_array_equal(there, fits[:, None] & (np.arange(NUM_SHOTS) == 0))
+    np.testing.assert_array_equal(there, fits[:, None] & (np.arange(17) == 0))
     words = np.asarray(by_words.encode(batch.inputs, batch.features).observed["SimilarityPrior"].words)
     said = np.stack([np.bincount(r["caption"], minlength=words.shape[-1]) for r in rows])
     expected = ((words[:, 0] - said) ** 2).sum(-1)[fits].sum()
@@ -596,12 +598,12 @@ def test_words_are_learned_from_whole_captions_of_pictures(by_words, tokenizers,
     # A caption that is partly told, that nothing shows, or an answer after examples teaches nothing.
     x, last = batch.inputs, jnp.arange(batch.inputs.ids.shape[1]) == 19
     told = x._replace(modality=jnp.where(last[None], index, x.modality), ids=jnp.where(last[None], 70, x.ids))
-    example = x._replace(shot=jnp.where(last[None], 3, x.shot))
+    example = x._replace(item=jnp.where(last[None], 3, x.item), example=jnp.where(last[None], 3, x.example))
     for inputs in (
         x._replace(valid=jnp.zeros_like(x.valid)),
         *(y._replace(valid=x.valid | last[None]) for y in (told, example)),
     ):
-        assert not captioned(batch._replace(inputs=inputs), own, "caption").any()
+        assert not captioned(batch._replace(inputs=inputs), by_words, "caption").any()
 
 
 @pytest.mark.slow  # of words alone; test_meshes has all else
@@ -646,9 +648,9 @@ def test_what_words_say_is_added_at_labels(by_words, tokenizers, own):
         by_words.encode(inputs, features).observed["SimilarityPrior"],
         by_words.config.extension(SimilarityPrior).size,
     )
-    assert found.weight.shape == (2, size + NUM_SHOTS)
+    assert found.weight.shape == (2, size + by_words.config.max_items)
     added = np.asarray(found.examples[0, 0, size:] @ found.keys[0, :, size:].T)
-    address, is_label = np.asarray(inputs.shot)[0], np.asarray(inputs.modality)[0] == own.index("caption")
+    address, is_label = np.asarray(inputs.item)[0], np.asarray(inputs.modality)[0] == own.index("caption")
     is_label &= np.asarray(inputs.valid)[0] & (address > 0)
     alike = np.asarray(found.examples[0, 0, size:])
     np.testing.assert_allclose(added, np.where(is_label, alike[address], 0), atol=1e-6)

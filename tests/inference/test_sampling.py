@@ -134,7 +134,7 @@ def uncached(model, records, modality, noise, modalities):
 
     @jax.jit
     def step(previous, t):
-        targets = Targets(previous, previous, index, position, 0 * index, index >= 0)
+        targets = Targets(previous, previous, index, position, 0 * index, 0 * index, index >= 0)
         hidden = model.decode(targets, model.encode(inputs, features))
         return (model.logits(hidden, modality.name)[:, t] + noise[t]).argmax(-1)
 
@@ -196,7 +196,7 @@ def first_logits(model, modalities, record, target="depth_tokens"):
     num = modalities.named(target).max_tokens
     position = jnp.arange(num)[None]
     index = jnp.full((1, num), modalities.index(target))
-    targets = Targets(0 * index, 0 * index - 1, index, position, 0 * index, index >= 0)
+    targets = Targets(0 * index, 0 * index - 1, index, position, 0 * index, 0 * index, index >= 0)
     return model.logits(model.decode(targets, model.encode(inputs, features)), target)
 
 

@@ -483,12 +483,13 @@ def test_a_masking_of_a_users_own_is_mixed_with_others(modalities, make_example)
             index, size = modalities.index("depth_tokens"), (len(examples), self.count)
             ids = np.stack([e["depth_tokens"][: self.count] for e in examples]).astype(np.int32)
             place = np.broadcast_to(np.arange(self.count, dtype=np.int32), size)
-            rest = np.full(size, index, np.int32), place, np.zeros(size, np.int32), np.ones(size, bool)
+            query = np.zeros(size, np.int32)
+            rest = np.full(size, index, np.int32), place, query, query, np.ones(size, bool)
             wide = [
                 np.pad(x, ((0, 0), (0, num_targets - self.count))) for x in (ids, np.full(size, -1, np.int32), *rest)
             ]
             empty = np.zeros((len(examples), num_inputs), np.int32)
-            return MaskedBatch(Tokens(empty, empty, empty, empty, empty > 0), Targets(*wide), {})
+            return MaskedBatch(Tokens(*[empty] * 5, empty > 0), Targets(*wide), {})
 
     targets = {m.name: 1.0 for m in modalities if not isinstance(m, Features)}
     strategy = Strategy(inputs={"rgb_tokens": 1.0}, targets=targets)

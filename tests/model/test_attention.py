@@ -37,7 +37,7 @@ def visibility_of(small_model, modalities):
 
 @pytest.fixture(scope="module")
 def targets(modalities):
-    """Grids and sequences of two shots, cut sequences, padding; [2 200]."""
+    """Grids and sequences of two items, cut sequences, padding; [2 200]."""
     grid, other, words = (modalities.index(name) for name in ("rgb_tokens", "depth_tokens", "caption"))
     rng, rows = np.random.default_rng(0), []
     for parts in (
@@ -45,14 +45,14 @@ def targets(modalities):
         [(words, 1, 140), (grid, 1, 1), (words, 0, 9)],
     ):
         columns = [[], [], []]
-        for modality, shot, count in parts:
+        for modality, item, count in parts:
             is_words = modality == words
             position = 3 + np.arange(count) if is_words else rng.permutation(count)
-            for column, part in zip(columns, (np.full(count, modality), position, np.full(count, shot)), strict=True):
+            for column, part in zip(columns, (np.full(count, modality), position, np.full(count, item)), strict=True):
                 column.extend(part)
         rows.append([np.pad(column, (0, 200 - len(column))) for column in columns] + [np.arange(200) < len(columns[0])])
-    modality, position, shot, valid = (jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True))
-    return Targets(position, position, modality, position, shot, valid)
+    modality, position, item, valid = (jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True))
+    return Targets(position, position, modality, position, item, item, valid)
 
 
 def compare(attention, visible, num_queries, num_keys, heads=2):

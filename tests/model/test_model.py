@@ -176,7 +176,9 @@ def test_cached_decoding_equals_uncached(model, modalities, make_example):
     length, caption = 6, modalities.index("caption")
     previous = jax.random.randint(jax.random.key(3), (3, length), 5, 30)
     position = jnp.broadcast_to(jnp.arange(length), (3, length))
-    full = Targets(previous, previous, jnp.full_like(previous, caption), position, 0 * previous, previous >= 0)
+    full = Targets(
+        previous, previous, jnp.full_like(previous, caption), position, 0 * previous, 0 * previous, previous >= 0
+    )
     expected = model.decode(full, context)
     apart = nnx.merge(*nnx.split(model))
     apart.unstack()

@@ -135,7 +135,7 @@ def test_each_group_is_encoded_by_itself(config, batch, modalities):
     in_place = batch.inputs._replace(valid=batch.inputs.valid & is_caption)  # among empty slots, not without them
     expected = encoder_outputs(model, in_place, batch.features)[1]
     np.testing.assert_allclose(group_embeddings(model, batch, ("caption",))[0], expected, atol=1e-5)
-    examples = batch._replace(inputs=batch.inputs._replace(shot=batch.inputs.shot + 1))
+    examples = batch._replace(inputs=batch.inputs._replace(example=batch.inputs.example + 1))
     assert not group_embeddings(model, examples, CONTRAST.a)[1].any()  # in-context examples are not the query
     captions = [np.asarray(group_embeddings(model, b, ("caption",))[0]) for b in (batch, other)]
     assert np.abs(captions[0] - captions[1]).max() > 1e-2
