@@ -15,7 +15,7 @@ from m4.data.stream import Stream
 from m4.distributed.hosts import join_processes, stop_signal
 from m4.distributed.mesh import check_sizes, part_of_batch, shard_batch
 from m4.distributed.worker_group import WorkerGroup
-from m4.evaluation.conditional_generation import check_evaluations, evaluate, sample_gallery
+from m4.evaluation.base import evaluate
 from m4.registry import to_json
 from m4.tokens.tokenizer import tokenizer_hash
 from m4.training import flops
@@ -39,7 +39,7 @@ def main(c, end: contextlib.ExitStack) -> None:
 
     # Raw data, tokenizers, token shards: each is skipped when it is there.
     team = WorkerGroup(index=jax.process_index(), count=jax.process_count())
-    saved = Checkpoints(c.folder / "checkpoints", c.keep_last, c.keep_every, c.skip_damaged)
+    saved = Checkpoints(c.folder / "checkpoints", c.checkpoints)
     sources = [c.init_from] if c.init_from else []
     sources += [source for objective in c.objectives for source in objective.sources]
     if sources and not saved.latest:
@@ -47,8 +47,8 @@ def main(c, end: contextlib.ExitStack) -> None:
         for source in sources:
             check_tokenizers(source, tokenizers)
     prepared = prepare(c.datasets, c.tokenizers, c.data_dir, seed=c.seed, team=team)
-    if team.index == 0:
-        check_evaluations(c)
+    for evaluator in c.evaluators if team.index == 0 else ():
+        evaluator.check_data(c)
 
     # The model, its optimizer and the example stream: from the last checkpoint, else from the start.
     loaded = trainer.place(loaded)
@@ -89,38 +89,41 @@ def main(c, end: contextlib.ExitStack) -> None:
 
     # Steps. SIGTERM (preemption) or Ctrl-C ends the run after the current step, with a checkpoint.
     metrics = Metrics(
-        c.folder, first_step=first_step, num_steps=c.num_steps, wandb=c.wandb,
+        c.folder, first_step=first_step, num_steps=c.num_steps, wandb=c.metrics.wandb,
         tokens_per_step=c.batch_size * (c.masking.num_inputs + c.masking.num_targets),
         flops_per_step=flops_per_step, peak_flops=peak,
     )  # fmt: skip
     health = Health(c.folder, saved, max_skipped=c.max_skipped)
+    scored = [evaluator for evaluator in c.evaluators if evaluator.after_training]
     before, stop, due = None, "", False
     with stop_signal() as stop_asked, finishing(stream.close, saved.close, metrics.close, kept=saved.kept):
         for step in range(first_step + 1, c.num_steps + 1):
-            if step == c.profile[0]:
+            if step == c.metrics.profile[0]:
                 jax.profiler.start_trace(str(c.folder / "profile"))
             health.reads(step, stream.next_example, c.batch_size)
             batch = metrics.wait_for(stream)
             with jax.set_mesh(mesh):
                 state, scalars = trainer.step(state, batch, step, loaded)
-            if step == c.profile[1]:
+            if step == c.metrics.profile[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
             stop = stop_asked(step)
-            if step % c.log_every == 0 or step == c.num_steps:
+            if step % c.metrics.log_every == 0 or step == c.num_steps:
                 metrics.write(step, jax.device_get(scalars))
             # Of the step before, for the devices never to wait for this process.
             if before is not None:
                 health.check(step - 1, before)
             before = scalars
             is_last = stop or step == c.num_steps
-            due = due or is_last or step % c.save_every == 0
+            due = due or is_last or step % c.checkpoints.save_every == 0
             saved.check()
             if due and health.may_save(step, scalars, is_last=is_last):
                 saved.save(step, state.parts(), {**stream.get_state(), "tokenizers": hashes}, to_json(c))
                 due = False
-            if c.gallery_every and step % c.gallery_every == 0 and jax.process_count() == 1:
-                metrics.picture(step, "samples", sample_gallery(c, trainer.trained(state), prepared.tokenizers, step))
+            if c.metrics.gallery_every and step % c.metrics.gallery_every == 0 and jax.process_count() == 1:
+                for evaluator in scored:
+                    samples = evaluator.samples(c, trainer.trained(state), prepared.tokenizers, step)
+                    metrics.picture(step, f"samples/{evaluator.name}", samples)
             if stop:
                 break
         if before is not None and not stop:
@@ -129,9 +132,9 @@ def main(c, end: contextlib.ExitStack) -> None:
         print(f"stopped by {stop}; the same command goes on from step {saved.latest}", flush=True)
 
     # Scores and pictures.
-    if not stop and c.evaluations and team.count == 1:
-        evaluate(c.folder)
-    elif not stop and c.evaluations:
+    for name in dict.fromkeys(e.name for e in scored) if not stop and team.count == 1 else ():
+        evaluate(c.folder, name)
+    if not stop and scored and team.count > 1:
         print(f"scores and pictures, by one process: python -m m4 evaluate {c.folder}", flush=True)
 
 

@@ -8,10 +8,12 @@ Expected cost, planned and not measured: 238,419 steps, 3.3e20 model FLOPs:
 38 chip-days of TPU v5e at 50% MFU, or 8 H100-days at 45%.
 """
 
+from m4.checkpoints.numbered import CheckpointConfig
 from m4.config import Config
 from m4.data.dataset import Dataset
 from m4.interchange import fourm
 from m4.masking.dirichlet import Masking, Strategy
+from m4.training.metrics import MetricsConfig
 from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.modalities.image import PixelPatchesRecipe
 from m4_tokenizers.modalities.stored import IdsRecipe
@@ -45,7 +47,6 @@ config = Config(
     batch_size=batch_size,
     num_workers=8,
     num_steps=round(NUM_TOKENS / tokens_per_step),
-    log_every=50,
-    save_every=1000,
-    keep_every=20_000,
+    checkpoints=CheckpointConfig(save_every=1000, keep_every=20_000),
+    metrics=MetricsConfig(log_every=50),
 )

@@ -78,7 +78,6 @@ config = dataclasses.replace(
     objectives=(MaskedModeling(weighting="token"), WordPrediction(text="caption")),
     batch_size=32,
     num_steps=800,
-    evaluations=(),
     evaluators=(
         FewShot(
             tasks=tuple(

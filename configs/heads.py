@@ -15,7 +15,7 @@ import dataclasses
 from m4.config import load_config
 from m4.data.dataset import Dataset
 from m4.data.sources.stamps import CATEGORIES, Stamps
-from m4.evaluation.conditional_generation import ConditionalTask
+from m4.evaluation.conditional_generation import ConditionalGeneration, ConditionalTask
 from m4.evaluation.measures.classes import ClassAccuracy, ClassMapAccuracy
 from m4.inference.parallel import MaskGIT
 from m4.masking.dirichlet import DirichletMasking, Strategy
@@ -51,23 +51,27 @@ config = dataclasses.replace(
     masking=dataclasses.replace(quickstart.masking, num_targets=65),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
     num_steps=300,
-    evaluations=(
-        ConditionalTask(
-            name="rgb_to_category",
-            inputs=("rgb",),
-            target="category",
-            scheme=best,
-            metric=ClassAccuracy(),
-            dataset="stamps",
+    evaluators=(
+        ConditionalGeneration(
+            tasks=(
+                ConditionalTask(
+                    name="rgb_to_category",
+                    inputs=("rgb",),
+                    target="category",
+                    scheme=best,
+                    metric=ClassAccuracy(),
+                    dataset="stamps",
+                ),
+                ConditionalTask(
+                    name="rgb_to_semseg",
+                    inputs=("rgb",),
+                    target="semseg",
+                    scheme=best,
+                    metric=ClassMapAccuracy(),
+                    dataset="stamps",
+                ),
+                *(dataclasses.replace(d, dataset="rehearsal") for d in quickstart.evaluators[0].tasks),
+            )
         ),
-        ConditionalTask(
-            name="rgb_to_semseg",
-            inputs=("rgb",),
-            target="semseg",
-            scheme=best,
-            metric=ClassMapAccuracy(),
-            dataset="stamps",
-        ),
-        *(dataclasses.replace(d, dataset="rehearsal") for d in quickstart.evaluations),
     ),
 )

@@ -10,7 +10,7 @@ painting many colours whatever the caption (see "shuffled" in docs/results.md).
 from m4.config import Config
 from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
-from m4.evaluation.conditional_generation import ConditionalTask
+from m4.evaluation.conditional_generation import ConditionalGeneration, ConditionalTask
 from m4.evaluation.measures.attributes import CaptionAttributes, ForegroundOverlap, ObjectColours
 from m4.evaluation.measures.boxes import BoxAccuracy
 from m4.evaluation.measures.depth import DepthAccuracy
@@ -66,37 +66,41 @@ config = Config(
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
     batch_size=64,
     num_steps=680,
-    evaluations=(
-        ConditionalTask(
-            name="rgb_to_depth",
-            inputs=("rgb",),
-            target="depth",
-            scheme=MaskGIT(steps=1, temperature=0),
-            metric=DepthAccuracy(),
-        ),
-        ConditionalTask(
-            name="rgb_to_caption",
-            inputs=("rgb",),
-            target="caption",
-            scheme=Autoregressive(),
-            metric=CaptionAttributes(),
-        ),
-        ConditionalTask(
-            name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), metric=BoxAccuracy()
-        ),
-        ConditionalTask(
-            name="caption_to_rgb",
-            inputs=("caption",),
-            target="rgb",
-            scheme=MaskGIT(steps=8, temperature=1.0, choice_temperature=1000.0),
-            metric=ObjectColours(),
-        ),
-        ConditionalTask(
-            name="depth_to_rgb",
-            inputs=("depth",),
-            target="rgb",
-            scheme=MaskGIT(steps=6, temperature=0.5),
-            metric=ForegroundOverlap(),
+    evaluators=(
+        ConditionalGeneration(
+            tasks=(
+                ConditionalTask(
+                    name="rgb_to_depth",
+                    inputs=("rgb",),
+                    target="depth",
+                    scheme=MaskGIT(steps=1, temperature=0),
+                    metric=DepthAccuracy(),
+                ),
+                ConditionalTask(
+                    name="rgb_to_caption",
+                    inputs=("rgb",),
+                    target="caption",
+                    scheme=Autoregressive(),
+                    metric=CaptionAttributes(),
+                ),
+                ConditionalTask(
+                    name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), metric=BoxAccuracy()
+                ),
+                ConditionalTask(
+                    name="caption_to_rgb",
+                    inputs=("caption",),
+                    target="rgb",
+                    scheme=MaskGIT(steps=8, temperature=1.0, choice_temperature=1000.0),
+                    metric=ObjectColours(),
+                ),
+                ConditionalTask(
+                    name="depth_to_rgb",
+                    inputs=("depth",),
+                    target="rgb",
+                    scheme=MaskGIT(steps=6, temperature=0.5),
+                    metric=ForegroundOverlap(),
+                ),
+            )
         ),
     ),
 )

@@ -9,10 +9,11 @@ of colour and shape that were not trained on): picture -> depth 0.84 (0.85), cap
 depth -> picture 0.82 (0.82); caption -> picture, by way of boxes, 0.84 (0.81).
 """
 
+from m4.checkpoints.numbered import CheckpointConfig
 from m4.config import Config
 from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
-from m4.evaluation.conditional_generation import ConditionalTask
+from m4.evaluation.conditional_generation import ConditionalGeneration, ConditionalTask
 from m4.evaluation.measures.attributes import CaptionAttributes, ForegroundOverlap, ObjectColours
 from m4.evaluation.measures.boxes import BoxAccuracy
 from m4.evaluation.measures.depth import DepthAccuracy
@@ -77,40 +78,44 @@ config = Config(
     average_decay=0.995,
     batch_size=64,
     num_steps=5000,
-    keep_every=1000,
-    eval_splits=("test", "heldout"),
-    evaluations=(
-        ConditionalTask(
-            name="rgb_to_depth",
-            inputs=("rgb",),
-            target="depth",
-            scheme=MaskGIT(steps=1, temperature=0),
-            metric=DepthAccuracy(),
-        ),
-        ConditionalTask(
-            name="rgb_to_caption",
-            inputs=("rgb",),
-            target="caption",
-            scheme=Autoregressive(),
-            metric=CaptionAttributes(),
-        ),
-        ConditionalTask(
-            name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), metric=BoxAccuracy()
-        ),
-        ConditionalTask(
-            name="caption_to_rgb",
-            inputs=("caption",),
-            intermediate=(Stage(target="boxes", scheme=Autoregressive(temperature=1.0, top_p=0.9)),),
-            target="rgb",
-            scheme=MaskGIT(steps=8, temperature=0.3, choice_temperature=1000.0),
-            metric=ObjectColours(),
-        ),
-        ConditionalTask(
-            name="depth_to_rgb",
-            inputs=("depth",),
-            target="rgb",
-            scheme=MaskGIT(steps=4, temperature=0.3, choice_temperature=1000.0),
-            metric=ForegroundOverlap(),
+    checkpoints=CheckpointConfig(keep_every=1000),
+    evaluators=(
+        ConditionalGeneration(
+            tasks=(
+                ConditionalTask(
+                    name="rgb_to_depth",
+                    inputs=("rgb",),
+                    target="depth",
+                    scheme=MaskGIT(steps=1, temperature=0),
+                    metric=DepthAccuracy(),
+                ),
+                ConditionalTask(
+                    name="rgb_to_caption",
+                    inputs=("rgb",),
+                    target="caption",
+                    scheme=Autoregressive(),
+                    metric=CaptionAttributes(),
+                ),
+                ConditionalTask(
+                    name="rgb_to_boxes", inputs=("rgb",), target="boxes", scheme=Autoregressive(), metric=BoxAccuracy()
+                ),
+                ConditionalTask(
+                    name="caption_to_rgb",
+                    inputs=("caption",),
+                    intermediate=(Stage(target="boxes", scheme=Autoregressive(temperature=1.0, top_p=0.9)),),
+                    target="rgb",
+                    scheme=MaskGIT(steps=8, temperature=0.3, choice_temperature=1000.0),
+                    metric=ObjectColours(),
+                ),
+                ConditionalTask(
+                    name="depth_to_rgb",
+                    inputs=("depth",),
+                    target="rgb",
+                    scheme=MaskGIT(steps=4, temperature=0.3, choice_temperature=1000.0),
+                    metric=ForegroundOverlap(),
+                ),
+            ),
+            splits=("test", "heldout"),
         ),
     ),
 )

@@ -13,6 +13,7 @@ import dataclasses
 
 from m4.config import load_config
 from m4.data.dataset import Dataset
+from m4.evaluation.conditional_generation import ConditionalGeneration
 from m4.evaluation.retrieval import Retrieval
 from m4.masking.dirichlet import DirichletMasking, Strategy
 from m4.objectives.contrastive import Contrast
@@ -54,6 +55,10 @@ config = dataclasses.replace(
     objectives=(MaskedModeling(), Contrast(a=("rgb_pixels",), b=("audio_tokens",))),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
     num_steps=1000,
-    evaluations=tuple(dataclasses.replace(d, dataset="rehearsal") for d in quickstart.evaluations),
-    evaluators=(Retrieval(a=("rgb",), b=("audio",), num_samples=77),),  # each unseen stamp once
+    evaluators=(
+        ConditionalGeneration(
+            tasks=tuple(dataclasses.replace(d, dataset="rehearsal") for d in quickstart.evaluators[0].tasks)
+        ),
+        Retrieval(a=("rgb",), b=("audio",), num_samples=77),  # each unseen stamp once
+    ),
 )

@@ -13,7 +13,7 @@ import dataclasses
 from m4.config import load_config
 from m4.data.dataset import Dataset
 from m4.data.sources.thermal import ThermalScenes
-from m4.evaluation.conditional_generation import ConditionalTask
+from m4.evaluation.conditional_generation import ConditionalGeneration, ConditionalTask
 from m4.evaluation.measures.attributes import ForegroundOverlap
 from m4.evaluation.measures.maps import MapAccuracy
 from m4.inference.parallel import MaskGIT
@@ -47,21 +47,25 @@ config = dataclasses.replace(
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
     num_steps=300,
-    evaluations=(
-        ConditionalTask(
-            name="rgb_to_thermal",
-            inputs=("rgb",),
-            target="thermal",
-            scheme=MaskGIT(steps=1, temperature=0),
-            metric=MapAccuracy(signal="thermal", tolerance=2.0),
+    evaluators=(
+        ConditionalGeneration(
+            tasks=(
+                ConditionalTask(
+                    name="rgb_to_thermal",
+                    inputs=("rgb",),
+                    target="thermal",
+                    scheme=MaskGIT(steps=1, temperature=0),
+                    metric=MapAccuracy(signal="thermal", tolerance=2.0),
+                ),
+                ConditionalTask(
+                    name="thermal_to_rgb",
+                    inputs=("thermal",),
+                    target="rgb",
+                    scheme=MaskGIT(steps=6, temperature=0.5),
+                    metric=ForegroundOverlap(),
+                ),
+                *quickstart.evaluators[0].tasks,
+            )
         ),
-        ConditionalTask(
-            name="thermal_to_rgb",
-            inputs=("thermal",),
-            target="rgb",
-            scheme=MaskGIT(steps=6, temperature=0.5),
-            metric=ForegroundOverlap(),
-        ),
-        *quickstart.evaluations,
     ),
 )

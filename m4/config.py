@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tyro
 
 from m4.checkpoints.hub import check_source
+from m4.checkpoints.numbered import CheckpointConfig
 from m4.data.dataset import Dataset
 from m4.distributed.mesh import MeshConfig
 from m4.errors import check_numbers, closest
 from m4.field_help import first_screen, parse
 from m4.files import locked, remove_leftovers, write_json
-from m4.inference.prompts import check_plan
 from m4.masking.dirichlet import Masking
 from m4.model.config import ModelConfig
 from m4.objectives.masked_modeling import MaskedModeling
-from m4.registry import PACKAGES, RENAMED, RENAMED_FIELDS, REPLACED_FIELDS, classes, config_in, to_json
+from m4.registry import PACKAGES, RENAMED, RENAMED_FIELDS, REPLACED_FIELDS, FreeToChange, classes, config_in, to_json
 from m4.tokens.modality import Modalities
+from m4.training.metrics import MetricsConfig
 from m4.training.optimizer import OptimizerConfig
 
 logger = logging.getLogger(__name__)
@@ -68,37 +70,19 @@ class Config:
     """What is read, mixed by weight. Each evaluation scores the first data set that has its signals."""
     tokenizers: tuple[Any, ...]
     """Recipes of tokenizers, in the order of the model's modalities (m4.tokens.tokenizer.Recipe)."""
-    evaluations: tuple[Any, ...] = ()
-    """What is scored after training (m4.evaluation.conditional_generation.ConditionalTask); () is nothing."""
-    eval_splits: tuple[str, ...] = ("test",)
-    """Splits that are scored. Pictures are made of the first."""
-    num_eval_samples: int = 512
-    """Examples of each split that are scored, at most."""
     evaluators: tuple[Any, ...] = ()
-    """What `python -m m4 evaluate --suite NAME` measures beside: classes of m4.evaluation, or of yours; a name that has
-    none here stands for its class with default values."""
+    """What is measured: ConditionalGeneration after training, all by `python -m m4 evaluate --suite NAME`, where a name
+    that has none here stands for its class of m4.evaluation with default values."""
     micro_batches: int = 1
     """Parts of a batch that are computed one after the other, to save memory. The gradient is the same."""
     num_workers: int = 0
     """Processes per host that read and mask examples; 0 uses threads."""
-    log_every: int = 20
-    """Steps between lines of metrics."""
-    save_every: int = 200
-    """Steps between checkpoints."""
-    keep_last: int = 2
-    """Newest checkpoints that are kept."""
-    keep_every: int = 0
-    """Checkpoints at multiples of this step are kept for good; 0 keeps only the newest."""
-    skip_damaged: bool = False
-    """Resume from the newest whole checkpoint where a newer one is damaged, instead of stopping."""
+    checkpoints: tyro.conf.OmitArgPrefixes[CheckpointConfig] = CheckpointConfig()
+    """When it is saved, and which checkpoints stay."""
+    metrics: tyro.conf.OmitArgPrefixes[MetricsConfig] = MetricsConfig()
+    """What is shown of training, and how often."""
     max_skipped: int = 20
     """Steps in a row with gradients that are not finite, after which the run stops."""
-    gallery_every: int = 0
-    """Steps between pictures of generated samples; 0 makes them at the end only."""
-    profile: tuple[int, int] = (0, 0)
-    """First and last step of a profile for TensorBoard or Perfetto; 0 0 is none."""
-    wandb: str = ""
-    """Project of Weights & Biases that metrics are sent to; "" is none."""
 
     @property
     def folder(self) -> Path:
@@ -111,22 +95,19 @@ class Config:
     def check(self) -> None:
         """All that can be known to be wrong before compute is spent."""
         check_numbers(self)
-        for field in ("micro_batches", "num_steps", "keep_last", "max_skipped", "num_eval_samples"):
+        for field in ("micro_batches", "num_steps", "max_skipped"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        for field in ("num_workers", "keep_every", "gallery_every"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 0")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be at least 0")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay={self.average_decay} must be at least 0 and less than 1")
         if self.init_from:
             check_source("init_from", self.init_from)
-        if not 0 <= self.profile[0] <= self.profile[1]:
-            raise ValueError(f"profile={self.profile} must be the first and the last step, in this order")
-        if self.gallery_every and not (self.evaluations and any(d.source is not None for d in self.datasets)):
-            raise ValueError("gallery_every needs evaluations, and a data set with raw examples")
-        if not self.eval_splits or len(set(self.eval_splits)) < len(self.eval_splits):
-            raise ValueError(f"eval_splits={self.eval_splits} must be different names, at least one")
+        if self.metrics.gallery_every and not (
+            any(e.after_training for e in self.evaluators) and any(d.source is not None for d in self.datasets)
+        ):
+            raise ValueError("gallery_every needs ConditionalGeneration as evaluator, and a data set with raw examples")
         self.masking.check(self.modalities)
         kinds = [objective.name for objective in self.objectives]
         if not kinds or len({*kinds}) < len(kinds):
@@ -136,21 +117,8 @@ class Config:
         labels = [d.label for d in self.datasets]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"a run needs data sets of different names, and has {labels}; set Dataset(name=...)")
-        names = [d.name for d in self.evaluations]
-        if len(set(names)) < len(names):
-            raise ValueError(f"evaluations must have different names, and have {names}")
-        for direction in self.evaluations:
-            try:
-                check_plan(direction.stages, direction.inputs, self.modalities)
-            except ValueError as error:
-                raise ValueError(f"evaluation {direction.name}: {error}") from error
-            if direction.dataset and direction.dataset not in labels:
-                near = closest(direction.dataset, labels)
-                raise ValueError(f"evaluation {direction.name}: no data set {direction.dataset!r}; {near}")
-        known = getattr(self.datasets[0].source, "splits", ())
-        for split in self.eval_splits if isinstance(known, tuple) and known else ():  # a mapping renames some splits
-            if split not in known:
-                raise ValueError(f"eval_splits: {labels[0]} has no split {split!r}; {closest(split, known)}")
+        for evaluator in self.evaluators:
+            evaluator.check_config(self)
         maskings = [dataset.masked_by(self.masking) for dataset in self.datasets]
         for masking in maskings:
             masking.check(self.modalities)
@@ -161,28 +129,9 @@ class Config:
             )
 
 
-# What may differ between a run's config.json and the config that it is resumed with.
-FREE_TO_CHANGE = (
-    "batch_size",
-    "skip_damaged",
-    "log_every",
-    "save_every",
-    "workdir",
-    "data_dir",
-    "mesh",
-    "evaluations",
-    "eval_splits",
-    "evaluators",
-    "num_eval_samples",
-    "num_workers",
-    "micro_batches",
-    "keep_last",
-    "keep_every",
-    "max_skipped",
-    "gallery_every",
-    "profile",
-    "wandb",
-)
+# What may differ between the config.json of a run and the config that it is resumed with, beside parts that are
+# FreeToChange.
+FREE_TO_CHANGE = ("batch_size", "workdir", "data_dir", "mesh", "num_workers", "micro_batches", "max_skipped")
 
 # What is said of those that change what is learned; num_steps may only grow.
 CHANGES = {
@@ -197,6 +146,9 @@ MOST_USED = (
     "model.decoder_depth", "model.dtype", "optimizer.learning_rate", "optimizer.warmup_steps", "mesh.data", "mesh.fsdp",
     "mesh.tensor", "masking.num_inputs", "masking.num_targets",
 )  # fmt: skip
+
+# Of m4 0.1 -> of today.
+MOVED_OPTIONS = {"--num-eval-samples": "--evaluators.0.num-samples", "--eval-splits": "--evaluators.0.splits"}
 
 
 def load_config(path: str, attribute: str = "config") -> Any:
@@ -263,6 +215,9 @@ def from_cli(description: str, argv: list[str] | None = None) -> Any:
     config = load_config(argv[0])
     if not isinstance(config, Config):
         raise ValueError(f"{argv[0]}: config must be an m4.config.Config, not {type(config).__name__}")
+    for old, new in MOVED_OPTIONS.items():
+        if any(arg.partition("=")[0].replace("_", "-") == old for arg in argv[1:]):
+            raise ValueError(f"since m4 0.2 {old} is {new}")
     help_text = (
         f"{description}\n\nMost used, with their values here; all fields follow:\n{first_screen(config, MOST_USED)}"
     )
@@ -291,9 +246,9 @@ def use_workdir(config: Config) -> Iterator[None]:
 def save_or_check(config: Config) -> None:
     """Writes config.json into the run's folder, or checks that the run there is the same one."""
     file = config.folder / "config.json"
-    new = to_json(config)
     if file.exists():
-        old = to_json(config_in(config.folder))  # a field that is newer than the run has its default
+        # A field that is newer than the run has its default.
+        old, new = (to_json(c, without=FreeToChange) for c in (config_in(config.folder), config))
         for field in new:
             longer = field == "num_steps" and new[field] > old[field]
             if field not in FREE_TO_CHANGE and not longer and old[field] != new[field]:
@@ -307,7 +262,7 @@ def save_or_check(config: Config) -> None:
             if old[field] != new[field]:
                 logger.info(f"{field} was {old[field]} and is {new[field]}: {says}")
     try:
-        write_json(file, new)
+        write_json(file, to_json(config))
     except OSError as error:
         raise ValueError(
             f"cannot write into workdir {config.folder}: {error.strerror}; give another --workdir"

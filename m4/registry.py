@@ -22,6 +22,10 @@ from m4.files import read_json, shown
 PACKAGES = ("m4", "m4_tokenizers")
 
 
+class FreeToChange:
+    """Base of those parts of a config that change nothing of what a model learns: a resumed run may have others."""
+
+
 @functools.cache
 def components() -> dict[str, importlib.metadata.EntryPoint]:
     """Classes that a saved file may name: the entry-point group m4.components (never a pickle)."""
@@ -53,6 +57,8 @@ UPGRADES = {
     "Config": "m4.interchange.version_0_1:config_fields", "ModelConfig": "m4.interchange.version_0_1:model_fields",
     "Dataset": "m4.interchange.version_0_1:dataset_fields",
 }  # fmt: skip
+CHECKPOINT_FIELDS = ("save_every", "keep_last", "keep_every", "skip_damaged")
+METRICS_FIELDS = ("log_every", "gallery_every", "profile", "wandb")
 # Python code with these is told what to write instead.
 REPLACED_FIELDS = {
     "loss": "objectives=(MaskedModeling(weighting=...),)",
@@ -62,6 +68,11 @@ REPLACED_FIELDS = {
     "contrast": "objectives=(MaskedModeling(), Contrast(...))",
     "fewshot": "evaluators=(FewShot(...),)",
     "retrieval": "evaluators=(Retrieval(...),)",
+    "evaluations": "evaluators=(ConditionalGeneration(tasks=...),)",
+    "eval_splits": "evaluators=(ConditionalGeneration(splits=...),)",
+    "num_eval_samples": "evaluators=(ConditionalGeneration(num_samples=...),)",
+    **{name: f"checkpoints=CheckpointConfig({name}=...)" for name in CHECKPOINT_FIELDS},
+    **{name: f"metrics=MetricsConfig({name}=...)" for name in METRICS_FIELDS},
     "strategies": "masking=DirichletMasking(strategies=...)",
     "shots": "masking=EpisodeMasking(...)",
     "qkv_bias": 'biases=("qkv",)',
@@ -102,15 +113,16 @@ def _name_of(cls: type) -> str:
     return names[0] if names else cls.__qualname__
 
 
-def to_json(value: Any) -> Any:
-    """Dataclasses -> {"component": name, field: ...}, recursively; tuples become lists."""
+def to_json(value: Any, *, without: type | tuple[type, ...] = ()) -> Any:
+    """Dataclasses -> {"component": name, field: ...}, recursively; tuples become lists. `without`: classes whose
+    instances are left out."""
     if dataclasses.is_dataclass(value):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"component": _name_of(type(value)), **fields}
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return {"component": _name_of(type(value)), **to_json(fields, without=without)}
     if isinstance(value, dict):
-        return {k: to_json(v) for k, v in value.items()}
+        return {k: to_json(v, without=without) for k, v in value.items() if not isinstance(v, without)}
     if isinstance(value, list | tuple):
-        return [to_json(v) for v in value]
+        return [to_json(v, without=without) for v in value if not isinstance(v, without)]
     return value
 
 

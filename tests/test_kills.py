@@ -25,7 +25,7 @@ from m4.checkpoints.runs import load_run
 from m4.config import load_config
 
 pytestmark = pytest.mark.slow
-SIZES = ["--num-steps", "8", "--save-every", "2", "--num-eval-samples", "4"]
+SIZES = ["--num-steps", "8", "--save-every", "2", "--evaluators.0.num-samples", "4"]
 COUNT = {"kills": 0}
 
 

@@ -75,7 +75,6 @@ config = dataclasses.replace(
     model=dataclasses.replace(tiny.model, extensions=(StarScale(),)),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, train=StarScale.parameters),
     evaluators=(StarSpread(),),
-    evaluations=(),
     num_steps=4,
 )
 """

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+from m4.checkpoints.numbered import CheckpointConfig
 from m4.config import Config, load_config
 from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
 from m4.model.config import ModelConfig
+from m4.training.metrics import MetricsConfig
 from m4_tokenizers.modalities.boxes import BoxRecipe
 from m4_tokenizers.modalities.depth import DepthRecipe
 from m4_tokenizers.modalities.image import ImageRecipe, PixelPatchesRecipe
@@ -29,8 +31,7 @@ config = dataclasses.replace(
     model=ModelConfig(width=32, num_heads=2, encoder_depth=1, decoder_depth=1, hidden=32),
     batch_size=16,
     num_steps=100,
-    log_every=1,
-    save_every=4,
-    eval_splits=("test", "heldout"),
-    num_eval_samples=12,
+    checkpoints=CheckpointConfig(save_every=4),
+    metrics=MetricsConfig(log_every=1),
+    evaluators=(dataclasses.replace(quickstart.evaluators[0], splits=("test", "heldout"), num_samples=12),),
 )

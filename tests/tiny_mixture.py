@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from m4.checkpoints.numbered import CheckpointConfig
 from m4.config import Config, load_config
 
 tiny: Config = load_config("tests/tiny_config.py")
@@ -19,7 +20,7 @@ config = dataclasses.replace(
     ),
     tokenizers=(*tiny.tokenizers[:3], *mixture.tokenizers[3:]),
     masking=mixture.masking,
-    evaluations=(),
+    evaluators=(),
     num_steps=12,
-    save_every=6,
+    checkpoints=CheckpointConfig(save_every=6),
 )

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from m4.checkpoints.model_file import check_names, named_as_today
+from m4.checkpoints.model_file import check_names
+from m4.checkpoints.renamed_parameters import named_as_today
 from m4.errors import closest
 from m4.model.encoder_decoder import Model
 from m4.model.extensions import Extension

@@ -6,7 +6,6 @@ tensors    by the parameters' paths: encoder.0.attention.query.kernel, ...
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -17,11 +16,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from m4.checkpoints.renamed_parameters import named_as_today
 from m4.files import parse_json, shown
 from m4.model.config import ModelConfig
 from m4.model.encoder_decoder import Model
 from m4.model.parameters import abstract, from_parameters, parameters
-from m4.registry import RENAMED_PARAMETERS, from_json, to_json
+from m4.registry import from_json, to_json
 from m4.tensor_file import DTYPE_NAMES, DTYPES, SEAL, TensorFile, make_header, write
 from m4.tokens.modality import Features, Grid, Modalities
 
@@ -106,12 +106,6 @@ def model_in(file: TensorFile) -> Model:
     check_names(file, {name: x.shape for name, x in expected.items()}, [n for n in file.entries if ":" in n])
     array_of = lambda name: file.check_finite(name, file.tensor(name).astype(np.float32))  # noqa: E731
     return nnx.merge(graph, from_parameters(state, array_of))
-
-
-def named_as_today(file: TensorFile) -> TensorFile:
-    """A file of parameters with today's names of those that m4 0.1 called otherwise."""
-    entries = {RENAMED_PARAMETERS.get(name, name): entry for name, entry in file.entries.items()}
-    return dataclasses.replace(file, entries=entries)
 
 
 def check_names(file: TensorFile, expected: dict[str, tuple[int, ...]], optional: Iterable[str]) -> None:

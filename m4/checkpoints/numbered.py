@@ -27,13 +27,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint._src.path import atomicity
 
+from m4.checkpoints.renamed_parameters import old_names, renamed
 from m4.command_line import system_error
 from m4.files import DIGESTS, check_digests, naming, read_json, shown, sync, write_digests
-from m4.registry import RENAMED_PARAMETERS
+from m4.registry import FreeToChange
 
 logger = logging.getLogger(__name__)
 
@@ -153,34 +153,17 @@ def _restore(manager: ocp.CheckpointManager, step: int, args: Mapping[str, Any])
     tasks behind whose own tracebacks would be printed when they are deleted.
     """
     _silence_tasks()
-    old = {item: _old_names(Path(manager.directory) / str(step) / item) for item in args}
+    old = {item: old_names(Path(manager.directory) / str(step) / item) for item in args}
     args = {
-        item: ocp.args.StandardRestore(_renamed(arg.item, names)) if (names := old[item]) else arg
+        item: ocp.args.StandardRestore(renamed(arg.item, names)) if (names := old[item]) else arg
         for item, arg in args.items()
     }
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**args))
         back = {item: {name: new for new, name in names.items()} for item, names in old.items()}
-        return {item: _renamed(restored[item], back[item]) if old[item] else restored[item] for item in args}, None
+        return {item: renamed(restored[item], back[item]) if old[item] else restored[item] for item in args}, None
     except Exception as error:
         return None, error if _is_own_error(error) else RuntimeError(_first_line(error))
-
-
-def _old_names(item: Path) -> dict[str, str]:
-    """Names of parameters of today -> those of m4 0.1 that a saved item has in their place."""
-    metadata = item / "_METADATA"
-    text = metadata.read_text(encoding="utf-8", errors="replace") if metadata.is_file() else ""
-    return {new: old for old, new in RENAMED_PARAMETERS.items() if f"'{old}'" in text}
-
-
-def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
-    """A tree of parameters, or of an optimizer, with other keys."""
-    if isinstance(tree, nnx.State):
-        return nnx.from_flat_state([((names.get(top, top), *rest), x) for (top, *rest), x in nnx.to_flat_state(tree)])
-    if isinstance(tree, tuple | list):
-        values = [_renamed(value, names) for value in tree]
-        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
-    return tree
 
 
 @contextlib.contextmanager
@@ -216,22 +199,35 @@ def _silence_tasks() -> None:
     sys.unraisablehook = hook
 
 
-@dataclasses.dataclass
-class Checkpoints:
-    """Numbered checkpoints in a folder, written in the background, complete or not at all.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(FreeToChange):
+    """When a run is saved, and which checkpoints stay."""
 
-    It keeps the last `keep_last`, and those of every `keep_every` steps (0: no others). Call `close` when done.
-    skip_damaged: damaged steps are put aside and the newest whole one is taken; without it, ValueError names the file,
-    the step and the newest one that is whole.
-    """
-
-    folder: Path
+    save_every: int = 200
+    """Steps between checkpoints."""
     keep_last: int = 2
+    """Newest checkpoints that are kept."""
     keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for good; 0 keeps only the newest."""
     skip_damaged: bool = False
+    """Resume from the newest whole checkpoint where a newer one is damaged, instead of stopping."""
 
     def __post_init__(self):
-        self.folder = self.folder.absolute()
+        if self.keep_last < 1 or self.keep_every < 0:
+            raise ValueError(
+                f"keep_last={self.keep_last} must be at least 1, and keep_every={self.keep_every} at least 0"
+            )
+
+
+class Checkpoints:
+    """Numbered checkpoints in a folder, written in the background, complete or not at all. Call `close` when done.
+
+    With `skip_damaged`, damaged steps are put aside and the newest whole one is taken; without it, ValueError names the
+    file, the step and the newest one that is whole.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig = CheckpointConfig()):
+        self.folder, self.config = folder.absolute(), config
         self._choose()
         self._open()
         self._batches: list[list[int]] = []  # [number of steps, batch size] of all steps so far
@@ -240,7 +236,7 @@ class Checkpoints:
 
     def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep_last, keep_period=self.keep_every or None, cleanup_tmp_directories=True,
+            max_to_keep=self.config.keep_last, keep_period=self.config.keep_every or None, cleanup_tmp_directories=True,
             temporary_path_class=StepWithDigests, lightweight_initialize=True,
         )  # fmt: skip
         self.manager = ocp.CheckpointManager(LiteralPath(self.folder), options=options)
@@ -254,7 +250,7 @@ class Checkpoints:
                     check_step(self.folder / str(steps[-1]))
                     break
                 except ValueError as error:
-                    if not self.skip_damaged or len(steps) == 1:
+                    if not self.config.skip_damaged or len(steps) == 1:
                         failure = explain(self.folder, steps[-1], error)
                         break
                     self._put_aside(steps[-1], error)
@@ -352,7 +348,7 @@ class Checkpoints:
                 raise error
             self._batches = _batches(step, restored["data"], restored["config"])
         except (ValueError, TypeError, LookupError, RuntimeError) as error:
-            if not self.skip_damaged or len(steps_in(self.folder)) == 1 or jax.process_count() > 1:
+            if not self.config.skip_damaged or len(steps_in(self.folder)) == 1 or jax.process_count() > 1:
                 raise explain(self.folder, step, error) from error
             self.manager.close()
             self._put_aside(step, error)

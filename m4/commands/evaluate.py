@@ -1,7 +1,7 @@
 """RUN [--suite NAME] [--out DIR]: scores a trained model.
 
-directions  generation of one signal from others, as the config's `evaluations` say, on held-out
-            examples: metrics.json, gallery.png
+directions  generation of one signal from others (ConditionalGeneration), on held-out examples:
+            metrics.json, gallery.png
 fewshot     tasks that labelled examples in the prompt define, against the number of examples and
             beside controls: fewshot.json, .md, .png
 probes      labels predicted from the frozen encoder's embeddings, by nearest neighbours and by a

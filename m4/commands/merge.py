@@ -23,7 +23,7 @@ from m4.adaptation.interpolation import interpolate
 from m4.checkpoints.runs import check_tokenizers, load_run, replacing_run
 from m4.command_line import parser_of
 from m4.errors import need
-from m4.evaluation.conditional_generation import examples_of, score_all
+from m4.evaluation.conditional_generation import ConditionalGeneration, score_all
 from m4.inference.sampler import Sampler
 
 
@@ -36,11 +36,12 @@ def sweep(
     a, b = load_run(run_a), load_run(run_b)
     if not alphas or not all(math.isfinite(x) for x in alphas):
         raise ValueError(f"alphas must be finite numbers, at least one; got {list(alphas)}")
-    if not b.config.evaluations:
-        raise ValueError(f"the config of {run_b} names no evaluations")
+    generation = next((e for e in b.config.evaluators if isinstance(e, ConditionalGeneration)), None)
+    if generation is None:
+        raise ValueError(f"the config of {run_b} has no ConditionalGeneration in its evaluators")
     check_tokenizers(run_a, b.tokenizers)
     interpolate(a.model, b.model, alphas[0])  # ValueError for models that do not fit, before any work
-    examples = {split: examples_of(b.config, [split]) for split in ("validation", "test")}
+    examples = {split: generation.examples(b.config, [split]) for split in ("validation", "test")}
 
     def score(alpha: float, split: str) -> dict[str, float]:
         sampler, normalised = Sampler(interpolate(a.model, b.model, alpha), b.tokenizers), {}

@@ -19,12 +19,14 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 import m4.evaluation
 from m4.checkpoints.runs import TrainedModel, load_run
 from m4.errors import check_seed, closest
 from m4.files import replacing, write_atomically
 from m4.pictures import write_png
-from m4.registry import components
+from m4.registry import FreeToChange, components
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +55,25 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluator(abc.ABC):
+class Evaluator(FreeToChange, abc.ABC):
     """One way to score a trained model. Only `run` must be defined."""
 
     name: ClassVar[str]
     """What `--suite` calls it, and its files are called."""
+    after_training: ClassVar[bool] = False
+    """Whether a run ends with it, and shows its `samples` along the way."""
 
     def check(self) -> None:
         """ValueError for what is missing, before the model is loaded."""
+
+    def check_config(self, config: Any) -> None:
+        """ValueError for what does not fit the config of a run, before any work."""
+
+    def check_data(self, config: Any) -> None:
+        """ValueError for what cannot be scored on a run's data, before its first step. Prepares the sources."""
+
+    def samples(self, config: Any, model: Any, tokenizers: Mapping[str, Any], step: int) -> np.ndarray | None:
+        """A picture of what a model in training generates, uint8 [H W 3]."""
 
     @abc.abstractmethod
     def run(self, trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:

@@ -22,24 +22,26 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from m4.checkpoints.runs import TrainedModel, load_run
+from m4.checkpoints.runs import TrainedModel
 from m4.data.sources.files import read_for
-from m4.errors import check_seed
+from m4.errors import closest
 from m4.evaluation.base import Evaluator, Report
+from m4.evaluation.gallery import gallery, stacked
 from m4.files import digest, read_json, remove_leftovers, write_atomically, write_json
 from m4.inference.guidance import Guidance
+from m4.inference.prompts import check_plan
 from m4.inference.sampler import Sampler
 from m4.inference.scheme import Stage
 from m4.model.encoder_decoder import Model
 from m4.model.parameters import parameters
-from m4.pictures import contact_sheet, write_png
+from m4.pictures import write_png
 from m4.registry import to_json
 from m4.tokens.tokenizer import Examples, tokenizer_hash
 
 logger = logging.getLogger(__name__)
 
 NUM_BASELINE = 2000  # training examples that the trivial baselines see
-FILES = ("metrics.json", "gallery.png")
+NUM_SHOWN = 6  # rows of samples of a model in training
 NUM_LOOKED_AT = 100  # examples read, at most, for each one that has all signals
 NUM_PROBED = 8  # examples of a split from which the signals of a data set are known
 
@@ -81,72 +83,170 @@ class ConditionalTask:
         return *self.intermediate, Stage(target=self.target, scheme=self.scheme, guidance=self.guidance)
 
 
-def evaluate(workdir: str | Path, out: str | Path = "", *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Scores a trained model (see `load_run`); writes metrics.json and gallery.png into `out` (default: `workdir`).
-
-    Scores are named TASK on the first split of `eval_splits`, which the gallery shows, and TASK_SPLIT on the others.
-    Returns at once if both files exist unchanged, and are of the same weights, tokenizers, data and config.
-    """
-    check_seed(seed)
-    return _evaluate(load_run(workdir), Path(out or workdir), seed)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConditionalGeneration(Evaluator):
-    """Generation of one signal from others, as the config's `evaluations` say, on held-out examples."""
+    """Generation of one signal from others, on held-out examples."""
+
+    tasks: tuple[ConditionalTask, ...] = ()
+    """What is generated from what. Each task is scored on the first data set that has its signals."""
+    splits: tuple[str, ...] = ("test",)
+    """Splits that are scored. Pictures are made of the first."""
+    num_samples: int = 512
+    """Examples of each split that are scored, at most."""
 
     name = "directions"
+    after_training = True
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples={self.num_samples} must be at least 1")
+        if not self.splits or len(set(self.splits)) < len(self.splits):
+            raise ValueError(f"splits={self.splits} must be different names, at least one")
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks must have different names, and have {names}")
+
+    def check_config(self, config: Any) -> None:
+        labels = [dataset.label for dataset in config.datasets]
+        for task in self.tasks:
+            try:
+                check_plan(task.stages, task.inputs, config.modalities)
+            except ValueError as error:
+                raise ValueError(f"evaluation {task.name}: {error}") from error
+            if task.dataset and task.dataset not in labels:
+                near = closest(task.dataset, labels)
+                raise ValueError(f"evaluation {task.name}: no data set {task.dataset!r}; {near}")
+        known = getattr(config.datasets[0].source, "splits", ())
+        for split in self.splits if isinstance(known, tuple) and known else ():  # a mapping renames some splits
+            if split not in known:
+                raise ValueError(f"splits of evaluations: {labels[0]} has no split {split!r}; {closest(split, known)}")
+
+    def check_data(self, config: Any) -> None:
+        """ValueError for a task whose metric cannot score the truth itself on the config's data, which lack signals or
+        hold no known values."""
+        for label, tasks, splits, training in self._sources(config, self.splits):
+            wanted = _signals_of(tasks)
+            for task in tasks:
+                for name, split in splits.items():
+                    # A few examples are quick to read; if they have no known values, all that are scored are tried.
+                    for count, num_train in ((NUM_PROBED, NUM_PROBED), (self.num_samples, NUM_BASELINE)):
+                        examples, train = _head(split, count, wanted), _head(training, num_train, wanted)
+                        if (error := _metric_error(task, examples, train)) is None:
+                            break
+                    if error is not None:
+                        raise ValueError(
+                            f"evaluation {task.name}: {type(task.metric).__name__} cannot score {task.target} on the "
+                            f"{name} split of data set {label}: {error}"
+                        ) from error
 
     def run(self, trained: TrainedModel, report: Report, seed: int) -> dict[str, Any]:
-        """metrics.json and gallery.png; see `evaluate`."""
-        return _evaluate(trained, report.folder, seed)
+        """Scores by task, and metrics.json and gallery.png in the report's folder.
 
-
-def _evaluate(run: TrainedModel, out: Path, seed: int) -> dict[str, dict[str, Any]]:
-    config = run.config
-    if not config.evaluations:
-        raise ValueError(f"the config of {config.name} names no evaluations")
-    sampler, before = Sampler(run.model, run.tokenizers), _began_from(config)
-    made_from = _made_from(run, before, seed)
-    stamp = out / ".evaluated.json"
-    if (results := _made_before(out, stamp, made_from)) is not None:
-        logger.info(table(results))
+        Scores are named TASK on the first of the `splits`, which the gallery shows, and TASK_SPLIT on the others.
+        Returns at once if both files exist unchanged, and are of the same weights, tokenizers, data and config.
+        """
+        config, out = trained.config, report.folder
+        if not self.tasks:
+            raise ValueError(f"the config of {config.name} has no tasks of ConditionalGeneration in its evaluators")
+        number = report.name.removeprefix(self.name)  # "" of the first of a config, "_2" of the next
+        files = f"metrics{number}.json", f"gallery{number}.png"
+        sampler, before = Sampler(trained.model, trained.tokenizers), _began_from(config)
+        made_from, stamp = self._made_from(trained, before, seed), out / f".evaluated{number}.json"
+        if (results := _made_before(out, stamp, files, made_from)) is not None:
+            logger.info(table(results))
+            return results
+        self.check_data(config)
+        results, sheets = {}, []
+        for tasks, splits, train in self.examples(config):
+            scores, predictions = score_all(sampler, tasks, splits, train, seed)
+            results |= scores
+            first, *_ = splits
+            sheets.append(gallery(splits[first], predictions, tasks, sampler))
+            if before is None:
+                continue
+            known = [task for task in tasks if _knows(before, task)]
+            for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items():
+                scores[key]["before"] = result["normalised"]
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)  # of killed processes
+        stamp.unlink(missing_ok=True)  # first, so that no stamp vouches for files of a killed run
+        write_png(out / files[1], stacked(sheets))
+        write_atomically(out / files[0], json.dumps(results, indent=1).encode())
+        write_json(stamp, {"made_from": made_from, "files": {name: digest(out / name) for name in files}})
+        seconds = time.monotonic() - report.started
+        logger.info(f"{table(results)}\n{out}/{files[0]}, {out}/{files[1]} in {seconds:.0f} s")
         return results
-    started = time.monotonic()
-    check_evaluations(config)
-    results, sheets = {}, []
-    for tasks, splits, train in examples_of(config):
-        scores, predictions = score_all(sampler, tasks, splits, train, seed)
-        results |= scores
-        first, *_ = splits
-        sheets.append(gallery(splits[first], predictions, tasks, sampler))
-        if before is None:
-            continue
-        known = [task for task in tasks if _knows(before, task)]
-        for key, result in score_all(before, known, splits, train, seed, "before, ")[0].items():
-            scores[key]["before"] = result["normalised"]
-    out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)  # of killed processes
-    stamp.unlink(missing_ok=True)  # first, so that no stamp vouches for files of a killed run
-    write_png(out / "gallery.png", stacked(sheets))
-    write_atomically(out / "metrics.json", json.dumps(results, indent=1).encode())
-    write_json(stamp, {"made_from": made_from, "files": {name: digest(out / name) for name in FILES}})
-    logger.info(f"{table(results)}\n{out}/metrics.json, {out}/gallery.png in {time.monotonic() - started:.0f} s")
-    return results
 
+    def samples(self, config: Any, model: Any, tokenizers: Mapping[str, Any], step: int) -> np.ndarray:
+        """Predictions for the first validation examples; also in FOLDER/galleries/STEP.png."""
+        sampler, sheets = Sampler(model, dict(tokenizers)), []
+        few = dataclasses.replace(self, num_samples=NUM_SHOWN)
+        for tasks, splits, _ in few.examples(config, ["validation"], 0):
+            examples = splits["validation"]
+            predictions = {
+                t.name: sampler({name: [e[name] for e in examples] for name in t.inputs}, t.stages, seed=0)[t.target]
+                for t in tasks
+            }
+            sheets.append(gallery(examples, predictions, tasks, sampler, rows=NUM_SHOWN))
+        picture = stacked(sheets)
+        write_png(config.folder / "galleries" / f"{step:07d}.png", picture)
+        return picture
 
-def _made_from(run: TrainedModel, before: Sampler | None, seed: int) -> dict[str, Any]:
-    """All that the scores depend on, as JSON."""
-    c = run.config
-    # The signature of a source over files changes when they do; other sources are functions of their fields.
-    sources = [d.source for d in c.datasets if d.source is not None]
-    signatures = [s.signature(c.data_dir) if hasattr(s, "signature") else "" for s in sources]
-    return {
-        "step": run.step, "seed": seed, "num_samples": c.num_eval_samples, "splits": list(c.eval_splits),
-        "directions": to_json(c.evaluations), "datasets": to_json(c.datasets), "signatures": signatures,
-        "model": model_digest(run.model, run.tokenizers),
-        "before": model_digest(before.model, before.tokenizers) if before is not None else "",
-    }  # fmt: skip
+    def examples(
+        self, config: Any, names: Sequence[str] = (), num_train: int = NUM_BASELINE
+    ) -> list[tuple[list[ConditionalTask], dict[str, list[Any]], list[Any]]]:
+        """For each data set of a config: tasks; raw examples of each split (default: `splits`); training examples for
+        baselines. Examples that lack a signal of a task are left out.
+
+        ValueError for tasks that no data set has raw examples for.
+        """
+        groups = []
+        for _, tasks, splits, training in self._sources(config, names or self.splits):
+            wanted = _signals_of(tasks)
+            heads = {k: _head(s, self.num_samples, wanted, f"{k} examples") for k, s in splits.items()}
+            train = _head(training, num_train, wanted, "training examples (baselines)")
+            groups.append((tasks, heads, train))
+        return groups
+
+    def _sources(
+        self, config: Any, names: Sequence[str]
+    ) -> Iterator[tuple[str, list[ConditionalTask], dict[str, Sequence[Any]], Sequence[Any]]]:
+        """(label, tasks to score on it, its splits of these names, its training split) of each data set with tasks.
+
+        Each task belongs to the first data set that has its signals. ValueError for tasks that no data set has raw
+        examples for.
+        """
+        remaining = list(self.tasks)
+        for label, source in [(d.label, d.source) for d in config.datasets if d.source is not None]:
+            if not any(task.dataset in ("", label) for task in remaining):
+                continue
+            source.prepare(config.data_dir)
+            try:
+                splits = {name: read_for(source.split(name, config.data_dir), config.tokenizers) for name in names}
+            except ValueError:  # it has no such split
+                continue
+            probed = [split[i] for split in splits.values() for i in range(min(NUM_PROBED, len(split)))]
+            has = set.intersection(*({*e} for e in probed)) if probed else set()
+            tasks = [task for task in remaining if _signals_of([task]) <= has and task.dataset in ("", label)]
+            remaining = [task for task in remaining if task not in tasks]
+            if tasks:
+                yield label, tasks, splits, read_for(source.split("train", config.data_dir), config.tokenizers)
+        if remaining:
+            wanted = "; ".join(f"{task.name}: {', '.join((*task.inputs, task.target))}" for task in remaining)
+            raise ValueError(f"no data set has raw examples with the signals of these evaluations: {wanted}")
+
+    def _made_from(self, run: TrainedModel, before: Sampler | None, seed: int) -> dict[str, Any]:
+        """All that the scores depend on, as JSON."""
+        c = run.config
+        # The signature of a source over files changes when they do; other sources are functions of their fields.
+        sources = [d.source for d in c.datasets if d.source is not None]
+        signatures = [s.signature(c.data_dir) if hasattr(s, "signature") else "" for s in sources]
+        return {
+            "step": run.step, "seed": seed, "num_samples": self.num_samples, "splits": list(self.splits),
+            "directions": to_json(self.tasks), "datasets": to_json(c.datasets), "signatures": signatures,
+            "model": model_digest(run.model, run.tokenizers),
+            "before": model_digest(before.model, before.tokenizers) if before is not None else "",
+        }  # fmt: skip
 
 
 def model_digest(model: Model, tokenizers: Mapping[str, Any]) -> str:
@@ -160,35 +260,16 @@ def model_digest(model: Model, tokenizers: Mapping[str, Any]) -> str:
     return sha256.hexdigest()
 
 
-def _made_before(out: Path, stamp: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+def _made_before(out: Path, stamp: Path, files: tuple[str, str], made_from: Mapping[str, Any]) -> dict[str, Any] | None:
     """Results that depend on the same, if their files are unchanged."""
     try:
         earlier = read_json(stamp)
         # As JSON, where tuples are lists.
         same = "files" in earlier and earlier["made_from"] == json.loads(json.dumps(made_from))
-        same = same and all(digest(out / name) == earlier["files"][name] for name in FILES)
+        same = same and all(digest(out / name) == earlier["files"][name] for name in files)
     except (ValueError, OSError):  # no stamp, of an older version, or damaged: evaluate again
         return None
-    return json.loads((out / "metrics.json").read_text()) if same else None
-
-
-def check_evaluations(config: Any) -> None:
-    """ValueError, before any step, for an evaluation whose metric cannot score the truth itself on the config's data,
-    which lack signals or hold no known values. Prepares the sources."""
-    for label, tasks, splits, training in _sources_of(config, config.eval_splits):
-        wanted = _signals_of(tasks)
-        for task in tasks:
-            for name, split in splits.items():
-                # A few examples are quick to read; if they have no known values, all that are scored are tried.
-                for count, num_train in ((NUM_PROBED, NUM_PROBED), (config.num_eval_samples, NUM_BASELINE)):
-                    examples, train = _head(split, count, wanted), _head(training, num_train, wanted)
-                    if (error := _metric_error(task, examples, train)) is None:
-                        break
-                if error is not None:
-                    raise ValueError(
-                        f"evaluation {task.name}: {type(task.metric).__name__} cannot score {task.target} on the "
-                        f"{name} split of data set {label}: {error}"
-                    ) from error
+    return json.loads((out / files[0]).read_text()) if same else None
 
 
 def _metric_error(task: ConditionalTask, examples: Sequence[Any], train: Sequence[Any]) -> Exception | None:
@@ -207,53 +288,8 @@ def _metric_error(task: ConditionalTask, examples: Sequence[Any], train: Sequenc
     return None
 
 
-def _sources_of(
-    config: Any, names: Sequence[str]
-) -> Iterator[tuple[str, list[ConditionalTask], dict[str, Sequence[Any]], Sequence[Any]]]:
-    """(label, tasks to score on it, its splits of these names, its training split) of each data set with tasks.
-
-    Each task belongs to the first data set that has its signals. ValueError for tasks that no data set has raw examples
-    for.
-    """
-    remaining = list(config.evaluations)
-    for label, source in [(d.label, d.source) for d in config.datasets if d.source is not None]:
-        if not any(task.dataset in ("", label) for task in remaining):
-            continue
-        source.prepare(config.data_dir)
-        try:
-            splits = {name: read_for(source.split(name, config.data_dir), config.tokenizers) for name in names}
-        except ValueError:  # it has no such split
-            continue
-        probed = [split[i] for split in splits.values() for i in range(min(NUM_PROBED, len(split)))]
-        has = set.intersection(*({*e} for e in probed)) if probed else set()
-        tasks = [task for task in remaining if _signals_of([task]) <= has and task.dataset in ("", label)]
-        remaining = [task for task in remaining if task not in tasks]
-        if tasks:
-            yield label, tasks, splits, read_for(source.split("train", config.data_dir), config.tokenizers)
-    if remaining:
-        wanted = "; ".join(f"{task.name}: {', '.join((*task.inputs, task.target))}" for task in remaining)
-        raise ValueError(f"no data set has raw examples with the signals of these evaluations: {wanted}")
-
-
 def _signals_of(tasks: Sequence[ConditionalTask]) -> set[str]:
     return {name for task in tasks for name in (*task.inputs, task.target)}
-
-
-def examples_of(
-    config: Any, names: Sequence[str] = (), num_train: int = NUM_BASELINE
-) -> list[tuple[list[ConditionalTask], dict[str, list[Any]], list[Any]]]:
-    """For each data set: tasks; raw examples of each split (default: a config's `eval_splits`); training examples for
-    baselines. Examples that lack a signal of a task are left out.
-
-    ValueError for tasks that no data set has raw examples for.
-    """
-    groups = []
-    for _, tasks, splits, training in _sources_of(config, names or config.eval_splits):
-        wanted = _signals_of(tasks)
-        heads = {k: _head(s, config.num_eval_samples, wanted, f"{k} examples") for k, s in splits.items()}
-        train = _head(training, num_train, wanted, "training examples (baselines)")
-        groups.append((tasks, heads, train))
-    return groups
 
 
 def score_all(
@@ -296,22 +332,6 @@ def _knows(sampler: Sampler, task: ConditionalTask) -> bool:
     except ValueError:
         return False
     return True
-
-
-def sample_gallery(config: Any, model: Any, tokenizers: Mapping[str, Any], step: int, *, count: int = 6) -> np.ndarray:
-    """Pictures of a model's predictions for the first validation examples; also in FOLDER/galleries/STEP.png."""
-    sampler, sheets = Sampler(model, dict(tokenizers)), []
-    few = dataclasses.replace(config, num_eval_samples=count)
-    for tasks, splits, _ in examples_of(few, ["validation"], 0):
-        examples = splits["validation"]
-        predictions = {
-            t.name: sampler({name: [e[name] for e in examples] for name in t.inputs}, t.stages, seed=0)[t.target]
-            for t in tasks
-        }
-        sheets.append(gallery(examples, predictions, tasks, sampler, rows=count))
-    picture = stacked(sheets)
-    write_png(config.folder / "galleries" / f"{step:07d}.png", picture)
-    return picture
 
 
 def _head(split: Examples, count: int, wanted: set[str], what: str = "") -> list[Any]:
@@ -359,23 +379,3 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         figures = "".join(f"{r[c]:>{w}.3f}" if c in r else " " * w for c, w in columns.items())
         rows.append(f"{name:<{width}}{figures}  {r['metric']} ({r['num_samples']} samples)")
     return "\n".join(rows)
-
-
-def stacked(sheets: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 pictures below each other, padded with white to the widest."""
-    width = max(x.shape[1] for x in sheets)
-    return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in sheets])
-
-
-def gallery(examples, predictions, tasks: Sequence[ConditionalTask], sampler: Sampler, *, rows: int = 10):
-    """uint8 picture: rows = samples; columns = the inputs and truths, then the prediction of each task."""
-    signals = list(dict.fromkeys(name for task in tasks for name in (*task.inputs, task.target)))
-    targets = {name for m in sampler.modalities if m.is_target for name in (m.name, m.signal)}
-    tokenizers = {s: sampler.tokenizer(s) if s in targets else sampler.input_tokenizer(s) for s in signals}
-    columns = [(f"{s} (truth)", s, [e[s] for e in examples]) for s in signals]
-    columns += [(task.name.replace("_", " "), task.target, predictions[task.name]) for task in tasks]
-    tiles = [
-        {title: tokenizers[s].draw(values[r], image=e["rgb"] if "rgb" in e else None) for title, s, values in columns}
-        for r, e in enumerate(examples[:rows])
-    ]
-    return contact_sheet([("", row) for row in tiles])

@@ -25,7 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from m4.adaptation.registers import Registers
-from m4.checkpoints.model_file import check_names, check_sizes, describe, named_as_today, read_description
+from m4.checkpoints.model_file import check_names, check_sizes, describe, read_description
+from m4.checkpoints.renamed_parameters import named_as_today
 from m4.errors import closest
 from m4.files import remove_leftovers
 from m4.interchange import fourm

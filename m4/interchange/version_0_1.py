@@ -6,6 +6,8 @@ from typing import Any
 
 from m4.adaptation.bottleneck import Bottleneck
 from m4.adaptation.registers import Registers
+from m4.checkpoints.numbered import CheckpointConfig
+from m4.evaluation.conditional_generation import ConditionalGeneration
 from m4.in_context.example_encoder import ExampleEncoder
 from m4.in_context.independent_items import IndependentItems
 from m4.in_context.similarity_prior import SimilarityPrior
@@ -14,16 +16,25 @@ from m4.model.layers import BIASES
 from m4.objectives.distillation import Distillation
 from m4.objectives.masked_modeling import MaskedModeling
 from m4.objectives.word_prediction import WordPrediction
+from m4.registry import CHECKPOINT_FIELDS, METRICS_FIELDS
+from m4.training.metrics import MetricsConfig
 
 
 def config_fields(old: dict[str, Any]) -> dict[str, Any]:
     """Objectives had fields of their own: loss, z_loss, teacher, distill and contrast; words were the
-    model's. So had two evaluators."""
+    model's. So had evaluators, checkpoints and metrics."""
     new = dict(old)
-    if "evaluators" not in new and {"fewshot", "retrieval"} & {*new}:
-        few_shot, retrieval = new.pop("fewshot", None), new.pop("retrieval", None)
-        several = retrieval if isinstance(retrieval, tuple) else (retrieval,)
-        new["evaluators"] = tuple(e for e in (few_shot, *several) if e is not None)
+    groups = ("checkpoints", CheckpointConfig, CHECKPOINT_FIELDS), ("metrics", MetricsConfig, METRICS_FIELDS)
+    for group, cls, names in groups:
+        if group not in new and {*names} & {*new}:
+            new[group] = cls(**{name: new.pop(name) for name in names if name in new})
+    names = {"evaluations": "tasks", "eval_splits": "splits", "num_eval_samples": "num_samples"}
+    generation = {field: new.pop(name) for name, field in names.items() if name in new}
+    few_shot, retrieval = new.pop("fewshot", None), new.pop("retrieval", None)
+    several = retrieval if isinstance(retrieval, tuple) else (retrieval,)
+    first = ConditionalGeneration(**generation) if "tasks" in generation and generation["tasks"] else None
+    if evaluators := tuple(e for e in (first, few_shot, *several) if e is not None):
+        new["evaluators"] = (*evaluators, *new.get("evaluators", ()))
     if "objectives" in new or not {"loss", "z_loss", "teacher", "distill", "contrast"} & {*new}:
         return new
     masked = {name: new.pop(field) for name, field in (("weighting", "loss"), ("z_loss", "z_loss")) if field in new}

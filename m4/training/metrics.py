@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -22,12 +23,33 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing
 from tensorboardX.record_writer import masked_crc32c
 
 from m4.files import naming, write_atomically
+from m4.registry import FreeToChange
 from m4.training.flops import mfu
 
 logger = logging.getLogger(__name__)
 
 NUM_RECENT = 50  # logged losses that a spike is told from
 SPIKE = 8.0  # times their median absolute deviation above their median
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricsConfig(FreeToChange):
+    """What a run shows of its training, and how often."""
+
+    log_every: int = 20
+    """Steps between lines of metrics."""
+    gallery_every: int = 0
+    """Steps between pictures of generated samples; 0 makes them at the end only."""
+    profile: tuple[int, int] = (0, 0)
+    """First and last step of a profile for TensorBoard or Perfetto; 0 0 is none."""
+    wandb: str = ""
+    """Project of Weights & Biases that metrics are sent to; "" is none."""
+
+    def __post_init__(self):
+        if self.gallery_every < 0:
+            raise ValueError(f"gallery_every={self.gallery_every} must be at least 0")
+        if not 0 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile={self.profile} must be the first and the last step, in this order")
 
 
 class Metrics:

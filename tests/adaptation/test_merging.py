@@ -15,7 +15,7 @@ from m4.adaptation.interpolation import interpolate
 from m4.adaptation.lora import LoRA
 from m4.checkpoints.runs import load_run
 from m4.commands.merge import sweep
-from m4.evaluation import conditional_generation as suite
+from m4.evaluation.base import evaluate
 from m4.files import read_json, write_json
 from m4.model.encoder_decoder import Model
 from m4.model.parameters import parameters
@@ -90,7 +90,7 @@ def test_scores_from_before_a_fine_tuning(whole_run, tmp_path, capsys):
     config = read_json(run / "config.json")
     for began_from, said in ((str(whole_run), "before"), (str(tmp_path / "gone"), "no scores from before")):
         write_json(run / "config.json", {**config, "init_from": began_from})
-        results = suite.evaluate(run)
+        results = evaluate(run, "directions")
         assert said in capsys.readouterr().out
         for r in results.values():
             assert ("before" in r) == (said == "before")

@@ -19,7 +19,7 @@ from flax import nnx
 from m4.adaptation.adapter_files import load_adapter, save_adapter
 from m4.checkpoints.hub import packaged
 from m4.checkpoints.model_file import load_model, save_model
-from m4.checkpoints.numbered import Checkpoints
+from m4.checkpoints.numbered import CheckpointConfig, Checkpoints
 from m4.checkpoints.runs import (
     TrainedModel,
     export,
@@ -170,7 +170,7 @@ def test_a_damaged_newest_step_is_named_with_the_older_one(run, scenes):
 
 def test_the_older_step_is_taken_when_asked_for_and_the_damaged_one_replaced(run, scenes, whole):
     (run / "checkpoints" / "8" / "params" / "manifest.ocdbt").write_bytes(b"")
-    saved = Checkpoints(run / "checkpoints", skip_damaged=True)
+    saved = Checkpoints(run / "checkpoints", CheckpointConfig(skip_damaged=True))
     assert saved.latest == 4 and (run / "checkpoints" / "8.damaged").is_dir()
     parts, position = saved.restore(abstract_parts(scenes))
     for a, b in zip(jax.tree.leaves(parts["params"]), leaves(load_run(whole / "checkpoints" / "4")), strict=True):
@@ -204,7 +204,7 @@ def test_no_whole_step_is_left(run):
         (run / "checkpoints" / step / "params" / "manifest.ocdbt").write_bytes(b"")
     for skip in (False, True):
         with pytest.raises(ValueError, match="No other step of this run is whole"):
-            Checkpoints(run / "checkpoints", skip_damaged=skip)
+            Checkpoints(run / "checkpoints", CheckpointConfig(skip_damaged=skip))
 
 
 def without_digests(run: Path) -> None:
@@ -232,7 +232,7 @@ def test_steps_of_version_01_are_read_and_their_faults_named(run, scenes, whole)
                 assert "\n" not in str(error) and "tensorstore_spec" not in str(error)
     assert seen > 20
     shutil.rmtree(run / "checkpoints" / "8" / "counters")
-    saved = Checkpoints(run / "checkpoints", skip_damaged=True)
+    saved = Checkpoints(run / "checkpoints", CheckpointConfig(skip_damaged=True))
     assert saved.restore(abstract_parts(scenes))[1]["next_example"] == 24 and saved.latest == 4
 
 

@@ -84,7 +84,7 @@ def of_run(root: Path, config: Any) -> dict[str, Kind]:
     from train import main
 
     with contextlib.ExitStack() as end:
-        main(dataclasses.replace(config, evaluations=(), num_steps=2, save_every=2), end)
+        main(dataclasses.replace(config, evaluators=(), num_steps=2), end)
     prepared = prepare(config.datasets, config.tokenizers, config.data_dir, seed=config.seed)
     (tokens,) = prepared.tokens
     trainer = Trainer(config, MeshConfig(data=1).make(jax.devices()[:1]))
@@ -111,7 +111,7 @@ def of_run(root: Path, config: Any) -> dict[str, Kind]:
             return plain(saved.restore(trainer.abstract_state.parts()))
 
     def read_run() -> list[Any]:
-        save_or_check(dataclasses.replace(config, evaluations=(), num_steps=2, save_every=2))
+        save_or_check(dataclasses.replace(config, evaluators=(), num_steps=2))
         run = load_run(root / "run")
         return [*plain(run.model), *plain([list(t.state()[1].values()) for t in run.tokenizers.values()])]
 

@@ -26,8 +26,9 @@ from m4.config import load_config
 from m4.data.dataset import Dataset
 from m4.data.sources.folders import Folders
 from m4.errors import MAX_SEED, check_seed
-from m4.evaluation import conditional_generation as suite
-from m4.evaluation.conditional_generation import ConditionalTask, check_evaluations, examples_of, model_digest
+from m4.evaluation.base import evaluate
+from m4.evaluation.conditional_generation import ConditionalGeneration, ConditionalTask, model_digest
+from m4.evaluation.gallery import gallery
 from m4.evaluation.measures.attributes import ForegroundOverlap
 from m4.evaluation.measures.boxes import BoxAccuracy
 from m4.evaluation.measures.depth import DepthAccuracy
@@ -208,7 +209,7 @@ def own(tmp_path_factory, tiny):
                 (root / split / name).mkdir(exist_ok=True, parents=True)
                 Image.fromarray(array).save(root / split / name / f"{i:03d}.png")
     source = Folders(root=str(root), allow_missing=True)
-    return dataclasses.replace(tiny, datasets=(Dataset(source=source),), eval_splits=("test",), num_eval_samples=12)
+    return dataclasses.replace(tiny, datasets=(Dataset(source=source),), evaluators=())
 
 
 def direction(measure, target: str = "depth", **options) -> ConditionalTask:
@@ -218,24 +219,25 @@ def direction(measure, target: str = "depth", **options) -> ConditionalTask:
 
 
 def test_measures_are_tried_before_training(own, tmp_path):
-    config = dataclasses.replace(own, evaluations=(direction(DepthAccuracy()),), data_dir=str(tmp_path))
-    check_evaluations(config)
+    depth = ConditionalGeneration(tasks=(direction(DepthAccuracy()),), num_samples=12)
+    config = dataclasses.replace(own, evaluators=(depth,), data_dir=str(tmp_path))
+    depth.check_data(config)
     complete = dataclasses.replace(own.datasets[0].source, signals=("rgb",))
     rgb_alone = dataclasses.replace(config, datasets=(Dataset(source=complete),))
     with pytest.raises(ValueError, match="no data set has raw examples with the signals of these evaluations: one"):
-        check_evaluations(rgb_alone)
+        depth.check_data(rgb_alone)
     for measure, name in ((ForegroundOverlap(), "instance"), (BoxAccuracy(), "boxes")):
         one = ConditionalTask(name="one", inputs=("rgb",), target="rgb_tokens", scheme=MaskGIT(), metric=measure)
         one = dataclasses.replace(one, inputs=(), target="rgb")
-        wrong = dataclasses.replace(rgb_alone, evaluations=(one,))
         words = f"evaluation one: {type(measure).__name__} cannot score rgb on the test split of data set folders"
         with pytest.raises(ValueError, match=f"{words}: it needs '{name}' in raw examples, which have rgb"):
-            check_evaluations(wrong)
+            ConditionalGeneration(tasks=(one,), num_samples=12).check_data(rgb_alone)
 
 
 def test_examples_without_a_signal_are_left_out(own, tmp_path):
-    config = dataclasses.replace(own, evaluations=(direction(DepthAccuracy()),), data_dir=str(tmp_path))
-    ((_, splits, train),) = examples_of(config)
+    config = dataclasses.replace(own, data_dir=str(tmp_path))
+    generation = ConditionalGeneration(tasks=(direction(DepthAccuracy()),), num_samples=12)
+    ((_, splits, train),) = generation.examples(config)
     assert len(splits["test"]) == 12 and all("depth" in e for e in [*splits["test"], *train])
     files = [Path(e["file"]).stem for e in splits["test"]]
     assert files == [f"{i:03d}" for i in range(15) if i < 8 or i % 4][:12]
@@ -247,14 +249,14 @@ def test_evaluations_must_fit_the_model(tiny):
         (direction(DepthAccuracy(), target="caption"), "MaskGIT generates grids"),
     ):
         with pytest.raises(ValueError, match=f"evaluation one: .*{words}"):
-            dataclasses.replace(tiny, evaluations=(one,)).check()
+            dataclasses.replace(tiny, evaluators=(ConditionalGeneration(tasks=(one,)),)).check()
 
 
 def test_scores_are_of_the_model_that_is_asked_about(whole_run, data_dir, tmp_path):
     """B after A into one folder gives B's; A again, and whatever else scores depend on, is not taken from B's."""
     run = load_run(whole_run)
-    (depth,) = [d for d in run.config.evaluations if d.name == "rgb_to_depth"]
-    config = dataclasses.replace(run.config, evaluations=(depth,), eval_splits=("test",), num_eval_samples=3)
+    depth = ConditionalGeneration(tasks=run.config.evaluators[0].tasks[:1], num_samples=3)
+    config = dataclasses.replace(run.config, evaluators=(depth,))
     write_run(dataclasses.replace(run, config=config), tmp_path / "a", dtype="F32")
     graph, params = nnx.split(run.model, nnx.Param)
     other = nnx.merge(graph, jax.tree.map(lambda x: x + 0.3, params))
@@ -275,7 +277,7 @@ def evaluated(run: Path, out: Path, data_dir: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(data_dir.parent)  # an exported model has data_dir="data"
         (data_dir.parent / "data").exists() or (data_dir.parent / "data").symlink_to(data_dir)
-        return suite.evaluate(run, out)
+        return evaluate(run, "directions", out)
 
 
 def test_a_gallery_shows_what_is_input_only(whole_run):
@@ -285,7 +287,7 @@ def test_a_gallery_shows_what_is_input_only(whole_run):
     model = Model(run.config.model, modalities, rngs=nnx.Rngs(0))
     sampler = Sampler(model, {name: run.tokenizers[name] for name in names})
     examples = [{"rgb": np.full((64, 64, 3), 200, np.uint8), "depth": np.full((64, 64), 3.0, np.float32)}] * 2
-    sheet = suite.gallery(examples, {"one": [e["depth"] for e in examples]}, [direction(DepthAccuracy())], sampler)
+    sheet = gallery(examples, {"one": [e["depth"] for e in examples]}, [direction(DepthAccuracy())], sampler)
     assert sheet.dtype == np.uint8 and (sheet == 200).all(axis=2).mean() > 0.1
 
 
@@ -444,7 +446,11 @@ def test_events_are_what_tensorboard_reads(tmp_path):
 SHORT = """
 import dataclasses
 from m4.config import load_config
-config = dataclasses.replace(load_config("tests/tiny_config.py"), evaluations=(), log_every=5, keep_last=100)
+from m4.checkpoints.numbered import CheckpointConfig
+from m4.training.metrics import MetricsConfig
+tiny = load_config("tests/tiny_config.py")
+config = dataclasses.replace(tiny, evaluators=(), metrics=MetricsConfig(log_every=5),
+    checkpoints=CheckpointConfig(save_every=4, keep_last=100))
 """
 
 

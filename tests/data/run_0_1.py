@@ -3,11 +3,13 @@
 python train.py tests/data/run_0_1.py --num-steps 4
 """
 
+from m4.checkpoints.numbered import CheckpointConfig
 from m4.config import Config
 from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
 from m4.masking.dirichlet import Masking, Strategy
 from m4.model.config import ModelConfig
+from m4.training.metrics import MetricsConfig
 from m4.training.optimizer import OptimizerConfig
 from m4_tokenizers.modalities.stored import TokenizerFile
 
@@ -28,6 +30,6 @@ config = Config(
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
     batch_size=8,
     num_steps=4,
-    save_every=2,
-    log_every=1,
+    checkpoints=CheckpointConfig(save_every=2),
+    metrics=MetricsConfig(log_every=1),
 )

@@ -263,7 +263,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-STEPS = ["--num-steps", "12", "--save-every", "6", "--average-decay", "0.9", "--num-eval-samples", "2"]
+STEPS = ["--num-steps", "12", "--save-every", "6", "--average-decay", "0.9", "--evaluators.0.num-samples", "2"]
 
 
 def losses_of(workdir) -> list[float]:

@@ -214,7 +214,7 @@ def test_a_run_is_distilled_and_resumed(data_dir, tmp_path):
     """By train.py; and a teacher whose tokens mean something else is refused."""
     tiny = load_config(str(ROOT / "tests/tiny_config.py"))
     save_model(Model(tiny.model, tiny.modalities, rngs=nnx.Rngs(3)), tmp_path / "teacher.safetensors")
-    options = ["--data-dir", str(data_dir), "--num-steps", "4", "--save-every", "2", "--num-eval-samples", "2"]
+    options = ["--data-dir", str(data_dir), "--num-steps", "4", "--save-every", "2", "--evaluators.0.num-samples", "2"]
     options += ["--model.width", "16"]
     options += ["--workdir", str(tmp_path / "w")]
     (tmp_path / "student.py").write_text(

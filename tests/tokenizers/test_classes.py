@@ -9,7 +9,8 @@ from m4.config import load_config
 from m4.data.dataset import Dataset
 from m4.data.sources.scenes import Scenes
 from m4.data.sources.thermal import ThermalScenes
-from m4.evaluation.conditional_generation import ConditionalTask, examples_of, stacked
+from m4.evaluation.conditional_generation import ConditionalGeneration, ConditionalTask
+from m4.evaluation.gallery import stacked
 from m4.evaluation.measures.classes import ClassAccuracy, ClassMapAccuracy
 from m4.evaluation.measures.depth import DepthAccuracy
 from m4.evaluation.measures.maps import MapAccuracy
@@ -68,20 +69,22 @@ def test_each_direction_has_its_data_set(tmp_path):
         tiny,
         tokenizers=(*tiny.tokenizers, recipe),
         datasets=(Dataset(source=Scenes(**few)), Dataset(source=ThermalScenes(seed=1, **few), name="camera")),
-        evaluations=(depth, heat, dataclasses.replace(depth, name="there", dataset="camera")),
-        eval_splits=("test",),
+        evaluators=(
+            ConditionalGeneration(tasks=(depth, heat, dataclasses.replace(depth, name="there", dataset="camera"))),
+        ),
         data_dir=str(tmp_path),
     )
     config.check()
-    (first, splits, train), (second, others, _) = examples_of(config)
+    (first, splits, train), (second, others, _) = config.evaluators[0].examples(config)
     assert [d.name for d in first] == ["depth"] and [d.name for d in second] == ["heat", "there"]
     assert len(splits["test"]) == 5 and len(train) == 4 and "thermal" in others["test"][0]
-    wrong = dataclasses.replace(config, evaluations=(dataclasses.replace(depth, dataset="camra"),))
+    task = dataclasses.replace(depth, dataset="camra")
+    wrong = dataclasses.replace(config, evaluators=(ConditionalGeneration(tasks=(task,)),))
     with pytest.raises(ValueError, match="no data set 'camra'.*camera"):
         wrong.check()
-    nowhere = dataclasses.replace(config, datasets=config.datasets[:1], evaluations=(heat,))
+    nowhere = dataclasses.replace(config, datasets=config.datasets[:1])
     with pytest.raises(ValueError, match="no data set has raw examples.*heat: rgb, thermal"):
-        examples_of(nowhere)
+        ConditionalGeneration(tasks=(heat,)).examples(nowhere)
 
 
 def test_sheets_one_below_the_other():

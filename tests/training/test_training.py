@@ -18,7 +18,7 @@ from flax import nnx
 
 from m4.checkpoints import runs as checkpoints
 from m4.checkpoints.hub import packaged
-from m4.checkpoints.numbered import Checkpoints
+from m4.checkpoints.numbered import CheckpointConfig, Checkpoints
 from m4.checkpoints.runs import export, load_run
 from m4.distributed import mesh as sharding
 from m4.model.encoder_decoder import Model
@@ -135,8 +135,9 @@ def test_gradients_that_stay_not_finite_end_the_run(data_dir, tmp_path):
         (["--profile", "9", "3"], "must be the first and the last step"),
         (["--init-from", "runs/nothing"], "runs/nothing"),
         (["--datasets.0.source.variant", "simpel"], "simple"),
-        (["--eval-splits", "test", "helduot"], "Did you mean 'heldout'"),
-        (["--eval-splits", "test", "test"], "must be different names"),
+        (["--evaluators.0.splits", "test", "helduot"], "Did you mean 'heldout'"),
+        (["--num-eval-samples", "3"], "since m4 0.2 --num-eval-samples is --evaluators.0.num-samples"),
+        (["--evaluators.0.splits", "test", "test"], "must be different names"),
     ],
 )
 def test_bad_config_is_named_before_compute(args, message, tmp_path):
@@ -204,7 +205,7 @@ def test_workdir_that_is_a_file(tmp_path):
 def test_checkpoints_restore_what_was_saved_and_ignore_half_written(tmp_path):
     arrays = {"a": jax.numpy.arange(6.0).reshape(2, 3), "b": {"c": jax.numpy.ones(2)}}
     start = TrainState(arrays, arrays, None, jax.numpy.int32(0), jax.numpy.int32(0))
-    saved = Checkpoints(tmp_path / "c", keep_last=2, keep_every=4)
+    saved = Checkpoints(tmp_path / "c", CheckpointConfig(keep_last=2, keep_every=4))
     assert saved.latest == 0
     for step in range(1, 8):
         params = jax.tree.map(lambda x, s=step: x + s, arrays)
@@ -252,7 +253,7 @@ def test_a_run_goes_on_with_another_batch_size_and_more_steps(whole_run, data_di
     workdir = tmp_path / "longer"
     shutil.copytree(whole_run, workdir)
     options = ["--workdir", str(workdir), "--data-dir", str(data_dir), "--num-steps", "103", "--batch-size", "8"]
-    done = run(*options, "--eval-splits", "test", "--num-eval-samples", "1")
+    done = run(*options, "--evaluators.0.splits", "test", "--evaluators.0.num-samples", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed from step 100" in done.stdout
     assert "batch_size was 16 and is 8: the run goes on at the same example" in done.stdout
