@@ -7,7 +7,6 @@ from typing import Any
 from m4.adaptation.bottleneck import Bottleneck
 from m4.adaptation.registers import Registers
 from m4.checkpoints.numbered import CheckpointConfig
-from m4.evaluation.conditional_generation import ConditionalGeneration
 from m4.in_context.example_encoder import ExampleEncoder
 from m4.in_context.independent_items import IndependentItems
 from m4.in_context.similarity_prior import SimilarityPrior
@@ -16,7 +15,7 @@ from m4.model.layers import BIASES
 from m4.objectives.distillation import Distillation
 from m4.objectives.masked_modeling import MaskedModeling
 from m4.objectives.word_prediction import WordPrediction
-from m4.registry import CHECKPOINT_FIELDS, METRICS_FIELDS
+from m4.registry import CHECKPOINT_FIELDS, METRICS_FIELDS, component_class
 from m4.training.metrics import MetricsConfig
 
 
@@ -32,7 +31,8 @@ def config_fields(old: dict[str, Any]) -> dict[str, Any]:
     generation = {field: new.pop(name) for name, field in names.items() if name in new}
     few_shot, retrieval = new.pop("fewshot", None), new.pop("retrieval", None)
     several = retrieval if isinstance(retrieval, tuple) else (retrieval,)
-    first = ConditionalGeneration(**generation) if "tasks" in generation and generation["tasks"] else None
+    conditional = component_class("ConditionalGeneration")  # by its name, as in a file: its room is not below this one
+    first = conditional(**generation) if "tasks" in generation and generation["tasks"] else None
     if evaluators := tuple(e for e in (first, few_shot, *several) if e is not None):
         new["evaluators"] = (*evaluators, *new.get("evaluators", ()))
     if "objectives" in new or not {"loss", "z_loss", "teacher", "distill", "contrast"} & {*new}:
