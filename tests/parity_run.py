@@ -333,7 +333,7 @@ def generation(folder: Path) -> dict[str, np.ndarray]:
         partial, replay = [None] * len(batch), Replay()
         if kind == "autoregressive":
             length = arrays[f"{name}.tensor"].shape[1] - 2
-            scheme = Autoregressive(**common, max_length=length, constrained=False)
+            scheme = Autoregressive(**common, max_length=length, constrained=False, ends_at_sentinel=True)
             partial = [np.array([-1])] * len(batch)
             records = [{k: v for k, v in r.items() if k != name} for r in records]
             if noise:
@@ -358,7 +358,7 @@ def generation(folder: Path) -> dict[str, np.ndarray]:
         ids, _, step = map(np.asarray, run_stage(graph, params, scheme, m, prompt, seeds, guidance, replay))
         if isinstance(m, Sequence):
             closing = m.first_sentinel + 1
-            ends = [int(np.flatnonzero(row == closing)[0]) if closing in row else length for row in ids]
+            ends = [int(np.flatnonzero(row == closing)[0]) if closing in row else len(row) for row in ids]
             number = sum(key.startswith("ar_pred_ids") for key in out)
             out[f"ar_pred_ids.{number}"] = np.pad(
                 ids[:, : max(ends) + 1], ((0, 0), (1, 0)), constant_values=m.first_sentinel

@@ -24,25 +24,23 @@ from typing import Any
 import numpy as np
 
 from m4.command_line import parser_of
+from m4.commands._stages import stages_of
 from m4.data.samples import fit_mask, kind_of, load_mask, read_mask
 from m4.data.sources.files import ALIGNED
 from m4.errors import check_seed
 from m4.files import remove_leftovers, shown, write_atomically
 from m4.in_context.prompting import answer
 from m4.in_context.shots import read_shots
-from m4.inference.autoregressive import Autoregressive
-from m4.inference.guidance import Guidance
 from m4.inference.inputs import Sample, beside, pair, read_inputs
 from m4.inference.prompts import MASK, BadSamples, check_plan, reason
 from m4.inference.results import Results
-from m4.inference.sampler import Sampler, default_scheme, keep_compiled
+from m4.inference.sampler import Sampler, keep_compiled
 from m4.inference.scheme import Stage
 from m4.masking.episodes import Shot
 from m4.pictures import contact_sheet, write_png
 from m4.tokens.modality import Sequence
 from m4.tokens.spans import trim
 
-FLAGS = ("steps", "temperature", "top_k", "top_p", "min_p", "schedule")  # fields of schemes that flags set
 SHEET_ROWS = 24
 SIGNALS = ("rgb", "depth", "normals", "semseg", "instance", "caption", "boxes")  # of most models
 
@@ -51,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", help="folder of a run, e.g. runs/quickstart, or a model in the package: scenes")
     add("--inputs", nargs="+", required=True, metavar="NAME=VALUE", help="what is given, or PROMPTS.jsonl")
-    add("--targets", nargs="+", default=[], metavar="NAME", help="signals to generate, e.g. depth caption")
+    add("--targets", nargs="+", default=[], metavar="NAME", help="signals to generate, e.g. depth caption; all")
     add("--plan", default="", metavar="FILE.py", help="targets and schemes: a Python file, plan = [Stage(...), ...]")
     add("--out", required=True, help="folder for the results: OUT/<sample>/rgb.png, depth.png, ...")
     add("--keep", nargs="+", default=[], metavar="NAME=MASK", help="what stays of an input that is also a target: "
@@ -120,8 +118,8 @@ class Job:
     @classmethod
     def make(cls, args: argparse.Namespace, samples: list[Sample], table: Path | None) -> Job:
         sampler = Sampler.load(args.run, batch_size=args.batch_size)
-        stages = _stages(args, sampler)
         names = list(dict.fromkeys(n for s in samples for n in s.values))
+        stages = stages_of(args, sampler, names)
         kinds = {name: kind_of(sampler.input_tokenizer(name)) for name in names}
         samples = beside(samples, table, kinds) if table else samples
         shots = read_shots(Path(args.shots)) if args.shots else []
@@ -281,53 +279,6 @@ def _print_summary(out: Path, job: Job, done: Seq[str], failed: Mapping[str, str
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
-
-
-def _stages(args: argparse.Namespace, sampler: Sampler) -> list[Stage]:
-    if args.plan:
-        if args.targets:
-            raise ValueError("--plan and --targets exclude each other: a plan names its targets")
-        from m4.config import load_config
-
-        try:
-            plan = load_config(args.plan, "plan")
-        except ValueError:
-            raise
-        except Exception as error:
-            raise ValueError(f"{args.plan} cannot be run: {reason(error)}") from error
-        if not isinstance(plan, list | tuple) or not plan or not all(isinstance(stage, Stage) for stage in plan):
-            raise ValueError(f"{args.plan}: plan must be a list of m4.inference.scheme.Stage, got {plan!r}")
-        return list(plan)
-    if not args.targets:
-        raise ValueError(f"give --targets or --plan; allowed: {', '.join(sampler.modalities.signals)}")
-    guidance = _guidance(args.guidance) if args.guidance else None
-    stages, used = [], set()
-    for name in args.targets:
-        m = sampler.modalities.as_target(name)
-        scheme = default_scheme(m, args.scheme or "maskgit")
-        fields = [f.name for f in dataclasses.fields(scheme)]
-        changes = {f: getattr(args, f) for f in FLAGS if getattr(args, f) is not None and f in fields}
-        used |= {*changes} | ({"scheme"} if not isinstance(m, Sequence) and args.scheme else set())
-        scheme = dataclasses.replace(scheme, **changes)
-        ensemble = 1 if isinstance(scheme, Autoregressive) else args.ensemble
-        stages.append(Stage(target=name, scheme=scheme, guidance=guidance, ensemble=ensemble))
-    if args.ensemble > 1:
-        used |= {"ensemble"} if any(stage.ensemble > 1 for stage in stages) else set()
-    for flag in ("scheme", *FLAGS, *(["ensemble"] if args.ensemble > 1 else [])):
-        if getattr(args, flag) is not None and flag not in used:
-            raise ValueError(f"--{flag.replace('_', '-')} fits no target of {', '.join(args.targets)}")
-    return stages
-
-
-def _guidance(values: Seq[str]) -> Guidance:
-    try:
-        if len(values) == 1 and "=" not in values[0]:
-            return Guidance(scale=float(values[0]))
-        pairs = [pair("--guidance", v) for v in values]
-        return Guidance(scale=tuple((name, float(weight)) for name, weight in pairs))
-    except ValueError as error:
-        given = " ".join(values)
-        raise ValueError(f"--guidance takes one finite number, or NAME=WEIGHT ... of each name; got {given}") from error
 
 
 def _fixed(args: argparse.Namespace) -> dict[str, str]:

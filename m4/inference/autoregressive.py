@@ -28,6 +28,8 @@ class Autoregressive(TokenSampling):
     """Most tokens to generate; 0 is the modality's own limit."""
     constrained: bool = True
     """Follow the tokenizer's grammar, if it has one."""
+    ends_at_sentinel: bool = False
+    """Only the closing sentinel ends a sequence, and its end id is a token like others, as in 4M."""
 
     def check(self, modality: Modality) -> None:
         super().check(modality)
@@ -83,7 +85,8 @@ class Autoregressive(TokenSampling):
                 jax.debug.callback(on_step, ids_so_far, known, ordered=True)
             # Rows that are done compute on until all are; `Sampler` drops what follows their end.
             span = carry["span"] + (drawn == closing)
-            done = carry["done"] | (drawn == modality.end_id) | (span == prompt.num_spans)
+            has_ended = (drawn == modality.end_id) & (not self.ends_at_sentinel)
+            done = carry["done"] | has_ended | (span == prompt.num_spans)
             state = carry["state"]
             if grammar is not None:
                 state = jnp.maximum(jnp.asarray(grammar.next_state)[state, jnp.asarray(grammar.token_class)[drawn]], 0)

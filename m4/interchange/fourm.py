@@ -66,7 +66,7 @@ MODALITIES: dict[str, Modality] = {
         # 4M-21
         Features(name="t5_caption", signal="t5_caption", shape=(77,), size=4096, bias=True),
         _text("metadata", "metadata", 40, chunk_ids=(1204, 2204)),  # a field, v1=*, and its value
-        _text("human_poses", "poses", 275),
+        _text("human_poses", "poses", 275, num_target_positions=263),
         _text("color_palette", "palette", 23),
         _text("sam_instance", "instances", 290),
         _grid("tok_canny_edge@224", "edges", 8192, 14),
@@ -108,6 +108,12 @@ def modality(name: str) -> Modality:
     if name not in MODALITIES:
         raise ValueError(f"unknown modality {name!r} of the original; {closest(name, list(MODALITIES))}")
     return MODALITIES[name]
+
+
+def is_released(modalities: Modalities) -> bool:
+    """Whether all modalities are 4M's own, by name and vocabulary."""
+    identity = lambda m: (type(m), m.signal, m.vocab_size, m.max_tokens)  # noqa: E731
+    return all(m.name in MODALITIES and identity(MODALITIES[m.name]) == identity(m) for m in modalities)
 
 
 def released(

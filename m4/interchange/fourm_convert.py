@@ -342,7 +342,7 @@ def to_m4(file: TensorFile, out: Path, declared: Seq[Modality] = ()) -> str:
             yield np.concatenate(columns, axis=1)
 
     shapes.update(kept)
-    metadata = {**describe(c, modalities), "original_header": file.header}
+    metadata = {**describe(c, modalities), "step": "0", "original_header": file.header}
     progress = tqdm(shapes, desc=f"writing {out.name}", unit="tensor", mininterval=1, disable=None)
     write(out, make_header(shapes, metadata), (pieces_of(name) for name in progress))
     unused = sum(math.prod(shape) for n, (_, shape) in kept.items() if n.endswith("token_emb.weight"))

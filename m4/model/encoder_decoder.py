@@ -152,6 +152,10 @@ class Model(nnx.Module):
 
     def target_address(self, targets: Targets) -> Float[Array, "B M D"]:
         table = self.modality_embedding if self.config.share_modality_embeddings else self.decoder_modality_embedding
+        limits = [getattr(m, "num_target_positions", 0) or m.max_tokens for m in self.modalities]
+        if limits != [m.max_tokens for m in self.modalities]:
+            is_within = targets.position < jnp.asarray(limits)[targets.modality]
+            targets = targets._replace(position=jnp.where(is_within, targets.position, 0))
         return self._address(
             targets, table, self.decoder_modality_rows, self.decoder_position_embedding, self.decoder_position_rows
         )

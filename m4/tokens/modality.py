@@ -79,6 +79,8 @@ class Sequence:
     m4.masking.episodes)."""
     num_declarations: int = 0
     """Number of such ids; 0 is none."""
+    num_target_positions: int = 0
+    """Positions of targets with an address of their own; those beyond have that of position 0, as in 4M. 0: all."""
 
     learned_positions = False
 

@@ -365,6 +365,10 @@ class WordPieceTokenizer(TextTokenizer):
     def num_pieces(self) -> int:
         return self.recipe.vocab_size - self.layout.first_text
 
+    def decode_verbatim(self, ids: np.ndarray) -> str:
+        """All ids as text, names of reserved ones such as [EOS] included, as ml-4m decodes them."""
+        return self._model.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         return {"recipe": dataclasses.asdict(self.recipe), "file": self.file}, {}
 

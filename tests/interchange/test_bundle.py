@@ -1,0 +1,129 @@
+"""Bundles of released 4M models: from 4M's own file formats to a folder that opens like any model."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+
+import make_checkpoint
+import numpy as np
+import pytest
+from conftest import PARITY, ROOT, environment
+from PIL import Image
+
+from m4.checkpoints.runs import load_run
+from m4.inference.sampler import Sampler
+from m4.interchange import fourm, fourm_plans
+from m4.tokens.modality import Modalities
+from m4_tokenizers.interchange import fourm_bundle
+from m4_tokenizers.interchange.fourm_bundle import files_of, import_bundle
+
+MODELS, TEXT = PARITY / "pipeline/models", PARITY / "text/text_tokenizer_4m_wordpiece_30k.json"
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """name -> file of the tiny models in 4M's format; and the architectures that their configs name."""
+    if not MODELS.is_dir() or not TEXT.is_file():
+        pytest.skip("no fixture pipeline/models: set M4_PARITY to the folder of parity fixtures")
+    root, files, presets = tmp_path_factory.mktemp("released"), {}, {}
+    for name in ("fm_7", "fm_sr", "tok_rgb", "tok_semseg", "tok_edge", "tok_dinov2"):
+        spec = json.loads((MODELS / name / "state_dict.json").read_text())
+        files[name] = root / name / "model.safetensors"
+        files[name].parent.mkdir()
+        make_checkpoint.write_checkpoint(spec, files[name])
+        presets |= spec["presets"] if "presets" in spec else {}
+    return files, presets
+
+
+@pytest.fixture(scope="module")
+def bundle(released, tmp_path_factory):
+    files, presets = released
+    out = tmp_path_factory.mktemp("models") / "4m7"
+    summary = import_bundle([str(files["fm_7"]), str(files["tok_semseg"].parent), str(TEXT)], out, presets)
+    return out, summary
+
+
+def test_a_bundle_opens_like_any_model(bundle):
+    """Its summary names the modalities that stay ids; from a photograph to what it can decode, in 4M's order."""
+    out, summary = bundle
+    assert summary.splitlines()[0].endswith("8 modalities, 4 with a tokenizer")
+    assert "tok_rgb@224 has no tokenizer: it is read and generated as ids" in summary
+    run = load_run(out)
+    assert run.step == 0 and fourm.is_released(run.model.modalities)
+    sampler = Sampler(run.model, run.tokenizers)
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3)).astype(np.uint8)
+    stages = fourm_plans.plan(sampler.modalities, ["rgb"])
+    names = ["tok_clip@224", "tok_depth@224", "tok_normal@224", "tok_semseg@224", "caption", "det"]
+    assert [stage.target for stage in stages] == names
+    results = sampler({"rgb": image[:224, :224]}, [stages[0], stages[3]])
+    assert results["tok_semseg@224"].shape == (224, 224) and results["tok_clip@224"].shape == (196,)
+
+
+def test_generate_takes_a_bundle(bundle, tmp_path, capsys):
+    """All targets of its plan, or some; options change 4M's schemes."""
+    generate = importlib.import_module("m4.commands.generate")
+    image, out = tmp_path / "photo.png", tmp_path / "out"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3)).astype(np.uint8)).save(image)
+    options = ["--targets", "tok_semseg@224", "caption", "--temperature", "0.5", "--out", str(out)]
+    generate.main([str(bundle[0]), "--inputs", f"rgb={image}", *options])
+    written = {file.name for file in out.rglob("*") if file.is_file()}
+    assert {"semseg.png", "semseg_color.png", "caption.txt"} <= written
+
+
+def test_plans_are_chosen_by_what_is_given():
+    seven, base = (
+        Modalities([fourm.modality(n) for n in fourm.MOD7]),
+        Modalities([fourm.modality(n) for n in fourm.MOD21]),
+    )
+    from_rgb, to_rgb = (fourm_plans.plan(base, [name]) for name in ("rgb@224", "caption"))
+    assert [s.scheme.steps for s in from_rgb if hasattr(s.scheme, "steps")] == [1] * 8
+    assert [s.scheme.steps for s in to_rgb if hasattr(s.scheme, "steps")] == [50, 8, 8, 8, 8, 8, 8, 8, 25]
+    assert to_rgb[0].guidance.scale == 3.0 and from_rgb[0].guidance.scale == 2.0
+    assert "tok_rgb@224" not in {s.target for s in from_rgb} and "caption" not in {s.target for s in to_rgb}
+    assert [s.target for s in fourm_plans.plan(seven, ["caption", "det"])][-1] == "tok_rgb@224"
+    with pytest.raises(ValueError, match="unknown modality 'rgbb'"):
+        fourm_plans.plan(base, ["rgbb"])
+
+
+def test_edges_of_both_kinds_have_one_tokenizer(released):
+    assert fourm_bundle.signals_of(released[0]["tok_edge"]) == ["edges", "sam_edges"]
+    assert fourm_bundle.signals_of(released[0]["tok_dinov2"]) == ["dinov2"]
+
+
+def test_sources_that_are_no_bundle(released, tmp_path, monkeypatch):
+    files, presets = released
+    out = tmp_path / "bundle"
+
+    def check(message: str, *sources) -> None:
+        with pytest.raises(ValueError, match=message):
+            import_bundle([*map(str, sources)], out, presets)
+        assert not out.exists()
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no_cache"))
+    again = tmp_path / "tok_semseg_again" / "model.safetensors"
+    again.parent.mkdir()
+    shutil.copy(files["tok_semseg"], again)
+    check("one model; 0 were given", files["tok_rgb"])
+    check("one model; 2 were given", files["fm_7"], files["fm_sr"])
+    check("two tokenizers of tok_semseg@224", files["fm_7"], files["tok_semseg"], again)
+    check("is a pickle.*weights_only", tmp_path / "model.pth")
+    check("no file, folder or hub id", files["fm_7"], "nowhere")
+    wrong = tmp_path / "text.json"
+    wrong.write_text("{}")
+    check("text.json", files["fm_7"], wrong)
+
+
+def test_hub_ids_are_looked_up_on_disk_first(released, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--EPFL-VILAB--4M-7_B_CC12M" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    shutil.copy(released[0]["fm_7"], snapshot / "model.safetensors")
+    assert files_of("EPFL-VILAB/4M-7_B_CC12M") == [snapshot / "model.safetensors"]
+    command = [sys.executable, "-m", "m4", "import", "EPFL-VILAB/4M-9_B", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment() | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: EPFL-VILAB/4M-9_B "), done.stderr
+    assert "not in the hub's cache" in done.stderr or "cannot be downloaded" in done.stderr
