@@ -142,9 +142,12 @@ class Geometry:
         side = (extent.max() if self.pad else extent.min()) / extent
         return (1 - side) / 2, (1 + side) / 2
 
-    def picture(self, pixels: Shaped[np.ndarray, "H W ..."], kind: str, size: int) -> Shaped[np.ndarray, "h h ..."]:
-        """Images and edges are resized with an antialiased filter. All others take the nearest pixels, which mixes no
-        unknown values with known ones, and invents no classes."""
+    def picture(
+        self, pixels: Shaped[np.ndarray, "H W ..."], kind: str, size: int, resampling: str = "lanczos"
+    ) -> Shaped[np.ndarray, "h h ..."]:
+        """Images and edges are resized with an antialiased filter, the `resampling` of their tokenizer: "lanczos", or
+        "bicubic" after cropping to whole pixels, as 4M. All others take the nearest pixels, which mixes no unknown
+        values with known ones, and invents no classes."""
         if pixels.shape[:2] == (size, size):
             return pixels
         if kind in ("image", "edges"):
@@ -152,6 +155,10 @@ class Geometry:
             if self.pad:
                 bars = (GREY,) * 3 if kind == "image" else 0
                 picture = ImageOps.pad(picture, (size, size), Image.Resampling.LANCZOS, color=bars)
+            elif resampling == "bicubic":
+                side = min(picture.size)
+                left, top = (round((n - side) / 2) for n in picture.size)
+                picture = picture.crop((left, top, left + side, top + side)).resize((size, size))
             else:
                 picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
             fitted = np.array(picture)
@@ -292,7 +299,8 @@ def _finished(value: _Value, tokenizer: Tokenizer, geometry: Geometry | None) ->
     signal = value.signal
     if value.is_read and value.size is not None and value.kind != "features" and np.ndim(signal) >= 2:
         assert geometry is not None, "what has a size has a geometry"
-        signal = _fitted(signal, value, geometry, image_size(tokenizer))
+        resampling = getattr(getattr(tokenizer, "recipe", None), "resampling", "lanczos")
+        signal = _fitted(signal, value, geometry, image_size(tokenizer), resampling)
     elif geometry is not None and geometry.height != geometry.width:
         if value.kind == "boxes":
             signal = _moved_boxes(signal, geometry, value.file)
@@ -307,12 +315,12 @@ def _finished(value: _Value, tokenizer: Tokenizer, geometry: Geometry | None) ->
     return signal
 
 
-def _fitted(pixels: np.ndarray, value: _Value, geometry: Geometry, size: int) -> np.ndarray:
+def _fitted(pixels: np.ndarray, value: _Value, geometry: Geometry, size: int, resampling: str) -> np.ndarray:
     height, width = pixels.shape[:2]
     if (height, width) != (size, size):
         how = "padded" if geometry.pad else "cropped"
         warnings.warn(f"{value.file}: {width} x {height} resized and {how} to {size} x {size}", stacklevel=5)
-    return geometry.picture(pixels, value.kind, size)
+    return geometry.picture(pixels, value.kind, size, resampling)
 
 
 def read_mask(file: str | Path, tokenizer: Tokenizer, picture: Any, *, pad: bool = False) -> Bool[np.ndarray, "h h"]:

@@ -72,6 +72,15 @@ def test_generate_takes_a_bundle(bundle, tmp_path, capsys):
     assert {"semseg.png", "semseg_color.png", "caption.txt"} <= written
 
 
+def test_images_are_read_as_the_original_reads_them(bundle):
+    """Its crop, filter and rounding: the recorded pixels of a photograph, byte for byte."""
+    run, case = load_run(bundle[0]), PARITY / "pipeline/rgb_to_all"
+    with pytest.warns(UserWarning, match="resized and cropped"):
+        pixels = Sampler(run.model, run.tokenizers).read("rgb", case / "input.png")
+    with np.load(case / "tokens.npz") as tokens:
+        np.testing.assert_array_equal(pixels, tokens["resized_u8"])
+
+
 def test_plans_are_chosen_by_what_is_given():
     seven, base = (
         Modalities([fourm.modality(n) for n in fourm.MOD7]),

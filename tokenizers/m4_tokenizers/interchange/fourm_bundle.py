@@ -24,7 +24,6 @@ from m4.command_line import parser_of
 from m4.config import Config
 from m4.errors import closest
 from m4.files import remove_leftovers, replacing_together, shown, write_json
-from m4.interchange import fourm
 from m4.interchange.fourm_convert import convert as convert_model
 from m4.masking.dirichlet import Masking, Strategy
 from m4.registry import to_json
@@ -33,8 +32,8 @@ from m4.tokens.modality import Features, Grid, Modalities, Modality
 from m4.tokens.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from m4_tokenizers.interchange import fourm_tokenizers
 from m4_tokenizers.interchange.architectures import parse_config, read_presets
+from m4_tokenizers.interchange.fourm_pixels import ReleasedPixelsRecipe
 from m4_tokenizers.modalities.boxes import BoxRecipe
-from m4_tokenizers.modalities.image import PixelPatchesRecipe
 from m4_tokenizers.modalities.metadata import MetadataRecipe
 from m4_tokenizers.modalities.palette import PaletteRecipe
 from m4_tokenizers.modalities.stored import IdsRecipe
@@ -159,9 +158,8 @@ def _converted(file: Path, signal: str, m: Grid, out: Path, presets: Mapping[str
 
 def untrained(modalities: Modalities, text: Path | None) -> dict[str, Any]:
     """Recipes of pixels, and of 4M's sequences with the ids of the text tokenizer's file."""
-    statistics = {"mean": fourm.IMAGENET_MEAN, "std": fourm.IMAGENET_STD}
     recipes: list[Any] = [
-        PixelPatchesRecipe(name=m.name, signal=m.signal, image_size=16 * m.shape[0], patch_size=16, **statistics)
+        ReleasedPixelsRecipe(name=m.name, signal=m.signal, image_size=16 * m.shape[0])
         for m in modalities
         if isinstance(m, Features) and m.name.startswith("rgb@")
     ]
