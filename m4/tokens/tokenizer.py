@@ -50,6 +50,9 @@ _MODULES_0_1 = {
     for name in names.split()
 }
 
+# Fields since then, with the values that are not hashed.
+_NEW_FIELDS: dict[str, dict[str, Any]] = {"Sequence": {"num_target_positions": 0}}
+
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Writes one safetensors: arrays, and class, config and card as JSON. A loaded tokenizer is saved byte-equal."""
@@ -69,7 +72,8 @@ def _named_as_in_0_1(value: Any) -> Any:
         return [_named_as_in_0_1(v) for v in value]
     if not isinstance(value, dict):
         return value
-    named = {k: _named_as_in_0_1(v) for k, v in value.items()}
+    new = _NEW_FIELDS.get(value["component"], {}) if "component" in value else {}
+    named = {k: _named_as_in_0_1(v) for k, v in value.items() if k not in new or v != new[k]}
     if "component" in named and named["component"] in _MODULES_0_1:
         named["component"] = f"{_MODULES_0_1[named['component']]}:{named['component']}"
     return named

@@ -19,7 +19,9 @@ from m4.inference.sampler import Sampler
 from m4.inference.scheme import Stage
 from m4.model.parameters import parameters
 from m4.registry import RENAMED_PARAMETERS
+from m4.tokens.modality import Sequence
 from m4.tokens.tokenizer import load_tokenizer, tokenizer_hash
+from m4_tokenizers.modalities.stored import IdsRecipe
 
 SAVED = ROOT / "tests/data/runs_0.1"
 EXPECTED = json.loads((SAVED / "expected.json").read_text())
@@ -71,3 +73,6 @@ def test_its_tokenizers_have_the_same_hashes():
     assert hashes == {
         "caption": "94b05fe2ec73", "depth": "be9938de9f53", "rgb": "3d6dd33309ef", "rgb_pixels": "60bcaec0ec5e",
     }  # fmt: skip
+    sizes = {"vocab_size": 64, "max_length": 9, "first_sentinel": 3, "num_sentinels": 4, "end_id": 1}
+    ids = IdsRecipe(modality=Sequence(name="words", signal="words", **sizes))
+    assert tokenizer_hash(ids.fit([], seed=0)) == "0b8d7a81912b"

@@ -33,6 +33,7 @@ from m4.tokens.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from m4_tokenizers.interchange import fourm_tokenizers
 from m4_tokenizers.interchange.architectures import parse_config, read_presets
 from m4_tokenizers.interchange.fourm_pixels import ReleasedPixelsRecipe
+from m4_tokenizers.interchange.fourm_sequences import ReleasedInstancesRecipe, ReleasedPeopleRecipe
 from m4_tokenizers.modalities.boxes import BoxRecipe
 from m4_tokenizers.modalities.metadata import MetadataRecipe
 from m4_tokenizers.modalities.palette import PaletteRecipe
@@ -156,7 +157,17 @@ def _converted(file: Path, signal: str, m: Grid, out: Path, presets: Mapping[str
     return type(tokenizer)(recipe=recipe, model=tokenizer.model, card=tokenizer.card, kept=tokenizer.kept)
 
 
-def untrained(modalities: Modalities, text: Path | None) -> dict[str, Any]:
+def sequence_parts(files: Seq[Path], scratch: Path, presets: Mapping[str, Any]) -> dict[str, Path]:
+    """Converted tokenizers of poses and masks, of which texts hold the codes, by signal."""
+    parts = {}
+    for file in files:
+        for signal in {*signals_of(file)} & {"pose", "mask"}:
+            parts[signal] = scratch / f"{signal}.safetensors"
+            fourm_tokenizers.convert(file, parts[signal], signal=signal, presets=presets)
+    return parts
+
+
+def untrained(modalities: Modalities, text: Path | None, parts: Mapping[str, Path]) -> dict[str, Any]:
     """Recipes of pixels, and of 4M's sequences with the ids of the text tokenizer's file."""
     recipes: list[Any] = [
         ReleasedPixelsRecipe(name=m.name, signal=m.signal, image_size=16 * m.shape[0])
@@ -167,6 +178,8 @@ def untrained(modalities: Modalities, text: Path | None) -> dict[str, Any]:
         path = str(text)
         recipes += [WordPieceRecipe(path=path), BoxRecipe(name="det", wordpiece=path, max_objects=51)]
         recipes += [MetadataRecipe(wordpiece=path, max_length=40), PaletteRecipe(wordpiece=path)]
+        released = {"pose": ReleasedPeopleRecipe, "mask": ReleasedInstancesRecipe}
+        recipes += [released[signal](path=path, parts=str(file)) for signal, file in parts.items()]
     return {r.name: r for r in recipes if r.name in modalities.names and _same(r.modality, modalities.named(r.name))}
 
 
@@ -181,7 +194,9 @@ def import_bundle(names: Seq[str], out: Path, presets: Mapping[str, Any] = NO_PR
         _, modalities = read_description(TensorFile.read(weights))
         grids = grid_tokenizers(sources.tokenizers, modalities, Path(scratch), presets)
         tokenizers = {m.name: tokenizer for m, tokenizer in grids}
-        tokenizers |= {name: recipe.fit([], seed=0) for name, recipe in untrained(modalities, sources.text).items()}
+        parts = sequence_parts(sources.tokenizers, Path(scratch), presets) if sources.text else {}
+        recipes = untrained(modalities, sources.text, parts)
+        tokenizers |= {name: recipe.fit([], seed=0) for name, recipe in recipes.items()}
         missing = [m for m in modalities if m.name not in tokenizers]
         tokenizers |= {m.name: IdsRecipe(modality=m).fit([], seed=0) for m in missing}
         remove_leftovers(out)

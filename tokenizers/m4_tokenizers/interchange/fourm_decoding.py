@@ -276,10 +276,10 @@ def _same_instance(mask: np.ndarray, box: np.ndarray, other_mask: np.ndarray, ot
     return bool(dice > SAME_DICE and overlap / total > SAME_IOU)
 
 
-def instance_picture(
+def instance_masks(
     boxes: Int[np.ndarray, "n 4"], logits: Float32[np.ndarray, "n 64 64"]
-) -> UInt8[np.ndarray, "224 224 3"]:
-    """Masks in the colours of their rank by area, small ones over large ones, on black.
+) -> tuple[Int[np.ndarray, "m 4"], Bool[np.ndarray, "m 224 224"]]:
+    """Boxes and masks of different instances, as pixels of the picture.
 
     Masks whose probabilities span less than 0.9 are dropped, and duplicates are averaged with their boxes. A mask is
     resized to its whole box (bicubic, as torch does it), then cropped to the picture.
@@ -294,13 +294,22 @@ def instance_picture(
             same[0].append(i)
         else:
             groups.append([i])
-    picture = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    colours = np.random.default_rng(0).integers(0, 255, (len(groups), 3))
-    for group, colour in zip(groups, colours, strict=True):
-        left, top, right, bottom = boxes[group].mean(axis=0).astype(int)
+    found, places = np.zeros((len(groups), IMAGE_SIZE, IMAGE_SIZE), bool), np.zeros((len(groups), 4), int)
+    for k, group in enumerate(groups):
+        left, top, right, bottom = places[k] = boxes[group].mean(axis=0).astype(int)
         rows, columns = (cubic_weights(MASK_SIZE, side) for side in (bottom - top, right - left))
-        view = picture[top:bottom, left:right]
-        view[(rows @ masks[group].mean(axis=0) @ columns.T)[: view.shape[0], : view.shape[1]] > 0.5] = colour
+        view = found[k, top:bottom, left:right]
+        view[:] = (rows @ masks[group].mean(axis=0) @ columns.T)[: view.shape[0], : view.shape[1]] > 0.5
+    return places, found
+
+
+def instance_picture(
+    boxes: Int[np.ndarray, "n 4"], logits: Float32[np.ndarray, "n 64 64"]
+) -> UInt8[np.ndarray, "224 224 3"]:
+    """Masks in the colours of their rank by area, small ones over large ones, on black."""
+    picture, (_, masks) = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), instance_masks(boxes, logits)
+    for mask, colour in zip(masks, np.random.default_rng(0).integers(0, 255, (len(masks), 3)), strict=True):
+        picture[mask] = colour
     return picture
 
 
