@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from pathlib import Path
 
 from m4.inference.autoregressive import Autoregressive
 from m4.inference.guidance import Guidance
@@ -62,6 +63,24 @@ def stages_of(args: argparse.Namespace, sampler: Sampler, given: Seq[str]) -> li
         if getattr(args, flag) is not None and flag not in used:
             raise ValueError(f"--{flag.replace('_', '-')} fits no target of {', '.join(args.targets)}")
     return stages
+
+
+def second_of(
+    args: argparse.Namespace, sampler: Sampler, stages: Seq[Stage], given: Seq[str]
+) -> tuple[Sampler | None, tuple[Stage, ...]]:
+    """The second model of an imported 4M model and its stages, if they are wanted. ValueError if there is none, or
+    nothing that it could go on from."""
+    if not args.super_resolution:
+        return None, ()
+    folder = Path(args.run) / "super_resolution"
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{args.run} has no super-resolution model; give it to `python -m m4 import`, too")
+    second = Sampler.load(folder, batch_size=args.batch_size)
+    known = [sampler.modalities.as_target(stage.target).name for stage in stages]
+    known += [sampler.modalities.as_input(name.partition("#")[0]).name for name in given]
+    if not (found := fourm_plans.super_resolution(second.modalities, known)):
+        raise ValueError(f"--super-resolution goes on from tok_rgb@224 and others; here are {', '.join(known)}")
+    return second, found
 
 
 def _targets(names: Seq[str], sampler: Sampler, given: Seq[str], published: Mapping[str, Stage]) -> Seq[str]:

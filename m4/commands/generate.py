@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 
 from m4.command_line import parser_of
-from m4.commands._stages import stages_of
+from m4.commands._stages import second_of, stages_of
 from m4.data.samples import fit_mask, kind_of, load_mask, read_mask
 from m4.data.sources.files import ALIGNED
 from m4.errors import check_seed
 from m4.files import remove_leftovers, shown, write_atomically
 from m4.in_context.prompting import answer
 from m4.in_context.shots import read_shots
+from m4.inference.chain import continued
 from m4.inference.inputs import Sample, beside, pair, read_inputs
 from m4.inference.prompts import MASK, BadSamples, check_plan, reason
 from m4.inference.results import Results
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pad", action="store_true", help="pad images to a square instead of cropping them")
     add("--with-inputs", action="store_true", help="write the inputs too, so that one can train on the results")
     add("--stream", action="store_true", help="print text while it is generated (one sample)")
+    add("--super-resolution", action="store_true", help="go on with the second model of an imported 4M model, at 448")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -114,6 +116,8 @@ class Job:
     masked: set[str]
     fixed: dict[str, str]
     shots: list[Shot]
+    second: Sampler | None
+    second_stages: tuple[Stage, ...]
 
     @classmethod
     def make(cls, args: argparse.Namespace, samples: list[Sample], table: Path | None) -> Job:
@@ -132,12 +136,13 @@ class Job:
             raise ValueError("--shots takes one target, and neither --keep, --stream nor [MASK]")
         if args.stream and len(samples) * args.num_samples > 1:
             raise ValueError(f"--stream prints one sample, and there are {len(samples) * args.num_samples}")
+        second, second_stages = second_of(args, sampler, stages, names)
         if args.num_samples > 1:
             repeats = range(args.num_samples)
             samples = [dataclasses.replace(s, name=f"{s.name}_{k}") for s in samples for k in repeats]
         return cls(
             args=args, sampler=sampler, stages=stages, samples=samples, names=names, masked=masked, fixed=fixed,
-            shots=shots,
+            shots=shots, second=second, second_stages=second_stages,
         )  # fmt: skip
 
     def read(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -166,7 +171,7 @@ class Job:
         return self.sampler(inputs, self.stages, keep=keep, on_step=on_step, **common)
 
 
-def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], Results]]:
+def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], list[Results]]]:
     """Results of all samples that can be read and encoded, in full batches; errors of the others go to `failed`."""
     waiting = collections.deque(job.samples)
     num_done, batch = 0, []
@@ -192,7 +197,11 @@ def _batches(job: Job, failed: dict[str, str]) -> Iterator[tuple[list[Sample], R
                 failed[batch[k][0].name] = _with_input(batch[k][0].values, name, message)
             batch = [item for k, item in enumerate(batch) if k not in error.errors]
             continue
-        yield [sample for sample, *_ in batch], results
+        found = [results]
+        if job.second is not None:
+            indices = range(num_done, num_done + len(batch))
+            found.append(continued(results, job.second, job.second_stages, seed=job.args.seed + 1, indices=indices))
+        yield [sample for sample, *_ in batch], found
         num_done, batch = num_done + len(batch), []
 
 
@@ -204,9 +213,11 @@ def _generate(job: Job, out: Path, failed: dict[str, str]) -> tuple[list[str], l
     done, tiles, total = [], [], len(job.samples)
     bar = tqdm(total=total, desc="generating", unit="sample", file=sys.stderr, disable=total <= job.args.batch_size)
     with contextlib.closing(bar):
-        for samples, results in _batches(job, failed):
+        for samples, (results, *more) in _batches(job, failed):
             for k, sample in enumerate(samples):
                 results.write(out / sample.name, k, alone=True, with_inputs=job.args.with_inputs)
+                for other in more:
+                    other.write(out / sample.name, k)
                 for value in [results[name][k] for name in results] if not job.args.stream else ():
                     if isinstance(value, str):
                         tqdm.write(value)

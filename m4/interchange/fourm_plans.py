@@ -69,9 +69,14 @@ def plan(modalities: Modalities, given: Iterable[str]) -> tuple[Stage, ...]:
     signals = {modalities.named(name).signal for name in names}
     from_pixels = not names.isdisjoint(PIXELS)
     targets = {m.name for m in modalities if m.is_target and m.name not in names and m.signal not in signals}
-    base = [stage for stage in (FROM_RGB if from_pixels else TO_RGB) if stage.target in targets]
-    sharp = [stage for stage in SUPER_RESOLUTION if stage.target in targets]
-    return *base, *sharp
+    return tuple(stage for stage in (FROM_RGB if from_pixels else TO_RGB) if stage.target in targets)
+
+
+def super_resolution(modalities: Modalities, generated: Iterable[str]) -> tuple[Stage, ...]:
+    """The demo's stages of a second model at 448 x 448 pixels, for those grids of 224 x 224 that are there."""
+    known = {name.removesuffix("@224") for name in generated}
+    targets = {m.name for m in modalities if m.is_target}
+    return tuple(s for s in SUPER_RESOLUTION if s.target in targets and s.target.removesuffix("@448") in known)
 
 
 def with_top_p(stages: Iterable[Stage], top_p: float) -> tuple[Stage, ...]:

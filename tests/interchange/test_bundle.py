@@ -13,6 +13,7 @@ from conftest import PARITY, ROOT, environment
 from PIL import Image
 
 from m4.checkpoints.runs import load_run
+from m4.inference.chain import continued
 from m4.inference.sampler import Sampler
 from m4.interchange import fourm, fourm_plans
 from m4.tokens.modality import Modalities
@@ -72,6 +73,56 @@ def test_generate_takes_a_bundle(bundle, tmp_path, capsys):
     assert {"semseg.png", "semseg_color.png", "caption.txt"} <= written
 
 
+@pytest.fixture(scope="module")
+def with_super_resolution(released, tmp_path_factory):
+    files, presets = released
+    out = tmp_path_factory.mktemp("models") / "4m7_sr"
+    import_bundle([str(files[name]) for name in ("fm_sr", "fm_7", "tok_semseg")] + [str(TEXT)], out, presets)
+    return out
+
+
+def test_super_resolution_goes_on_from_the_first_model(with_super_resolution, tmp_path):
+    """From a text, by one command: files of both models; the second reads what the first generated."""
+    generate, out = importlib.import_module("m4.commands.generate"), tmp_path / "out"
+    run, options = str(with_super_resolution), ["--inputs", "caption=a lake", "--steps", "1", "--super-resolution"]
+    generate.main([run, *options, "--targets", "tok_semseg@224", "--out", str(out)])
+    written = {file.name for file in out.rglob("*") if file.is_file()}
+    assert {"semseg.png", "semseg@448.png"} <= written
+    with Image.open(next(out.rglob("semseg@448.png"))) as picture:
+        assert picture.size == (448, 448)
+    with pytest.raises(ValueError, match="goes on from tok_rgb@224 and others; here are det, caption"):
+        generate.main([run, *options, "--targets", "det", "--out", str(out)])
+    first, second = Sampler.load(run), Sampler.load(with_super_resolution / "super_resolution")
+    stages = fourm_plans.super_resolution(second.modalities, ["tok_semseg@224"])
+    assert [stage.target for stage in stages] == ["tok_semseg@448"]
+    results = first({"caption": ["a lake", "a boat"]}, ["tok_semseg@224"])
+    tokens = [continued(results, second, stages, seed=1, indices=range(2)).tokens["tok_semseg@448"] for _ in range(2)]
+    np.testing.assert_array_equal(tokens[0], tokens[1])
+    results.tokens["tok_semseg@224"] = results.tokens["tok_semseg@224"][::-1]
+    other = continued(results, second, stages, seed=1, indices=range(2)).tokens["tok_semseg@448"]
+    assert (np.array(other) != np.array(tokens[0])).any()
+
+
+def test_a_bundle_without_a_second_model(bundle, tmp_path):
+    generate = importlib.import_module("m4.commands.generate")
+    options = ["--inputs", "caption=a lake", "--targets", "tok_semseg@224", "--super-resolution"]
+    with pytest.raises(ValueError, match="has no super-resolution model; give it to `python -m m4 import`"):
+        generate.main([str(bundle[0]), *options, "--out", str(tmp_path / "out")])
+
+
+def test_info_lists_modalities_and_the_plan(bundle, capsys):
+    importlib.import_module("m4.commands.info").main([str(bundle[0])])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("4m7, step 0:") and "parameters" in lines[0]
+    (semseg,) = [line.split() for line in lines if line.startswith("tok_semseg@224") and "Grid" in line]
+    assert semseg[:6] == ["tok_semseg@224", "semseg", "Grid", "14", "x", "14"] and "SemanticTokenizer" in semseg
+    (stage,) = [line.split() for line in lines if line.startswith("tok_semseg@224") and "ROAR" in line]
+    assert stage[1:] == ["ROAR", "1", "0.01", "0.8", "2.0"]
+    importlib.import_module("m4.commands.info").main(["scenes", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["name"] == "scenes" and {m["signal"] for m in found["modalities"]} >= {"rgb", "depth", "caption"}
+
+
 def test_images_are_read_as_the_original_reads_them(bundle):
     """Its crop, filter and rounding: the recorded pixels of a photograph, byte for byte."""
     run, case = load_run(bundle[0]), PARITY / "pipeline/rgb_to_all"
@@ -115,7 +166,7 @@ def test_sources_that_are_no_bundle(released, tmp_path, monkeypatch):
     again.parent.mkdir()
     shutil.copy(files["tok_semseg"], again)
     check("one model; 0 were given", files["tok_rgb"])
-    check("one model; 2 were given", files["fm_7"], files["fm_sr"])
+    check("one super-resolution model; 2 were given", files["fm_7"], files["fm_sr"], files["fm_sr"].parent)
     check("two tokenizers of tok_semseg@224", files["fm_7"], files["tok_semseg"], again)
     check("is a pickle.*weights_only", tmp_path / "model.pth")
     check("no file, folder or hub id", files["fm_7"], "nowhere")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import parity_run
 import pytest
-from conftest import ROOT, environment
+from conftest import PARITY, ROOT, environment
 from make_checkpoint import make_tensors, metadata_of, write_checkpoint
 from test_convert import fixture
 
@@ -185,3 +185,23 @@ def test_official_tokenizers_at_their_real_size(name, tmp_path):
             assert block == b.read(2**26)
     for path in (source, ours, back):
         path.unlink()
+
+
+def test_tokenizers_of_any_number_of_channels(tmp_path):
+    """A diffusion tokenizer of two channels, between those of depth (one) and of normals (three): there and back."""
+    folders = [PARITY / "pipeline/models" / name for name in ("tok_depth", "tok_normal")]
+    if not folders[0].is_dir():
+        pytest.skip("no fixture pipeline/models: set M4_PARITY to the folder of parity fixtures")
+    one, three = (json.loads((folder / "state_dict.json").read_text()) for folder in folders)
+    for a, b in zip(one["tensors"], three["tensors"], strict=True):
+        a["shape"] = [(m + n) // 2 for m, n in zip(a["shape"], b["shape"], strict=True)]
+    spec = {**one, "config": {**one["config"], "n_channels": 2}}
+    original, ours, back = (tmp_path / f"{name}.safetensors" for name in ("wind", "ours", "back"))
+    write_checkpoint(spec, original)
+    released.convert(original, ours, image_size=32, presets=spec["presets"])
+    released.convert(ours, back)
+    assert back.read_bytes() == original.read_bytes()
+    tokenizer = load_tokenizer(ours)
+    maps = list(np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 2)).astype(np.float32))
+    ids = tokenizer.encode(maps)
+    assert [x.shape for x in ids] == [(4,)] * 2 and [x.shape for x in tokenizer.decode(ids)] == [(32, 32, 2)] * 2

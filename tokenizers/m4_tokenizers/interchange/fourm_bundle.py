@@ -23,11 +23,11 @@ from m4.checkpoints.runs import tokenizer_file
 from m4.command_line import parser_of
 from m4.config import Config
 from m4.errors import closest
-from m4.files import remove_leftovers, replacing_together, shown, write_json
+from m4.files import remove_leftovers, replacing_together, shown, write_digests, write_json
 from m4.interchange.fourm_convert import convert as convert_model
 from m4.masking.dirichlet import Masking, Strategy
 from m4.registry import to_json
-from m4.tensor_file import DTYPES, OTHERS, PICKLES, TensorFile
+from m4.tensor_file import DTYPES, OTHERS, PICKLES, TensorFile, literal_like
 from m4.tokens.modality import Features, Grid, Modalities, Modality
 from m4.tokens.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from m4_tokenizers.interchange import fourm_tokenizers
@@ -41,6 +41,7 @@ from m4_tokenizers.modalities.stored import IdsRecipe
 from m4_tokenizers.modalities.text import WordPieceRecipe
 
 WEIGHTS = "model.safetensors"
+SUPER_RESOLUTION = "super_resolution"  # folder of the second model
 NO_PRESETS: Mapping[str, Any] = {}
 
 
@@ -91,33 +92,36 @@ def _from_hub(source: str) -> Path:
 
 @dataclasses.dataclass
 class Sources:
-    """What the given files are: one model, tokenizers, and perhaps the text tokenizer's JSON."""
+    """What the given files are: a model, perhaps one of super-resolution, tokenizers, and the text tokenizer's JSON."""
 
     model: Path
+    super_resolution: Path | None
     tokenizers: list[Path]
     text: Path | None
 
     @classmethod
     def read(cls, names: Seq[str]) -> Sources:
-        """ValueError unless there is exactly one model, and at most one text JSON."""
-        models, tokenizers, texts = [], [], []
+        """ValueError unless there is exactly one model, and at most one of super-resolution and one text JSON."""
+        models, large, tokenizers, texts = [], [], [], []
         for file in [file for name in names for file in files_of(name)]:
             if file.suffix == ".json":
                 texts.append(file)
                 continue
             metadata = TensorFile.read(file, dtypes={**DTYPES, **OTHERS}).metadata
             if "domains_in" in metadata:
-                models.append(file)
+                targets = literal_like(metadata["domains_out"], [], f"{shown(file)}: domains_out")
+                (large if targets and all(name.endswith("@448") for name in targets) else models).append(file)
             elif "enc_type" in metadata:
                 tokenizers.append(file)
             else:
-                raise ValueError(f"{shown(file)} is neither a model nor a tokenizer of 4M: its metadata has "
-                                 f"{', '.join(metadata) or 'nothing'}")  # fmt: skip
-        for kind, files, least in (("model", models, 1), ("text tokenizer (.json)", texts, 0)):
+                has = ", ".join(metadata) or "nothing"
+                raise ValueError(f"{shown(file)} is neither a model nor a tokenizer of 4M: its metadata has {has}")
+        kinds = ("model", models, 1), ("super-resolution model", large, 0), ("text tokenizer (.json)", texts, 0)
+        for kind, files, least in kinds:
             if not least <= len(files) <= 1:
                 given = ", ".join(map(shown, files)) or "(none)"
                 raise ValueError(f"a bundle has one {kind}; {len(files)} were given: {given}")
-        return cls(models[0], tokenizers, texts[0] if texts else None)
+        return cls(models[0], large[0] if large else None, tokenizers, texts[0] if texts else None)
 
 
 def signals_of(file: Path) -> list[str]:
@@ -189,25 +193,65 @@ def import_bundle(names: Seq[str], out: Path, presets: Mapping[str, Any] = NO_PR
     sources = Sources.read(names)
     with tempfile.TemporaryDirectory() as scratch:
         # Everything is read and converted before the folder is touched.
-        weights = Path(scratch) / WEIGHTS
-        convert_model(sources.model, weights)
+        models = [Part.read(sources.model, sources, Path(scratch) / "base", presets)]
+        if sources.super_resolution is not None:
+            models.append(Part.read(sources.super_resolution, sources, Path(scratch) / "large", presets))
+            _check_chain(models[0].modalities, models[1].modalities)
+        remove_leftovers(out)
+        with replacing_together(out) as folder:
+            for part, name in zip(models, ("", SUPER_RESOLUTION), strict=False):
+                part.write(folder / name, out.name)
+    lines = []
+    for part, name in zip(models, ("", f"/{SUPER_RESOLUTION}"), strict=False):
+        num, missing = len(part.modalities), part.missing
+        lines.append(f"{shown(out)}{name}: {num} modalities, {num - len(missing)} with a tokenizer")
+        lines += [f"  {m} has no tokenizer: it is read and generated as ids" for m in missing]
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass
+class Part:
+    """One model of a bundle, converted, with the tokenizers of its modalities."""
+
+    weights: Path
+    modalities: Modalities
+    tokenizers: dict[str, Any]
+    missing: list[str]
+
+    @classmethod
+    def read(cls, model: Path, sources: Sources, scratch: Path, presets: Mapping[str, Any]) -> Part:
+        scratch.mkdir()
+        weights = scratch / WEIGHTS
+        convert_model(model, weights)
         _, modalities = read_description(TensorFile.read(weights))
-        grids = grid_tokenizers(sources.tokenizers, modalities, Path(scratch), presets)
-        tokenizers = {m.name: tokenizer for m, tokenizer in grids}
-        parts = sequence_parts(sources.tokenizers, Path(scratch), presets) if sources.text else {}
+        grids = grid_tokenizers(sources.tokenizers, modalities, scratch, presets)
+        tokenizers: dict[str, Any] = {m.name: tokenizer for m, tokenizer in grids}
+        parts = sequence_parts(sources.tokenizers, scratch, presets) if sources.text else {}
         recipes = untrained(modalities, sources.text, parts)
         tokenizers |= {name: recipe.fit([], seed=0) for name, recipe in recipes.items()}
         missing = [m for m in modalities if m.name not in tokenizers]
         tokenizers |= {m.name: IdsRecipe(modality=m).fit([], seed=0) for m in missing}
-        remove_leftovers(out)
-        with replacing_together(out) as folder:
-            shutil.copyfile(weights, folder / WEIGHTS)
-            for m in modalities:
-                save_tokenizer(tokenizers[m.name], tokenizer_file(folder, m))
-            write_json(folder / "config.json", to_json(_config(out.name, modalities, tokenizers)))
-    lines = [f"{shown(out)}: {len(modalities)} modalities, {len(modalities) - len(missing)} with a tokenizer"]
-    lines += [f"  {m.name} has no tokenizer: it is read and generated as ids" for m in missing]
-    return "\n".join(lines)
+        return cls(weights, modalities, tokenizers, [m.name for m in missing])
+
+    def write(self, folder: Path, name: str) -> None:
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(self.weights, folder / WEIGHTS)
+        for m in self.modalities:
+            save_tokenizer(self.tokenizers[m.name], tokenizer_file(folder, m))
+        write_json(folder / "config.json", to_json(_config(name, self.modalities, self.tokenizers)))
+        if folder.name == SUPER_RESOLUTION:
+            write_digests(folder, [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()])
+
+
+def _check_chain(base: Modalities, large: Modalities) -> None:
+    """ValueError unless the second model reads something that the first one generates."""
+    known = {m.name for m in base if m.is_target}
+    reads = [m.name for m in large if m.is_input and m.name.startswith("tok_") and m.name.endswith("@224")]
+    if not known & {*reads}:
+        raise ValueError(
+            f"the super-resolution model reads {', '.join(reads)}, none of which the first model generates: "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def _same(a: Modality, b: Modality) -> bool:

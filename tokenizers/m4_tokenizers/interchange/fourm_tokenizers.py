@@ -32,6 +32,7 @@ from m4_tokenizers.modalities.edges import EdgesRecipe
 from m4_tokenizers.modalities.features import FeatureMapRecipe, PoseRecipe, VectorRecipe
 from m4_tokenizers.modalities.image import ImageRecipe
 from m4_tokenizers.modalities.instances import MaskRecipe
+from m4_tokenizers.modalities.maps import MapRecipe
 from m4_tokenizers.modalities.normals import NormalsRecipe
 from m4_tokenizers.modalities.semseg import SemanticRecipe
 from m4_tokenizers.networks.autoencoder import VQ
@@ -47,7 +48,7 @@ RECIPES: dict[str, type[VQRecipe]] = {
     "rgb": ImageRecipe, "normals": NormalsRecipe, "depth": RelativeDepthRecipe, "edges": EdgesRecipe,
     "sam_edges": EdgesRecipe, "semseg": SemanticRecipe, "mask": MaskRecipe, "clip": FeatureMapRecipe,
     "dinov2": FeatureMapRecipe, "imagebind": FeatureMapRecipe, "clip_global": VectorRecipe,
-    "dinov2_global": VectorRecipe, "imagebind_global": VectorRecipe, "pose": PoseRecipe,
+    "dinov2_global": VectorRecipe, "imagebind_global": VectorRecipe, "pose": PoseRecipe, "map": MapRecipe,
 }  # fmt: skip
 
 
@@ -117,9 +118,9 @@ def fits(recipe: type[VQRecipe], c: dict[str, Any]) -> bool:
         return recipe is SemanticRecipe
     if not c["patch_proj"]:
         return recipe is FeatureMapRecipe
-    return recipe in (
-        (ImageRecipe, NormalsRecipe) if c["n_channels"] == 3 else (RelativeDepthRecipe, EdgesRecipe, MaskRecipe)
-    )
+    by_channels = {3: (ImageRecipe, NormalsRecipe), 1: (RelativeDepthRecipe, EdgesRecipe, MaskRecipe)}
+    own = by_channels[c["n_channels"]] if c["n_channels"] in by_channels else ()
+    return recipe in (*own, MapRecipe)  # a map has any number of channels
 
 
 def recipe_of(c: dict[str, Any], *, signal: str, image_size: int = 0, presets: Mapping[str, Any] = {}) -> VQRecipe:
@@ -175,6 +176,8 @@ def recipe_of(c: dict[str, Any], *, signal: str, image_size: int = 0, presets: M
         fields.update(num_classes=c["n_labels"], embedding_size=c["n_channels"])
     elif is_vector or not c["patch_proj"]:
         fields["num_features"] = c["n_channels"]
+    elif RECIPES[signal] is MapRecipe:  # of values in [-1, 1], as 4M's tokenizers read all of theirs
+        fields.update(lowest=-1.0, highest=1.0, channels=c["n_channels"])
     return RECIPES[signal](**fields)
 
 
