@@ -50,7 +50,9 @@ logger = logging.getLogger(__name__)
 
 def tokenizer_file(folder: Path, modality: Modality) -> Path:
     """The file of a run's tokenizer: by signal, and by name for Features (the signal's tokens have the other file)."""
-    stem = modality.name if isinstance(modality, Features) else modality.signal
+    stem = modality.signal
+    if isinstance(modality, Features):  # 4M's rgb@448 are the pixels of a signal of the same name
+        stem = f"{modality.name}_pixels" if modality.name == modality.signal and "@" in modality.name else modality.name
     return folder / "tokenizers" / f"{stem}.safetensors"
 
 

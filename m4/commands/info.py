@@ -1,4 +1,4 @@
-"""MODEL: what a model reads and predicts, its tokenizers, its size, and how it generates by default."""
+"""MODEL: its modalities, tokenizers and size, and how it generates by default."""
 
 from __future__ import annotations
 

@@ -85,21 +85,16 @@ class Autoregressive(TokenSampling):
                 jax.debug.callback(on_step, ids_so_far, known, ordered=True)
             # Rows that are done compute on until all are; `Sampler` drops what follows their end.
             span = carry["span"] + (drawn == closing)
-            has_ended = (drawn == modality.end_id) & (not self.ends_at_sentinel)
-            done = carry["done"] | has_ended | (span == prompt.num_spans)
+            ends = (drawn == modality.end_id) & (not self.ends_at_sentinel)
+            done = carry["done"] | ends | (span == prompt.num_spans)
             state = carry["state"]
             if grammar is not None:
                 state = jnp.maximum(jnp.asarray(grammar.next_state)[state, jnp.asarray(grammar.token_class)[drawn]], 0)
+            log_probability = carry["log_probability"].at[:, step].set(log_prob)
             return {
-                "step": step + 1,
-                "previous": drawn,
-                "ids": ids_so_far,
-                "log_probability": carry["log_probability"].at[:, step].set(log_prob),
-                "span": span,
-                "state": state,
-                "done": done,
-                "cache": cache,
-            }
+                "step": step + 1, "previous": drawn, "ids": ids_so_far, "log_probability": log_probability,
+                "span": span, "state": state, "done": done, "cache": cache,
+            }  # fmt: skip
 
         zeros = jnp.zeros(batch, jnp.int32)
         start = {

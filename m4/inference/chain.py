@@ -21,8 +21,8 @@ def continued(
 ) -> Results:
     """The second model's targets for each sample of the first one's `results`.
 
-    It reads all of these that are among its inputs: signals that were given, by its own tokenizers, and tokens that were
-    generated, unchanged. `seed` and `indices` as in `Sampler`. ValueError if it reads none of them.
+    It reads all of these that are among its inputs: given signals, by its own tokenizers, and generated tokens,
+    unchanged. `seed` and `indices` as in `Sampler`. ValueError if it reads none of them.
     """
     given: dict[str, Any] = {}
     for name, signals in results.inputs.items():

@@ -60,6 +60,7 @@ def test_measured_shares_are_the_weights(options, tmp_path):
 
 
 @needs_stamps
+@pytest.mark.slow
 def test_a_run_on_the_mixture(options, tmp_path):
     """Trains, with workers too, and says which slots were filled."""
     done = run("train.py", "tests/tiny_mixture.py", "--workdir", str(tmp_path / "w"), "--num-workers", "1", *options)

@@ -169,6 +169,7 @@ def _prepare(dataset, data_dir, team, seen):
     seen.put((team.index, ""))
 
 
+@pytest.mark.slow
 def test_whoever_writes_the_shards_they_are_the_same(dataset, tmp_path):
     """One process, two workers of one process, and two hosts at the same time."""
     alone = prepare([dataset], RECIPES, tmp_path / "alone", seed=0).tokens[0]

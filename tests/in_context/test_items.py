@@ -74,7 +74,9 @@ def test_learned_rows_come_first_and_sines_of_their_size_follow():
     np.testing.assert_array_equal(gradient, np.eye(5)[1][:, None] * np.ones(64))
 
 
-@pytest.mark.parametrize("extensions,max_items", [((), 17), (MIXED, 17), (MIXED, NUM_ITEMS)])
+@pytest.mark.parametrize(
+    "extensions,max_items", [((), 17), (MIXED, 17), pytest.param(MIXED, NUM_ITEMS, marks=pytest.mark.slow)]
+)
 def test_a_prompt_of_64_items_is_answered(extensions, max_items, tokenizers, own):
     """By a model that knows as many addresses, and by one that knows 17. Padding changes nothing, bit for bit."""
     model = Model(config_of(extensions, max_items=max_items), own, rngs=nnx.Rngs(0))
@@ -105,7 +107,7 @@ def test_a_prompt_of_64_items_is_answered(extensions, max_items, tokenizers, own
         np.testing.assert_array_equal(hidden(noise), hidden(inputs))
 
 
-@pytest.mark.parametrize("max_items", [1, NUM_ITEMS])
+@pytest.mark.parametrize("max_items", [pytest.param(1, marks=pytest.mark.slow), NUM_ITEMS])
 def test_a_tiny_model_is_trained_on_prompts_of_64_items(max_items, tokenizers, own):
     """With learned addresses and with sines alone; the loss falls, and an answer is finite."""
     masking = EpisodeMasking(num_examples=NUM_ITEMS, labelled=(63, 63), num_tokens=(1,), max_items=NUM_ITEMS)

@@ -301,7 +301,10 @@ def check_grid(case: str, name: str, tokenizer) -> None:
             np.testing.assert_allclose(picture, arrays[f"{name}.exact_pca"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("case", "name"), grids(224))
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [pytest.param(c, n, marks=[pytest.mark.slow] * (c != CASES[0] and n != "tok_rgb@224")) for c, n in grids(224)],
+)
 def test_grids(case, name, tokenizer):
     check_grid(case, name, tokenizer)
 

@@ -187,8 +187,10 @@ def test_official_tokenizers_at_their_real_size(name, tmp_path):
         path.unlink()
 
 
-def test_tokenizers_of_any_number_of_channels(tmp_path):
-    """A diffusion tokenizer of two channels, between those of depth (one) and of normals (three): there and back."""
+@pytest.fixture(scope="module")
+def two_channels(tmp_path_factory):
+    """A diffusion tokenizer of two channels, between those of depth and of normals: 4M's file, ours, the way back."""
+    root = tmp_path_factory.mktemp("channels")
     folders = [PARITY / "pipeline/models" / name for name in ("tok_depth", "tok_normal")]
     if not folders[0].is_dir():
         pytest.skip("no fixture pipeline/models: set M4_PARITY to the folder of parity fixtures")
@@ -196,12 +198,21 @@ def test_tokenizers_of_any_number_of_channels(tmp_path):
     for a, b in zip(one["tensors"], three["tensors"], strict=True):
         a["shape"] = [(m + n) // 2 for m, n in zip(a["shape"], b["shape"], strict=True)]
     spec = {**one, "config": {**one["config"], "n_channels": 2}}
-    original, ours, back = (tmp_path / f"{name}.safetensors" for name in ("wind", "ours", "back"))
+    original, ours, back = (root / f"{name}.safetensors" for name in ("wind", "ours", "back"))
     write_checkpoint(spec, original)
     released.convert(original, ours, image_size=32, presets=spec["presets"])
     released.convert(ours, back)
+    return original, ours, back
+
+
+def test_tokenizers_of_any_number_of_channels_convert(two_channels):
+    original, _, back = two_channels
     assert back.read_bytes() == original.read_bytes()
-    tokenizer = load_tokenizer(ours)
+
+
+@pytest.mark.slow  # compiles a diffusion decoder
+def test_tokenizers_of_any_number_of_channels_run(two_channels):
+    tokenizer = load_tokenizer(two_channels[1])
     maps = list(np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 2)).astype(np.float32))
     ids = tokenizer.encode(maps)
     assert [x.shape for x in ids] == [(4,)] * 2 and [x.shape for x in tokenizer.decode(ids)] == [(32, 32, 2)] * 2

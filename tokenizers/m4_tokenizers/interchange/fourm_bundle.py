@@ -1,15 +1,16 @@
-"""SOURCE ... --out FOLDER: a released 4M model with its tokenizers, as a folder that opens like any model.
+"""SOURCE ... --out FOLDER: a released 4M model and its tokenizers as one folder.
 
 A SOURCE is a safetensors file of 4M (the model or a tokenizer), a folder of such files, the text
 tokenizer's JSON, or the id of a repository of the Hugging Face hub, such as EPFL-VILAB/4M-21_B.
 Ids are looked up in the hub's cache on this disk, then on the hub (pip install huggingface_hub).
-A modality without a tokenizer stays one of ids. FOLDER is what other commands take as RUN.
+A modality without a tokenizer stays one of ids. Other commands take FOLDER as RUN.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -39,6 +40,8 @@ from m4_tokenizers.modalities.metadata import MetadataRecipe
 from m4_tokenizers.modalities.palette import PaletteRecipe
 from m4_tokenizers.modalities.stored import IdsRecipe
 from m4_tokenizers.modalities.text import WordPieceRecipe
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 SUPER_RESOLUTION = "super_resolution"  # folder of the second model
@@ -281,4 +284,4 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     presets = read_presets(Path(args.presets)) if args.presets else {}
-    print(import_bundle(args.sources, Path(args.out), presets))
+    logger.info(import_bundle(args.sources, Path(args.out), presets))
