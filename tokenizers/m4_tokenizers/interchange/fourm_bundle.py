@@ -2,14 +2,13 @@
 
 A SOURCE is a safetensors file of 4M (the model or a tokenizer), a folder of such files, the text
 tokenizer's JSON, or the id of a repository of the Hugging Face hub, such as EPFL-VILAB/4M-21_B.
-Ids are looked up in the hub's cache on this disk, then on the hub (pip install huggingface_hub).
+Ids are looked up in the hub's cache on this disk, then on the hub.
 A modality without a tokenizer stays one of ids. Other commands take FOLDER as RUN.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 import os
 import shutil
@@ -80,11 +79,7 @@ def _in_cache(source: str) -> Path | None:
 
 
 def _from_hub(source: str) -> Path:
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise ValueError(
-            f"{source} is no path, and not in the hub's cache on this disk; to download it: pip install huggingface_hub"
-        )
-    from huggingface_hub import hf_hub_download  # ty: ignore[import-not-found]  an extra, imported where it is used
+    from huggingface_hub import hf_hub_download  # comes with tokenizers; seconds to import, used here alone
 
     try:
         return Path(hf_hub_download(source, WEIGHTS))
