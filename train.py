@@ -123,7 +123,8 @@ def main(c, end: contextlib.ExitStack) -> None:
             if c.metrics.gallery_every and step % c.metrics.gallery_every == 0 and jax.process_count() == 1:
                 for evaluator in scored:
                     samples = evaluator.samples(c, trainer.trained(state), prepared.tokenizers, step)
-                    metrics.picture(step, f"samples/{evaluator.name}", samples)
+                    if samples is not None:
+                        metrics.picture(step, f"samples/{evaluator.name}", samples)
             if stop:
                 break
         if before is not None and not stop:

@@ -107,6 +107,8 @@ class ConditionalGeneration(Evaluator):
             raise ValueError(f"tasks must have different names, and have {names}")
 
     def check_config(self, config: Any) -> None:
+        if not self.tasks:
+            raise ValueError("ConditionalGeneration needs tasks, at least one")
         labels = [dataset.label for dataset in config.datasets]
         for task in self.tasks:
             try:

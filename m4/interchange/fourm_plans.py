@@ -9,7 +9,6 @@ Facts: the demo sampler of ml-4m (Bachmann et al. 2024), whose function these st
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 from m4.inference.autoregressive import Autoregressive
@@ -77,8 +76,3 @@ def super_resolution(modalities: Modalities, generated: Iterable[str]) -> tuple[
     known = {name.removesuffix("@224") for name in generated}
     targets = {m.name for m in modalities if m.is_target}
     return tuple(s for s in SUPER_RESOLUTION if s.target in targets and s.target.removesuffix("@448") in known)
-
-
-def with_top_p(stages: Iterable[Stage], top_p: float) -> tuple[Stage, ...]:
-    """The same stages with another top-p filter."""
-    return tuple(dataclasses.replace(s, scheme=dataclasses.replace(s.scheme, top_p=top_p)) for s in stages)

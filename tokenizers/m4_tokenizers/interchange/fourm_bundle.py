@@ -159,11 +159,16 @@ def _converted(file: Path, signal: str, m: Grid, out: Path, presets: Mapping[str
     return type(tokenizer)(recipe=recipe, model=tokenizer.model, card=tokenizer.card, kept=tokenizer.kept)
 
 
-def sequence_parts(files: Seq[Path], scratch: Path, presets: Mapping[str, Any]) -> dict[str, Path]:
-    """Converted tokenizers of poses and masks, of which texts hold the codes, by signal."""
+def sequence_parts(
+    files: Seq[Path], modalities: Modalities, scratch: Path, presets: Mapping[str, Any]
+) -> dict[str, Path]:
+    """Converted tokenizers of poses and masks, of which texts of the model hold the codes, by signal."""
+    wanted = {
+        signal for signal, name in (("pose", "human_poses"), ("mask", "sam_instance")) if name in modalities.names
+    }
     parts = {}
     for file in files:
-        for signal in {*signals_of(file)} & {"pose", "mask"}:
+        for signal in {*signals_of(file)} & wanted:
             parts[signal] = scratch / f"{signal}.safetensors"
             fourm_tokenizers.convert(file, parts[signal], signal=signal, presets=presets)
     return parts
@@ -224,7 +229,7 @@ class Part:
         _, modalities = read_description(TensorFile.read(weights))
         grids = grid_tokenizers(sources.tokenizers, modalities, scratch, presets)
         tokenizers: dict[str, Any] = {m.name: tokenizer for m, tokenizer in grids}
-        parts = sequence_parts(sources.tokenizers, scratch, presets) if sources.text else {}
+        parts = sequence_parts(sources.tokenizers, modalities, scratch, presets) if sources.text else {}
         recipes = untrained(modalities, sources.text, parts)
         tokenizers |= {name: recipe.fit([], seed=0) for name, recipe in recipes.items()}
         missing = [m for m in modalities if m.name not in tokenizers]

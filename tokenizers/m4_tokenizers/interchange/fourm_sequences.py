@@ -9,6 +9,7 @@ as boxes and masks (run lengths, as COCO's) and a picture. H rows and W columns 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 from collections.abc import Sequence as Seq
@@ -68,7 +69,7 @@ class ReleasedSequenceRecipe(WordPieceRecipe):
         return self.tokenizer_class(recipe=self, file=text.file, parts=parts, card=card)
 
 
-class ReleasedSequence(WordPieceTokenizer):
+class ReleasedSequence(WordPieceTokenizer, abc.ABC):
     """Texts in, texts out; a subclass says what they mean."""
 
     component: ClassVar[str]
@@ -85,6 +86,16 @@ class ReleasedSequence(WordPieceTokenizer):
             ends = np.flatnonzero(row == EOS)
             texts.append(self.decode_verbatim(row[: ends[0]] if len(ends) else row))
         return texts
+
+    @abc.abstractmethod
+    def values(self, text: str) -> list[dict[str, Any]]:
+        """What a text says, as JSON."""
+
+    def write(self, signal: str, folder: Path, *, image: np.ndarray | None) -> None:
+        """The text, its values and its picture."""
+        super().write(signal, folder, image=image)
+        (Path(folder) / f"{self.modality.signal}.json").write_text(json.dumps(self.values(signal)) + "\n")
+        write_image(self.draw(signal, image=image), Path(folder), f"{self.modality.signal}.png")
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         config, arrays = self.parts.state()
@@ -152,11 +163,8 @@ class ReleasedPeople(ReleasedSequence):
         """All people that can be read from a text."""
         return released.people(text, self.parts)
 
-    def write(self, signal: str, folder: Path, *, image: np.ndarray | None) -> None:
-        super().write(signal, folder, image=image)
-        people = [{name: value.tolist() for name, value in p._asdict().items()} for p in self.people(signal)]
-        (Path(folder) / f"{self.modality.signal}.json").write_text(json.dumps(people) + "\n")
-        write_image(self.draw(signal, image=image), Path(folder), f"{self.modality.signal}.png")
+    def values(self, text: str) -> list[dict[str, Any]]:
+        return [{name: value.tolist() for name, value in p._asdict().items()} for p in self.people(text)]
 
     def draw(self, signal: str, *, image: np.ndarray | None) -> UInt8[np.ndarray, "H W 3"]:
         return draw_people(self.people(signal), image)
@@ -192,12 +200,9 @@ class ReleasedInstances(ReleasedSequence):
         boxes, codes = released.instance_tokens(text)
         return released.instance_masks(boxes, released.instance_logits(codes, self.parts))
 
-    def write(self, signal: str, folder: Path, *, image: np.ndarray | None) -> None:
-        super().write(signal, folder, image=image)
-        pairs = zip(*self.masks(signal), strict=True)
-        found = [{"bbox": box.tolist(), "segmentation": run_lengths(mask)} for box, mask in pairs]
-        (Path(folder) / f"{self.modality.signal}.json").write_text(json.dumps(found) + "\n")
-        write_image(self.draw(signal, image=image), Path(folder), f"{self.modality.signal}.png")
+    def values(self, text: str) -> list[dict[str, Any]]:
+        pairs = zip(*self.masks(text), strict=True)
+        return [{"bbox": box.tolist(), "segmentation": run_lengths(mask)} for box, mask in pairs]
 
     def draw(self, signal: str, *, image: np.ndarray | None) -> UInt8[np.ndarray, "H W 3"]:
         boxes, codes = released.instance_tokens(signal)
