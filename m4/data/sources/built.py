@@ -5,6 +5,7 @@ encode(indices) --spawned processes--> tfds, ArrayRecord --BuiltSplit--> raw exa
 
 from __future__ import annotations
 
+import abc
 import functools
 import io
 import os
@@ -75,7 +76,7 @@ def build(folder: Path, make_builder: Callable[[], Any]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuiltSplit:
+class BuiltSplit(abc.ABC):
     """A sequence of raw examples in a built folder; opened when first read, so that it can be sent to workers."""
 
     folder: Path
@@ -84,9 +85,9 @@ class BuiltSplit:
     images: ClassVar[tuple[str, ...]]  # features stored as PNG
     source: ClassVar[str]  # the class that builds the folder
 
+    @abc.abstractmethod
     def decode(self, stored: dict) -> dict:
         """An example as tfds stores it, with its images decoded, -> a raw example."""
-        raise NotImplementedError
 
     def __getstate__(self):
         return {"folder": self.folder, "name": self.name}

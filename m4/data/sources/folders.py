@@ -5,6 +5,7 @@ root/rgb/a/0001.png   root/depth/a/0001.npy   root/caption/a/0001.txt   ->  {"rg
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -61,7 +62,7 @@ def subfolders(folder: Path) -> dict[str, Path]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aligned:
+class Aligned(abc.ABC):
     """The base of `Folders` and `Tars`: which signals and splits exist, and how files become examples."""
 
     root: str
@@ -88,16 +89,17 @@ class Aligned:
             given = f"validation_share {shares[0]} and test_share {shares[1]}"
             raise ValueError(f"{given} are given; allowed: shares of at least 0 that leave some for train")
 
+    @abc.abstractmethod
     def files(self, folder: Path) -> Iterator[str]:
         """Paths, relative to the folder of a signal, of the files on disk that hold it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stored(self, signal: str, folder: Path, data_dir: str | os.PathLike) -> Iterator[Stored]:
         """All that the folder of a signal holds, in any order."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read(self, stored: Stored) -> bytes:
-        raise NotImplementedError
+        """The bytes of one file."""
 
     def layout(self, data_dir: str | os.PathLike) -> dict[str, dict[str, Path]]:
         """Folders of the signals by split, or of all splits under "" if ids are split by hash.
